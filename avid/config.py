@@ -1,0 +1,295 @@
+"""The settings of a run: every one with its default, its unit and its source.
+
+In: a YAML file that states what differs from the defaults here, and `key=value` overrides.
+Out: a `Config`. A wrong key, type or value raises `ConfigError`, one line that names the nearest right key.
+
+Sources: [P] the papers, [A] the public AVID-CMA code, [F] published follow-up work, [C] our choice; docs/method.md explains.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Union
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+PACKAGED = Path(__file__).parent / "configs"
+DATA_SETS = ("toy", "folder", "manifest", "kinetics400", "kinetics600", "kinetics700", "vggsound", "audioset")
+DATA_SETS += ("ucf101", "hmdb51", "esc50")
+BACKBONES = ("avid", "r2plus1d_18", "r3d_18", "s3d")
+
+
+class ConfigError(Exception):
+    """A setting that cannot be used; the message is one line that says which and what to do."""
+
+
+def setting(default, help):
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Data:
+    name: str = setting("toy", f"data set: {', '.join(DATA_SETS)}")
+    root: str = setting("data", "folder of the data set; the toy is written into a folder of its own below it")
+    split: str = setting("", "part to read; empty: the data set's own train (test for evaluation)")
+    label: str = setting("label", "column of the manifest that is the class (evaluation only)")
+    subset: str = setting("", "esc10: the 10 classes of ESC-10 of data set esc50; empty: the whole data set")
+    workers: int = setting(8, "decoding processes a rank [C]")
+    max_bad_share: float = setting(0.1, "stop when more than this share of the drawn files cannot be used [C]")
+
+
+@dataclass
+class Video:
+    frames: int = setting(8, "frames a clip [A]")
+    fps: float = setting(16.0, "frames a second of the clip, whatever the file's [A]")
+    size: int = setting(112, "side of the square clip, pixels [A: 224; C: 112]")
+    crop_area: list[float] = setting([0.08, 1.0], "area of the random crop, share of the frame [A]")
+    crop_ratio: list[float] = setting([0.75, 1.3333], "width / height of the random crop [A]")
+    flip: float = setting(0.5, "probability of a horizontal flip [A]")
+    jitter: list[float] = setting([0.4, 0.4, 0.4, 0.2], "strength of brightness, contrast, saturation, hue [A]")
+
+
+@dataclass
+class Audio:
+    seconds: float = setting(2.0, "length of the sound clip, s [A]")
+    rate_hz: int = setting(24000, "sample rate, Hz [A]")
+    frames_per_s: int = setting(100, "spectrogram columns a second [A]")
+    n_fft: int = setting(512, "window and FFT length, samples: 257 linear bins [A]")
+    mels: int = setting(80, "mel bands; 0: the linear bins [C; A: linear]")
+    volume: float = setting(0.1, "random gain, ± this share [A]")
+
+
+@dataclass
+class Model:
+    video: str = setting("avid", f"video network: {', '.join(BACKBONES)} (all but avid are torchvision's) [A]")
+    width: int = setting(64, "channels of the stem; features are 8 × this [A]")
+    depth: int = setting(2, "residual blocks a stage of the video network [A]")
+    embedding: int = setting(128, "D, dimensions of the embeddings [A]")
+    head_norm: str = setting("none", "none [A], or batch: batch norm in the heads and at their end [C]")
+
+
+@dataclass
+class Bank:
+    momentum: float = setting(0.5, "m: memory ← m · memory + (1 − m) · embedding [A]")
+    num_negatives: Union[int, str] = setting(1024, "K, negatives drawn a step and shared by the batch; all: every instance [A]")
+
+
+@dataclass
+class Loss:
+    temperature: float = setting(0.07, "τ [A]")
+    w_min: float = setting(1.0, "least weight of a faulty positive; 1: weights off. robust: 0.25 [F]")
+    delta: float = setting(0.0, "δ: the weights' threshold is μ + δσ [F]")
+    kappa: float = setting(0.5, "κ: the weights' variance is κσ² [F]")
+    soft: float = setting(0.0, "λ, share of the soft target; 0: one-hot. robust: 0.5 [F]")
+    estimator: str = setting("cycle", "soft target: bootstrap, swapped, neighbor, cycle [P]")
+    tau_s: float = setting(0.02, "τ_s of the soft targets [F]")
+    tau_t: float = setting(0.07, "τ_t of the cycle's outer steps [F]")
+    warmup_epochs: int = setting(0, "epochs of plain xID before weights and soft targets [C]")
+
+
+@dataclass
+class Weights:
+    xid: float = setting(1.0, "cross-modal instance discrimination, plain or robust [P]")
+
+
+@dataclass
+class Optim:
+    epochs: int = setting(200, "epochs; one is N / batch_size steps [C; A: 400]")
+    batch_size: int = setting(256, "clips a step over all ranks [A]")
+    draws: str = setting("epoch", "epoch: shuffled passes [A]; iid: instances drawn independently, with replacement [C]")
+    lr: float = setting(2e-4, "learning rate of Adam [A]")
+    weight_decay: float = setting(1e-5, "L2 penalty of Adam [A]")
+    schedule: str = setting("cosine", "after the warm-up: cosine [C], steps, or constant [A]")
+    warmup_epochs: float = setting(5.0, "epochs of linear warm-up [C]")
+    milestones: list[float] = setting([0.5, 0.75], "schedule=steps: shares of the run after which lr is multiplied by gamma [C]")
+    gamma: float = setting(0.1, "factor of schedule=steps [C]")
+    clip_grad: float = setting(0.0, "largest norm of the gradient; 0: no clipping [C]")
+    amp: str = setting("bf16", "autocast on CUDA: bf16, fp16 (with loss scaling) or none; CPU always float32 [C]")
+    compile: bool = setting(False, "torch.compile the network [C]")
+    sync_bn: bool = setting(True, "batch statistics over all ranks [C]")
+
+
+@dataclass
+class Log:
+    every_steps: int = setting(20, "steps between two lines of metrics.jsonl")
+    check_epochs: int = setting(5, "epochs between two checks on held-out videos; 0: none")
+    check_videos: int = setting(2000, "held-out videos a check looks at, at most")
+    checkpoint_minutes: float = setting(10.0, "minutes between two checkpoints within an epoch")
+
+
+@dataclass
+class Eval:
+    clips: int = setting(10, "clips a video, evenly spaced [A]")
+    crop: float = setting(0.875, "side of the central crop, share of the short side [A]")
+    batch_size: int = setting(64, "videos a forward pass")
+    settle_batches: int = setting(20, "batches that set an untrained network's batch-norm statistics [C]")
+
+
+@dataclass
+class Toy:
+    train: int = setting(800, "training videos")
+    test: int = setting(300, "test videos")
+    seconds: float = setting(6.0, "length of a video, s")
+    size: int = setting(64, "side of a video, pixels")
+    fps: int = setting(16, "frames a second")
+    rate_hz: int = setting(16000, "sample rate of the sound, Hz")
+    faulty: float = setting(0.0, "share of training videos whose sound does not belong to them")
+
+
+@dataclass
+class Config:
+    seed: int = setting(0, "decides everything random, the toy data included")
+    out: str = setting("", "run folder; empty: runs/<name of the configuration>")
+    data: Data = field(default_factory=Data)
+    video: Video = field(default_factory=Video)
+    audio: Audio = field(default_factory=Audio)
+    model: Model = field(default_factory=Model)
+    bank: Bank = field(default_factory=Bank)
+    loss: Loss = field(default_factory=Loss)
+    weights: Weights = field(default_factory=Weights)
+    optim: Optim = field(default_factory=Optim)
+    log: Log = field(default_factory=Log)
+    eval: Eval = field(default_factory=Eval)
+    toy: Toy = field(default_factory=Toy)
+
+
+def settings(schema=Config, prefix=""):
+    """Every setting as (dotted key, default, help)."""
+    for f in dataclasses.fields(schema):
+        if dataclasses.is_dataclass(f.type):
+            yield from settings(f.type, f"{prefix}{f.name}.")
+        else:
+            default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
+            yield prefix + f.name, default, f.metadata["help"]
+
+
+def load(name="toy", overrides=(), base=None):
+    """The configuration `name` (a path, or a packaged name with or without .yaml) with `key=value` overrides.
+
+    `base`: a dict of settings to start from instead of a file (an evaluation starts from its checkpoint's).
+    Raises ConfigError.
+    """
+    layers = [OmegaConf.structured(Config)]
+    if base is not None:
+        layers.append(OmegaConf.create(base))
+    if name:
+        layers.append(_read(name))
+    try:
+        layers.append(OmegaConf.from_dotlist(list(overrides)))
+        cfg = OmegaConf.to_object(OmegaConf.merge(*layers))
+    except OmegaConfBaseException as error:
+        raise ConfigError(_one_line(error)) from None
+    except Exception as error:  # the YAML parser's own errors
+        raise ConfigError(f"cannot read the overrides {' '.join(overrides)}: {' '.join(str(error).split())}") from None
+    cfg.out = cfg.out or f"runs/{Path(name).stem if name else 'eval'}"
+    _check(cfg)
+    return cfg
+
+
+def _read(name):
+    path = next((p for p in (Path(name), PACKAGED / name, PACKAGED / f"{name}.yaml") if p.is_file()), None)
+    if path is None:
+        packaged = ", ".join(sorted(p.stem for p in PACKAGED.glob("*.yaml")))
+        raise ConfigError(f"no configuration {name}: neither a file nor one of {packaged}")
+    try:
+        return OmegaConf.load(path)
+    except Exception as error:  # the YAML parser's own errors
+        raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}") from None
+
+
+def _one_line(error):
+    key = getattr(error, "full_key", None) or ""
+    keys = [k for k, _, _ in settings()]
+    if key and key not in keys:
+        near = difflib.get_close_matches(key, keys, n=1, cutoff=0.4)
+        return f"unknown setting {key}" + (f"; did you mean {near[0]}?" if near else "; --help lists them all")
+    return f"wrong value for {key}: {str(error).splitlines()[0]}"
+
+
+def _check(cfg):
+    """Values that the types let through and no run could use."""
+
+    def require(ok, key, expected):
+        value = cfg
+        for part in key.split("."):
+            value = getattr(value, part)
+        if not ok(value):
+            raise ConfigError(f"wrong value for {key}: {value}; expected {expected}")
+
+    def one_of(key, names):
+        require(lambda v: v in names, key, "one of " + ", ".join(names))
+
+    one_of("data.name", DATA_SETS)
+    one_of("model.video", BACKBONES)
+    one_of("model.head_norm", ("none", "batch"))
+    one_of("loss.estimator", ("bootstrap", "swapped", "neighbor", "cycle"))
+    one_of("optim.draws", ("epoch", "iid"))
+    one_of("optim.schedule", ("cosine", "steps", "constant"))
+    one_of("optim.amp", ("bf16", "fp16", "none"))
+    require(lambda k: k == "all" or (isinstance(k, int) and k >= 1), "bank.num_negatives", "a count, or all")
+    for key in (
+        "optim.epochs optim.batch_size optim.lr eval.clips eval.batch_size video.frames video.fps video.size audio.seconds "
+        "audio.rate_hz audio.frames_per_s audio.n_fft model.width model.depth model.embedding loss.temperature loss.tau_s "
+        "loss.tau_t loss.kappa toy.train toy.test toy.seconds toy.size toy.fps toy.rate_hz log.every_steps"
+    ).split():
+        require(lambda v: v > 0, key, "more than 0")
+    for key in "data.max_bad_share video.flip bank.momentum loss.w_min loss.soft toy.faulty".split():
+        require(lambda v: 0 <= v <= 1, key, "0 to 1")
+    for key in "seed data.workers loss.warmup_epochs optim.warmup_epochs optim.clip_grad log.check_epochs audio.mels".split():
+        require(lambda v: v >= 0, key, "0 or more")
+    for key in "video.crop_area video.crop_ratio".split():
+        require(lambda v: len(v) == 2 and 0 < v[0] <= v[1], key, "[least, largest]")
+    require(lambda v: len(v) == 4 and min(v) >= 0 and v[3] <= 0.5, "video.jitter", "four strengths, the last at most 0.5")
+    require(lambda v: v * 1000 >= cfg.audio.n_fft / cfg.audio.rate_hz, "audio.seconds", "at least a window")
+    require(lambda v: cfg.audio.rate_hz % v == 0, "audio.frames_per_s", f"a divisor of audio.rate_hz = {cfg.audio.rate_hz}")
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog):
+        super().__init__(prog, width=120, max_help_position=30)
+
+
+def parser(description):
+    """A command line of --cfg, --out and key=value; the help lists every setting."""
+    lines = [f"  {key + '=' + str(default).replace(' ', ''):42s} {help}" for key, default, help in settings()]
+    arguments = argparse.ArgumentParser(
+        description=description, formatter_class=Help, epilog="settings (key=default):\n" + "\n".join(lines)
+    )
+    names = ", ".join(sorted(p.stem for p in PACKAGED.glob("*.yaml")))
+    arguments.add_argument("--cfg", metavar="FILE", help=f"a YAML file, or one of {names} (default: toy)")
+    arguments.add_argument("--out", metavar="DIR", help="run folder; the same as out=DIR")
+    arguments.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    return arguments
+
+
+def stop(message):
+    """End the program with one line and exit code 2: the user's input, not the program, is at fault."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def command_line(description, argv=None):
+    """The configuration that a training command line asks for. Ends the program where it cannot be used."""
+    arguments = parser(description).parse_args(argv)
+    try:
+        return load(arguments.cfg or "toy", arguments.overrides + ([f"out={arguments.out}"] if arguments.out else []))
+    except ConfigError as error:
+        stop(error)
+
+
+def flat(nested, prefix=""):
+    """A nested dict of settings as {dotted key: value}."""
+    pairs = {}
+    for key, value in nested.items():
+        pairs |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return pairs
+
+
+def save(cfg, path):
+    OmegaConf.save(OmegaConf.structured(cfg), path)

@@ -1,0 +1,388 @@
+"""Clips out of files.
+
+In: a datasets.Table and the settings of picture and sound. A worker opens a file once, decodes frames and sound of the
+chosen intervals, crops, and computes the log-mel; to_device() does the rest, batched.
+Out: batches, dicts of tensors: video uint8 B×M×3×T×S×S, audio float32 B×M×1×F×bins (dB), flip B×M, jitter B×M×4, index B.
+M is the number of clips a video. Every random choice is a function of (seed, step, place in the global batch), so it does
+not depend on workers, ranks or interruptions.
+"""
+
+import functools
+import signal
+
+import av
+import decord
+import numpy as np
+import torch
+import torchaudio
+import torchvision.transforms.v2.functional as TF
+
+from . import temporal_tasks
+
+MODALITIES = ("video", "audio")
+PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+DB_MEAN, DB_STD = -50.0, 20.0  # a log spectrogram's usual level and spread [C]
+QUIETEST = 1e-10  # power of -100 dB: what silence becomes
+TRIES = 20  # files a sample tries before it gives up
+
+
+class MediaError(Exception):
+    """A file that cannot be used, and why, in one line."""
+
+
+class Media:
+    """An open video file: frames by decord, sound by PyAV, on one clock that begins with the file.
+
+    first_s and last_s bound the part where every wanted modality is present; start_s and end_s narrow it further.
+    Raises MediaError where a wanted modality is missing or cannot be read.
+    """
+
+    def __init__(self, path, modalities=MODALITIES, start_s=0.0, end_s=np.inf):
+        self.container = self.reader = None
+        self.first_s, self.last_s = start_s, end_s
+        try:
+            video_start = 0.0
+            if "audio" in modalities:
+                self.container = av.open(str(path), metadata_errors="ignore")
+                origin = (self.container.start_time or 0) / av.time_base
+                self.stream = self.container.streams.best("audio")
+                if self.stream is None:
+                    raise MediaError("no sound")
+                if self.stream.codec_context is None or not self.stream.rate:
+                    raise MediaError("sound of an unknown codec or rate")
+                self.stream.thread_count = 1
+                self.origin = origin
+                sound_start = self._seconds(self.stream.start_time) - origin
+                length = self._seconds(self.stream.duration) or (self.container.duration or 0) / av.time_base
+                self._usable(sound_start, sound_start + length)
+                picture = self.container.streams.best("video")
+                if picture is not None and picture.start_time is not None:
+                    video_start = float(picture.start_time * picture.time_base) - origin
+            if "video" in modalities:
+                self.reader = decord.VideoReader(str(path), num_threads=1)
+                self.frame_starts = video_start + frame_times(self.reader)
+                self._usable(self.frame_starts[0], self.frame_starts[-1] + 1 / self.reader.get_avg_fps())
+            if not self.last_s > self.first_s:
+                raise MediaError("picture and sound, or the asked part, do not overlap in time")
+        except MediaError:
+            self.close()
+            raise
+        except Exception as error:  # a decoder may say no in any way; the caller names and counts the file
+            self.close()
+            raise MediaError(f"cannot be opened: {_reason(error)}") from error
+
+    def _seconds(self, pts):
+        return float(pts * self.stream.time_base) if pts is not None else 0.0
+
+    def _usable(self, first_s, last_s):
+        self.first_s, self.last_s = max(self.first_s, first_s), min(self.last_s, last_s)
+
+    def frames(self, times_s):
+        """The frames shown at these times (any order, repeats allowed): uint8 T×H×W×3. A file's last frame lasts."""
+        shown = np.searchsorted(self.frame_starts, np.asarray(times_s) + 1e-6, side="right") - 1
+        wanted, back = np.unique(shown.clip(0, len(self.frame_starts) - 1), return_inverse=True)
+        try:
+            return self.reader.get_batch(wanted).asnumpy()[back]
+        except Exception as error:
+            raise MediaError(f"picture cannot be decoded: {_reason(error)}") from error
+
+    def sound(self, start_s, samples, rate_hz):
+        """`samples` samples of mono sound at rate_hz from start_s on: float32; silence where the file has none."""
+        margin_s = 0.01  # the resampler's reach
+        seconds = samples / rate_hz
+        try:
+            source, source_hz = self._decode(start_s - margin_s, seconds + 2 * margin_s)
+        except Exception as error:
+            raise MediaError(f"sound cannot be decoded: {_reason(error)}") from error
+        source = np.nan_to_num(source, nan=0.0, posinf=0.0, neginf=0.0)
+        waveform = resampler(source_hz, rate_hz)(torch.from_numpy(source))
+        skip = round(margin_s * rate_hz)
+        return waveform[skip : skip + samples].numpy()
+
+    def _decode(self, start_s, seconds):
+        """The decoded sound of an interval at the file's own rate: placed by its time stamps, mixed to mono."""
+        for seek_s in (start_s - 0.15, None):  # a decoder needs some packets to warm up; None: from the beginning
+            if seek_s is None or seek_s > 0.0:
+                target = 0.0 if seek_s is None else seek_s
+                self.container.seek(int((target + self.origin) / self.stream.time_base), stream=self.stream)
+            mono = av.AudioResampler(format="fltp", layout="mono")
+            source_hz = self.stream.rate
+            placed, at = np.zeros(round(seconds * source_hz), np.float32), None
+            for frame in self.container.decode(self.stream):
+                time_s = frame.time - self.origin if frame.time is not None else (at or 0) / source_hz + start_s
+                if at is None and seek_s is not None and time_s > start_s and time_s > self.first_s + 0.05:
+                    break  # the file's index led past the interval
+                begin = round((time_s - start_s) * source_hz)
+                # time stamps of some containers are rounded to milliseconds: small steps are not gaps
+                at = begin if at is None or abs(begin - at) > 0.02 * source_hz else at
+                if at >= len(placed):
+                    return placed, source_hz
+                for part in mono.resample(frame):
+                    samples = part.to_ndarray()[0]
+                    left, right = max(at, 0), min(at + len(samples), len(placed))
+                    if right > left:
+                        placed[left:right] = samples[left - at : right - at]
+                    at += len(samples)
+            else:
+                return placed, source_hz
+        return placed, source_hz
+
+    def close(self):
+        if self.container is not None:
+            self.container.close()
+        self.container = self.reader = None
+
+
+def _reason(error):
+    """The decoder's complaint in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][-200:] if lines else 'no reason given'}"
+
+
+def frame_times(reader):
+    """When each frame of a decord reader is first shown: N seconds from the first; by the frame rate where the file has no times."""
+    number = np.arange(len(reader))
+    times = reader.get_frame_timestamp(number)[:, 0]
+    if not np.isfinite(times).all() or abs(times[0]) > 1e6 or (np.diff(times) < 0).any():
+        return number / reader.get_avg_fps()
+    return times - times[0]
+
+
+@functools.lru_cache(maxsize=16)
+def resampler(source_hz, rate_hz):
+    return torchaudio.transforms.Resample(source_hz, rate_hz) if source_hz != rate_hz else torch.nn.Identity()
+
+
+@functools.lru_cache(maxsize=1)
+def mel_filters(rate_hz, n_fft, mels):
+    return torchaudio.functional.melscale_fbanks(n_fft // 2 + 1, 0.0, rate_hz / 2, mels, rate_hz)  # bins×mels
+
+
+def columns(audio):
+    """F, the number of spectrogram columns of a sound clip."""
+    return round(audio.seconds * audio.frames_per_s)
+
+
+def spectrogram(media, start_s, audio, speed=1):
+    """Log spectrogram of the sound from start_s on, dB: 1×F×bins, float32; `audio`: config.Audio.
+
+    Column k is centred on start_s + (k + ½)·speed / frames_per_s: at speed s the hop is s times longer, the window and so the
+    pitch are the same (docs/method.md section 6).
+    """
+    hop = audio.rate_hz // audio.frames_per_s * speed
+    samples = (columns(audio) - 1) * hop + audio.n_fft
+    waveform = torch.from_numpy(media.sound(start_s + (hop - audio.n_fft) / 2 / audio.rate_hz, samples, audio.rate_hz))
+    window = torch.hann_window(audio.n_fft)
+    power = torchaudio.functional.spectrogram(
+        waveform, 0, window, audio.n_fft, hop, audio.n_fft, 2.0, normalized="window", center=False
+    ).T  # F×257
+    if audio.mels:
+        power = power @ mel_filters(audio.rate_hz, audio.n_fft, audio.mels)
+    return 10 * torch.log10(power + QUIETEST)[None]  # 1×F×bins
+
+
+def random_crop(height, width, area, ratio, rng):
+    """Multi-scale crop [A]: top, left, height, width with a random share of the area and a random shape."""
+    for _ in range(10):
+        side2 = height * width * rng.uniform(*area)
+        shape = np.exp(rng.uniform(*np.log(ratio)))
+        h, w = round((side2 / shape) ** 0.5), round((side2 * shape) ** 0.5)
+        if 0 < h <= height and 0 < w <= width:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    return central_crop(height, width, 1.0)
+
+
+def central_crop(height, width, share):
+    """The central square, `share` of the short side long: top, left, height, width."""
+    side = max(round(min(height, width) * share), 1)
+    return (height - side) // 2, (width - side) // 2, side, side
+
+
+class Clips(torch.utils.data.Dataset):
+    """Clips of a table's videos.
+
+    With training=True an item is asked for by (index, draw), draw a tuple of integers that decides everything random; a file
+    that cannot be used is replaced by another one, drawn the same way. Otherwise by index: `cfg.eval.clips` clips evenly
+    spaced, without augmentation; a file that cannot be used gives no tensors. Either way item["failures"] lists (index, reason).
+    """
+
+    def __init__(self, table, cfg, training, modalities=MODALITIES, clips=None):
+        self.table, self.cfg, self.training, self.modalities = table, cfg, training, modalities
+        self.clips = clips or cfg.eval.clips
+        self.length_s = max(
+            cfg.video.frames / cfg.video.fps if "video" in modalities else 0.0,
+            cfg.audio.seconds if "audio" in modalities else 0.0,
+        )
+
+    def __len__(self):
+        return len(self.table.paths)
+
+    def __getitem__(self, key):
+        index, draw = key if self.training else (key, (0, key))
+        rng = np.random.default_rng((self.cfg.seed, *draw))
+        failures = []
+        for _ in range(TRIES):
+            try:
+                return {"index": index, "failures": failures, **self.read(index, rng)}
+            except MediaError as error:
+                failures.append((index, str(error)))
+            if not self.training:
+                return {"index": index, "failures": failures}
+            index = int(rng.integers(len(self)))
+        raise RuntimeError(
+            f"{TRIES} files in a row cannot be used, the last one {self.table.root / self.table.paths[failures[-1][0]]}: "
+            f"{failures[-1][1]}; check the folder with: python -m avid.data check"
+        )
+
+    def read(self, index, rng):
+        """The clips of one video: video M×3×T×S×S, audio M×1×F×bins, flip M, jitter M×4."""
+        table, audio = self.table, self.cfg.audio
+        path = table.root / table.paths[index]
+        media = Media(path, self.modalities, table.start_s[index], table.end_s[index])
+        try:
+            edge_s = audio.n_fft / 2 / audio.rate_hz if "audio" in self.modalities else 0.0  # no window reaches past the sound
+            first_s, last_s = media.first_s + edge_s, media.last_s - edge_s
+            if self.training:
+                clips = temporal_tasks.plan(first_s, last_s, self.length_s, rng)
+            else:
+                clips = temporal_tasks.evenly(first_s, last_s, self.length_s, self.clips)
+            item = {}
+            if "video" in self.modalities:
+                item["video"] = torch.stack([self.picture(media, clip, rng) for clip in clips])
+                if self.training:
+                    strength = np.array(self.cfg.video.jitter)
+                    item["flip"] = torch.from_numpy(rng.random(len(clips)) < self.cfg.video.flip)
+                    item["jitter"] = torch.from_numpy(rng.uniform(-strength, strength, (len(clips), 4)).astype(np.float32))
+            if "audio" in self.modalities:
+                item["audio"] = torch.stack([self.loudness(media, clip, rng) for clip in clips])
+            return item
+        finally:
+            media.close()
+
+    def start_of(self, clip, seconds):
+        """Picture and sound of a clip share their middle: the shorter of the two starts later."""
+        return clip.start_s + clip.speed * (self.length_s - seconds) / 2
+
+    def picture(self, media, clip, rng):
+        """uint8 3×T×S×S: frames `speed` apart, cropped and resized alike. A video that is too short starts again (loops)."""
+        video = self.cfg.video
+        start_s = self.start_of(clip, video.frames / video.fps)
+        times = start_s + (np.arange(video.frames) + 0.5) * clip.speed / video.fps
+        times = media.first_s + (times - media.first_s) % (media.last_s - media.first_s)
+        frames = media.frames(times[::-1] if clip.backward else times)  # T×H×W×3
+        height, width = frames.shape[1:3]
+        if self.training:
+            crop = random_crop(height, width, video.crop_area, video.crop_ratio, rng)
+        else:
+            crop = central_crop(height, width, self.cfg.eval.crop)
+        frames = torch.from_numpy(frames).permute(0, 3, 1, 2)  # T×3×H×W
+        return TF.resized_crop(frames, *crop, [video.size, video.size], antialias=True).transpose(0, 1).contiguous()
+
+    def loudness(self, media, clip, rng):
+        """float32 1×F×bins, dB: the log spectrogram, with a random gain. Where a video is too short the sound ends in silence."""
+        audio = self.cfg.audio
+        image = spectrogram(media, self.start_of(clip, audio.seconds), audio, clip.speed)
+        if self.training:
+            image = (image + 20 * np.log10(rng.uniform(1 - audio.volume, 1 + audio.volume))).clamp_min(-100.0)
+        return image.flip(1) if clip.backward else image
+
+
+class Draws(torch.utils.data.Sampler):
+    """Which instances each step takes: this rank's share of every global batch from `first_step` on, as lists of (index, draw).
+
+    how="epoch": shuffled passes over all n instances; how="iid": every place of a batch drawn independently. Both are functions of
+    (seed, step): resuming at a step, with any number of ranks, continues the same sequence.
+    """
+
+    def __init__(self, n, batch_size, how, seed, first_step, last_step, rank=0, world=1):
+        if batch_size > n:
+            raise ValueError(f"a batch of {batch_size} is larger than the data set of {n} videos; lower optim.batch_size")
+        self.n, self.batch_size, self.how, self.seed = n, batch_size, how, seed
+        self.steps = range(first_step, last_step)
+        self.mine = range(rank * batch_size // world, (rank + 1) * batch_size // world)
+        self.epoch, self.order = None, None
+
+    def __len__(self):
+        return len(self.steps)
+
+    def global_batch(self, step):
+        """The batch_size instances of a step."""
+        if self.how == "iid":
+            return np.random.default_rng((self.seed, 1, step)).integers(self.n, size=self.batch_size)
+        epoch, place = divmod(step, self.n // self.batch_size)
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, np.random.default_rng((self.seed, 2, epoch)).permutation(self.n)
+        return self.order[place * self.batch_size : (place + 1) * self.batch_size]
+
+    def __iter__(self):
+        for step in self.steps:
+            batch = self.global_batch(step)
+            yield [(int(batch[place]), (3, step, place)) for place in self.mine]
+
+
+def collate(items):
+    """Items → a batch; items without tensors (files that could not be used) only leave their failures."""
+    failures = [failure for item in items for failure in item.pop("failures")]
+    whole = [item for item in items if len(item) > 1]
+    batch = torch.utils.data.default_collate(whole) if whole else {}
+    return {**batch, "failures": failures}
+
+
+def leave_signals_to_the_parent(_):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def loader(dataset, workers, batch_sampler=None, batch_size=None):
+    """A DataLoader over Clips: decoding processes that leave the ending to their parent, pinned memory for a GPU."""
+    return torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=batch_sampler,
+        **({} if batch_sampler is not None else {"batch_size": batch_size}),
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=leave_signals_to_the_parent,
+    )
+
+
+# ------------------------------------------------------------------------------------------- on the device
+
+
+def to_device(batch, device):
+    """Tensors moved, clips flattened (B·M first) and ready for the network: video float B·M×3×T×S×S, audio float B·M×1×F×bins."""
+    batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+    if "video" in batch:
+        video = batch["video"].flatten(0, 1).float() / 255
+        if "flip" in batch:
+            video = augment(video, batch["flip"].flatten(), batch["jitter"].flatten(0, 1))
+        mean, std = video.new_tensor(PIXEL_MEAN), video.new_tensor(PIXEL_STD)
+        batch["video"] = (video - mean[:, None, None, None]) / std[:, None, None, None]
+    if "audio" in batch:
+        batch["audio"] = (batch["audio"].flatten(0, 1) - DB_MEAN) / DB_STD
+    return batch
+
+
+def augment(video, flip, jitter):
+    """Flip and colour jitter, one draw a clip, the same for all its frames.
+
+    video: float B×3×T×S×S in 0 to 1; flip: bool B; jitter: B×4, offsets from 1 of brightness, contrast and saturation, and the
+    hue's turn as a share of the colour circle. Brightness, saturation and hue are one 3×3 matrix a clip (the hue turns about the
+    grey axis [C]); contrast blends with the clip's mean grey.
+    """
+    x = torch.where(flip[:, None, None, None, None], video.flip(-1), video)
+    grey = x.new_tensor([0.299, 0.587, 0.114])
+    brightness, contrast, saturation = (1 + jitter[:, :3, None, None]).unbind(1)  # B×1×1 each
+    matrix = brightness * (saturation * hue_rotation(jitter[:, 3]) + (1 - saturation) * grey.expand(3, 3))  # B×3×3
+    x = (matrix @ x.flatten(2)).clamp_(0, 1)  # B×3×TSS
+    mean = (grey @ x.mean(2).T)[:, None, None]  # B×1×1
+    return (contrast * (x - mean) + mean).clamp_(0, 1).view_as(video)
+
+
+def hue_rotation(turn):
+    """B×3×3 matrices that turn RGB about the grey axis by `turn` (B, 1 = once round): Rodrigues' formula."""
+    angle = (2 * torch.pi * turn)[:, None, None]
+    cross = turn.new_tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / 3**0.5
+    eye = torch.eye(3, device=turn.device)
+    return angle.cos() * eye + angle.sin() * cross + (1 - angle.cos()) / 3

@@ -1,0 +1,112 @@
+"""One process or many: torchrun's set-up, gathering over ranks, and who talks.
+
+In: the environment variables that torchrun sets; without them there is one process.
+Out: `start()` tells rank, world size and device; the rest works alike for one and many.
+"""
+
+import os
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_grad
+from torch import nn
+
+
+class Place(NamedTuple):
+    rank: int
+    world: int
+    device: torch.device
+
+
+def start():
+    """Join the ranks that torchrun started: NCCL on GPUs, Gloo on CPUs. Without torchrun: one process."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
+    return Place(rank(), world_size(), device)
+
+
+def end():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather(x):
+    """The tensors of all ranks, in the order of ranks: b×… on every rank → world·b×… (no gradient)."""
+    if world_size() == 1:
+        return x.detach()
+    everyone = x.new_empty(world_size() * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(everyone, x.detach().contiguous())
+    return everyone
+
+
+def total(x):
+    """The sum of a tensor over the ranks (no gradient)."""
+    x = x.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def any_rank(flag):
+    """True where `flag` is true on at least one rank; goes by the CPU, so that no GPU has to wait."""
+    if world_size() == 1:
+        return flag
+    votes = torch.tensor(int(flag))
+    dist.all_reduce(votes)
+    return bool(votes)
+
+
+def wait():
+    """Until all ranks are here."""
+    any_rank(False)
+
+
+class BatchNormOverRanks(nn.modules.batchnorm._BatchNorm):
+    """Batch norm with the statistics of all ranks' batches, for CPUs, where torch.nn.SyncBatchNorm refuses to work."""
+
+    def _check_input_dim(self, x):
+        pass
+
+    def forward(self, x):  # B×C×…
+        if not self.training:
+            return super().forward(x)
+        dims = [d for d in range(x.dim()) if d != 1]
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        count = x.numel() // x.shape[1] * world_size()  # ranks' batches are of one size
+        mean = dist_grad.all_reduce(x.sum(dims)) / count
+        centred = x - mean.view(shape)
+        var = dist_grad.all_reduce((centred * centred).sum(dims)) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
+        y = centred * (var + self.eps).rsqrt().view(shape)
+        return y * self.weight.view(shape) + self.bias.view(shape) if self.affine else y
+
+
+def sync_batch_norm(model, device):
+    """Replace every batch norm by one whose statistics are those of the global batch; parameters and names stay."""
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for name, child in model.named_children():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            synced = BatchNormOverRanks(child.num_features, child.eps, child.momentum, child.affine)
+            synced.load_state_dict(child.state_dict())
+            setattr(model, name, synced)
+        else:
+            sync_batch_norm(child, device)
+    return model

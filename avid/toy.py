@@ -1,0 +1,447 @@
+"""The embedded data set: things of ten kinds, each with a look and a sound, in four motions whose events set off the sound.
+
+In: the toy's settings and a seed.
+Out: a folder of mp4 files (H.264, AAC) with manifest.csv, the same bits for the same seed; or one video as arrays.
+"""
+
+import csv
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import os
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import numpy as np
+from tqdm import tqdm
+
+WORLD = 1  # counts the changes of what this file draws: each makes a new folder
+TEMPO = {"slide": 0.95, "bounce": 1.35, "spin": 1.9, "pulse": 2.7}  # motion: events a second, a factor √2 apart
+TEMPO_JITTER = 0.1
+PITCH_HZ = 220.0  # lowest pitch; the highest is an octave above
+TONE_DB, ROOM_DB, ROOM = 14, 10, (0.1, 0.9)
+LEAD_S = 1.0  # the world runs this long before the first frame, so that trails and sounds have a past
+AAC_RATES_HZ = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
+COLUMNS = "path label split motion tempo faulty sound pitch_hz".split()
+
+
+# ---------------------------------------------------------------------------------------------------------------- looks
+# (u, v): coordinates of the thing, its radius is 1. A shape is positive inside, near the edge a distance; a texture is
+# positive in one colour and negative in the other.
+
+
+def _polygon(u, v, corners):
+    angle = (np.arctan2(v, u) + np.pi / 2 + (corners + 1) % 2 * np.pi / corners) % (
+        2 * np.pi / corners
+    ) - np.pi / corners
+    return 1.1 * np.cos(np.pi / corners) - np.hypot(u, v) * np.cos(angle)
+
+
+def _star(u, v, points, depth):
+    return 1 - depth + depth * np.cos(points * (np.arctan2(v, u) + np.pi / 2)) - np.hypot(u, v)
+
+
+def _disc(u, v):
+    return 1 - np.hypot(u, v)
+
+
+def _ring(u, v):
+    return 0.29 - np.abs(np.hypot(u, v) - 0.7)
+
+
+def _bar(u, v):
+    return np.minimum(0.95 - np.abs(u), 0.5 - np.abs(v))
+
+
+def _cross(u, v):
+    a, b = np.abs(u), np.abs(v)
+    return np.maximum(np.minimum(0.95 - a, 0.36 - b), np.minimum(0.95 - b, 0.36 - a))
+
+
+def _half(u, v):
+    return np.minimum(1 - np.hypot(u, v), v + 0.45)
+
+
+def _stripes(u, v, along=0, across=0):
+    return np.cos(np.pi * along * u) * np.cos(np.pi * across * v)
+
+
+def _rings(u, v, count):
+    return np.cos(np.pi * count * np.hypot(u, v))
+
+
+def _sectors(u, v, count):
+    return np.cos(count * np.arctan2(v, u))
+
+
+def _plain(u, v):
+    return np.ones_like(u)
+
+
+# --------------------------------------------------------------------------------------------------------------- sounds
+# φ: phase of the pitch in turns, t: seconds, f: pitch in Hz, all per sample. A timbre gives the sound at constant loudness.
+
+
+def _harmonics(amplitudes):
+    """Timbre with these amplitudes of the harmonics 1, 2, …; those above the Nyquist frequency are left out."""
+
+    def timbre(phase, t, pitch_hz, rate_hz, rng):
+        h = np.arange(1, len(amplitudes) + 1)
+        a = np.where(h * pitch_hz < 0.42 * rate_hz, amplitudes, 0.0)
+        period = np.sin(2 * np.pi * np.outer(np.arange(1024) / 1024, h) + rng.uniform(0, 2 * np.pi, len(h))) @ a
+        return period.astype(np.float32)[(phase * 1024).astype(np.int64) & 1023]
+
+    return timbre
+
+
+def _partials(ratios, amplitudes):
+    def timbre(phase, t, pitch_hz, rate_hz, rng):
+        wave = np.zeros_like(phase)
+        for ratio, a in zip(ratios, amplitudes, strict=True):
+            if ratio * pitch_hz < 0.42 * rate_hz:
+                wave += a * np.sin(2 * np.pi * ((ratio * phase) % 1).astype(np.float32))
+        return wave
+
+    return timbre
+
+
+def _voice(phase, t, pitch_hz, rate_hz, rng):
+    f = pitch_hz * np.arange(1, 20)
+    formants = sum(np.exp(-(((f - c) / w) ** 2)) for c, w in ((700, 200), (1900, 300), (3000, 300)))
+    return _harmonics(formants + 0.02)(phase, t, pitch_hz, rate_hz, rng)
+
+
+def _modulated(ratio, index):
+    def timbre(phase, t, pitch_hz, rate_hz, rng):
+        inner = index * np.sin(2 * np.pi * ((ratio * phase) % 1).astype(np.float32))
+        return np.sin(2 * np.pi * (phase % 1).astype(np.float32) + inner)
+
+    return timbre
+
+
+def _hiss(width):
+    """Noise in a band around three times the pitch."""
+
+    def timbre(phase, t, pitch_hz, rate_hz, rng):
+        smooth = int(rate_hz / (width * pitch_hz))
+        noise = rng.standard_normal((2, len(t) + smooth), dtype=np.float32).cumsum(1)
+        i, q = (noise[:, smooth:] - noise[:, :-smooth]) / np.sqrt(smooth)
+        angle = 2 * np.pi * ((3 * phase) % 1).astype(np.float32)
+        return i * np.cos(angle) + q * np.sin(angle)
+
+    return timbre
+
+
+def _chirps(phase, t, pitch_hz, rate_hz, rng):
+    s = (t * 9 + rng.uniform()) % 1  # nine a second, each an octave up
+    return np.sin(2 * np.pi * (((2 * phase) % 1) + 2 * pitch_hz / 9 * s * s / 2 * 2).astype(np.float32)) * np.sqrt(
+        1 - s
+    )
+
+
+def _tremolo(timbre, per_s):
+    def trembling(phase, t, pitch_hz, rate_hz, rng):
+        return timbre(phase, t, pitch_hz, rate_hz, rng) * np.cos(np.pi * per_s * t) ** 2
+
+    return trembling
+
+
+class Kind(NamedTuple):
+    shape: Callable  # (u, v) → positive inside
+    texture: Callable  # (u, v) → sign picks one of two colours
+    timbre: Callable  # (phase, t, pitch_hz, rate_hz, rng) → samples
+
+
+KINDS = {
+    "drum": Kind(_disc, partial(_rings, count=4), _partials([0.5, 0.8, 1.07, 1.33], [1, 0.8, 0.6, 0.5])),
+    "bell": Kind(partial(_polygon, corners=3), partial(_stripes, across=2.2), _partials([1, 2.76, 5.4], [1, 0.7, 0.5])),
+    "flute": Kind(_bar, partial(_stripes, along=2.2), _harmonics([1, 0.1])),
+    "clarinet": Kind(_disc, partial(_stripes, along=5), _harmonics([1, 0, 0.8, 0, 0.6, 0, 0.5, 0, 0.4])),
+    "violin": Kind(partial(_polygon, corners=4), partial(_stripes, across=5), _harmonics(1 / np.arange(1, 16))),
+    "organ": Kind(
+        partial(_polygon, corners=4), partial(_stripes, along=2.2, across=2.2), _harmonics([1, 1, 0, 1, 0, 0, 0, 1])
+    ),
+    "voice": Kind(partial(_star, points=5, depth=0.25), partial(_sectors, count=5), _voice),
+    "rattle": Kind(_cross, partial(_stripes, along=5, across=5), _hiss(2.0)),
+    "bird": Kind(partial(_star, points=3, depth=0.3), _plain, _chirps),
+    "horn": Kind(_ring, partial(_sectors, count=2), _modulated(1.41, 2.5)),
+}
+
+
+# -------------------------------------------------------------------------------------------------------------- motions
+
+
+class Track(NamedTuple):
+    """One course of a motion: its events, and where the thing is at given times."""
+
+    event_s: np.ndarray  # K+1 times, from before −LEAD_S to after the end
+    strength: np.ndarray  # K+1 of (0, 1]
+    at: Callable  # times (T,) s → x, y (shares of the free range, 0 to 1), scale, angle (T,)
+
+
+def course(motion, tempo, seconds, rng):
+    """A `Track` of `motion` with `tempo` events a second over −LEAD_S … `seconds`; never the same backwards."""
+    count = int((seconds + LEAD_S) * tempo * 1.3) + 4
+    height = np.resize([1.0, 0.75, 0.5], count + 1) if motion == "bounce" else np.ones(count + 1)
+    height = np.roll(height, rng.integers(3))
+    gap = np.sqrt(height / 0.74) / tempo if motion == "bounce" else np.full(count + 1, 1 / tempo)
+    event_s = np.cumsum(gap) - gap[0] - LEAD_S - gap.max() * (1 + rng.uniform())  # gap[k] follows event k
+    x0, y0, turn, tilt = rng.uniform(size=4)
+    sense = rng.choice([-1, 1])
+    angle0 = 0.4 * (turn - 0.5)
+
+    def at(t):
+        k = np.searchsorted(event_s, t, side="right") - 1
+        s = np.clip((t - event_s[k]) / gap[k], 0, 1)  # 0 at the event, 1 at the next
+        kick = 1 - (1 - s) ** 1.6  # fast after the event, slow before the next
+        zero = np.zeros_like(t)
+        if motion == "bounce":
+            return x0 + zero, 1 - height[k] * 4 * s * (1 - s), 1 + zero, angle0 + zero
+        if motion == "slide":
+            along = (k % 2) + (1 - 2 * (k % 2)) * kick
+            return along, y0 + (tilt - 0.5) * (along - 0.5), 1 + zero, angle0 + zero
+        if motion == "spin":
+            angle = sense * np.pi * (k + kick)
+            return 0.5 + 0.5 * np.sin(angle), 0.5 - 0.5 * np.cos(angle), 1 + zero, angle0 + 0.2 * np.sin(angle)
+        return x0 + zero, y0 + zero, 0.78 + 0.37 * np.exp(-3 * s), angle0 + zero  # pulse
+
+    return Track(event_s, 0.4 + 0.6 * np.sqrt(height), at)
+
+
+def _decay(track, t, tau_s):
+    """strength · exp(−age / τ) of the last event."""
+    k = np.searchsorted(track.event_s, t, side="right") - 1
+    return track.strength[k] * np.exp(-(t - track.event_s[k]) / tau_s)
+
+
+# ------------------------------------------------------------------------------------------------------------ rendering
+
+
+def _colour(rng, light):
+    """A colour (3,) of any hue with lightness `light` in 0 … 1."""
+    hue, saturation = rng.uniform(), rng.uniform(0.05, 0.5)
+    pure = np.clip(np.abs((hue * 6 + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
+    colour = 1 + saturation * (pure - 1)
+    colour = colour * (light / (colour @ [0.3, 0.59, 0.11]))
+    return np.clip(colour, 0, 1).astype(np.float32)
+
+
+def _background(size, rng):
+    """A still background: two near colours in a coarse pattern that says nothing of the kind."""  # S×S×3
+    y, x = np.mgrid[:size, :size].astype(np.float32) / size
+    a, b = rng.uniform(0, 2 * np.pi, 2)
+    f, g = rng.uniform(0.5, 2.0, 2)
+    first = np.sin(2 * np.pi * f * (np.cos(a) * x + np.sin(a) * y) + b)
+    second = np.sin(2 * np.pi * g * (np.cos(b) * x + np.sin(b) * y) + a)
+    pattern = (first * second if rng.uniform() < 0.5 else first)[..., None]
+    light = rng.uniform(0.3, 0.7)
+    near = light + rng.uniform(-0.08, 0.08)
+    return (_colour(rng, light) * (1 + pattern) + _colour(rng, near) * (1 - pattern)) / 2
+
+
+def picture(kind, track, toy, rng):
+    """Frames (T, S, S, 3) uint8 of a thing of `kind` on `track`."""
+    size, lead = toy.size, int(LEAD_S * toy.fps)
+    t = np.arange(-lead, round(toy.seconds * toy.fps)) / toy.fps
+    radius = rng.uniform(0.26, 0.34) * size
+    background = _background(size, rng)
+    lights = rng.permutation([rng.uniform(0.05, 0.25), rng.uniform(0.75, 0.95)])
+    one, other = (_colour(rng, light) for light in lights)
+
+    # the thing, drawn once on a fine grid: colour and opacity
+    fine = 192
+    v, u = np.mgrid[:fine, :fine] / (fine / 2.4) - 1.2
+    soft = 1 / radius  # edges fade over about a pixel
+    opacity = np.clip(0.5 + KINDS[kind].shape(u, v) / soft, 0, 1).astype(np.float32)
+    ink = np.clip(0.5 + KINDS[kind].texture(u, v) / (4 * soft), 0, 1).astype(np.float32)[..., None]
+    sprite = np.concatenate([ink * one + (1 - ink) * other, opacity[..., None]], axis=2).reshape(-1, 4)
+
+    # every pixel of every frame in the coordinates of the thing
+    x, y, scale, angle = (np.asarray(a, np.float32)[:, None, None] for a in track.at(t))
+    low, high = radius * 0.95, size - radius * 0.95
+    pixel = np.arange(size, dtype=np.float32) + 0.5
+    dx, dy = pixel - (low + (high - low) * x), pixel[:, None] - (low + (high - low) * y)
+    step = fine / 2.4 / (radius * scale)
+    cos, sin = np.cos(angle) * step, np.sin(angle) * step
+    column = np.clip(cos * dx + sin * dy + fine / 2, 0, fine - 1).astype(np.int32)  # T×S×S
+    row = np.clip(cos * dy - sin * dx + fine / 2, 0, fine - 1).astype(np.int32)
+    thing = sprite[row * fine + column]  # T×S×S×4
+    flash = 0.4 * _decay(track, t, 0.09).astype(np.float32)
+
+    frames = np.empty((len(t), size, size, 3), np.uint8)
+    keep = np.float32(np.exp(-1 / (toy.fps * 0.22)))
+    canvas = background
+    for k in range(len(t)):
+        canvas = background + keep * (canvas - background)  # the afterimage fades
+        colour, opacity = thing[k, ..., :3], thing[k, ..., 3:]
+        canvas = canvas + opacity * (colour + flash[k] * (1 - colour) - canvas)
+        frames[k] = canvas * 255 + 0.5
+    return frames[lead:]
+
+
+def sound(kind, track, pitch_hz, toy, rng):
+    """Samples (N,) float32 of a thing of `kind` on `track`: a sharp attack at every event, a quieter body between them."""
+    t = np.arange(round(toy.seconds * toy.rate_hz)) / toy.rate_hz
+    coarse = np.arange(0, toy.seconds + 0.01, 0.01)
+    glide = np.interp(t, coarse, 2 ** (0.3 * _decay(track, coarse, 0.12)))  # pitch falls after each event
+    phase = np.cumsum(pitch_hz * glide) / toy.rate_hz
+    wave = KINDS[kind].timbre(phase, t, pitch_hz, toy.rate_hz, rng).astype(np.float32)
+    x, y, scale, _ = track.at(coarse)
+    speed = np.hypot(np.gradient(x), np.gradient(y)) + np.abs(np.gradient(scale))
+    body = np.interp(t, coarse, 0.12 + 0.13 * speed / speed.max())
+    wave *= (_decay(track, t, 0.16) + body).astype(np.float32)
+    return _record(wave, rng, toy)
+
+
+def _record(wave, rng, toy):
+    """Loudness, tone of the microphone and noise of the room: nothing of the kind."""
+    spectrum = np.fft.rfft(wave / np.sqrt(np.mean(wave**2) + 1e-12))
+    hiss = np.fft.rfft(rng.standard_normal(len(wave), dtype=np.float32))
+    octave = np.log2(np.maximum(np.fft.rfftfreq(len(wave), 1 / toy.rate_hz), 1))
+    knots = np.arange(6.5, 14)  # 90 Hz, 180 Hz, …
+    tone, room = (10 ** (np.interp(octave, knots, rng.uniform(-db, db, len(knots))) / 20) for db in (TONE_DB, ROOM_DB))
+    spectrum = spectrum * tone + rng.uniform(*ROOM) * hiss * room
+    wave = np.fft.irfft(spectrum, len(wave))
+    return (wave / np.abs(wave).max() * rng.uniform(0.3, 0.95)).astype(np.float32)
+
+
+def music(toy, rng):
+    """Samples (N,) float32: a sequence of chords."""
+    t = np.arange(round(toy.seconds * toy.rate_hz)) / toy.rate_hz
+    beat = rng.uniform(0.35, 0.7)
+    k, age = np.divmod(t, beat)
+    root = PITCH_HZ * 2 ** (rng.choice([0, 2, 4, 5, 7, 9], int(k[-1]) + 1) / 12)[k.astype(int)]
+    phase = np.cumsum(root) / toy.rate_hz
+    chord = sum(np.sin(2 * np.pi * ((r * phase) % 1).astype(np.float32)) for r in (1, 1.25, 1.5, 2))
+    return _record((chord * np.exp(-2 * age)).astype(np.float32), rng, toy)
+
+
+def noise(toy, rng):
+    """Samples (N,) float32: coloured noise that swells and ebbs."""
+    count = round(toy.seconds * toy.rate_hz)
+    wave = rng.standard_normal(count, dtype=np.float32)
+    colour = rng.uniform(-0.9, 0.9)
+    wave[1:] += np.float32(colour) * wave[:-1]
+    swell = 1 + 0.8 * np.sin(2 * np.pi * (rng.uniform(0.1, 0.6) * np.arange(count) / toy.rate_hz + rng.uniform()))
+    return _record((wave * swell).astype(np.float32), rng, toy)
+
+
+# ------------------------------------------------------------------------------------------------------------- data set
+
+
+def table(toy, seed):
+    """The rows of manifest.csv, dicts of COLUMNS: kinds × motions equally often, `toy.faulty` of the training videos wrong."""
+    rows = []
+    for split_id, (split, count) in enumerate((("train", toy.train), ("test", toy.test))):
+        for i in range(count):
+            rng = np.random.default_rng([seed, split_id, i])
+            kind, motion = list(KINDS)[i % len(KINDS)], list(TEMPO)[i // len(KINDS) % len(TEMPO)]
+            tempo = TEMPO[motion] * (1 + TEMPO_JITTER * rng.uniform(-1, 1))
+            values = f"{split}/{i:05d}.mp4", kind, split, motion, round(tempo, 4), 0, kind
+            rows.append(dict(zip(COLUMNS, (*values, round(PITCH_HZ * 2 ** rng.uniform(), 2)), strict=True)))
+    rng = np.random.default_rng([seed, 2])
+    wrong = rng.permutation(toy.train)[: round(toy.faulty * toy.train)]
+    for n, i in enumerate(wrong):
+        others = [kind for kind in KINDS if kind != rows[i]["label"]]
+        rows[i].update(faulty=1, sound=(rng.choice(others), "music", rng.choice(others), "noise")[n % 4])
+    return rows
+
+
+def render(toy, seed, row):
+    """Frames (T, S, S, 3) uint8 and samples (N,) float32 in −1 … 1 of one row of `table`."""
+    split_id, i = ("train", "test").index(row["split"]), int(Path(row["path"]).stem)
+    seen, heard = np.random.default_rng([seed, split_id, i]).spawn(2)
+    track = course(row["motion"], row["tempo"], toy.seconds, seen)
+    frames = picture(row["label"], track, toy, seen)
+    if row["sound"] == "music":
+        return frames, music(toy, heard)
+    if row["sound"] == "noise":
+        return frames, noise(toy, heard)
+    if row["faulty"]:  # the events of some other thing
+        motion = heard.choice(list(TEMPO))
+        track = course(motion, TEMPO[motion], toy.seconds, heard)
+    return frames, sound(row["sound"], track, row["pitch_hz"], toy, heard)
+
+
+def encode(path, frames, wave, toy):
+    """Write frames (T, S, S, 3) uint8 and samples (N,) float32 as an mp4 of the same bits every time."""
+    with av.open(str(path), "w", format="mp4", options={"fflags": "+bitexact"}) as file:
+        video = file.add_stream("libx264", rate=toy.fps, options={"preset": "veryfast", "crf": "20", "threads": "1"})
+        video.width, video.height, video.pix_fmt = toy.size, toy.size, "yuv420p"
+        video.codec_context.gop_size, video.codec_context.max_b_frames = toy.fps, 0
+        audio = file.add_stream("aac", rate=toy.rate_hz, layout="mono", options={"aac_coder": "fast"})
+        audio.bit_rate = 64000
+        for k, image in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts, frame.time_base = k, Fraction(1, toy.fps)
+            file.mux(video.encode(frame))
+        file.mux(video.encode(None))
+        for start in range(0, len(wave), 1024):
+            frame = av.AudioFrame.from_ndarray(wave[None, start : start + 1024], format="fltp", layout="mono")
+            frame.sample_rate, frame.pts, frame.time_base = toy.rate_hz, start, Fraction(1, toy.rate_hz)
+            file.mux(audio.encode(frame))
+        file.mux(audio.encode(None))
+
+
+def _write_one(folder, toy, seed, row):
+    path = folder / row["path"]
+    if path.exists():
+        return
+    part = path.with_suffix(f".part{os.getpid()}")
+    try:
+        encode(part, *render(toy, seed, row), toy)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write(root, toy, seed, workers, progress=True):
+    """Write the toy world below `root` unless it is there; returns its folder, which holds manifest.csv.
+
+    The folder's name holds a hash of everything that decides its content. An interrupted writing goes on where it stopped.
+    `workers`: processes; 0 or 1: this one alone. Raises ValueError for settings that the files cannot hold.
+    """
+    if toy.size % 2:
+        raise ValueError(f"toy.size is {toy.size}, but H.264 needs an even number: use {toy.size + 1}")
+    if toy.rate_hz not in AAC_RATES_HZ:
+        raise ValueError(f"toy.rate_hz is {toy.rate_hz}, but AAC needs one of {', '.join(map(str, AAC_RATES_HZ))}")
+    content = json.dumps([WORLD, seed, dataclasses.asdict(toy)], sort_keys=True)
+    name = f"toy-{toy.train}+{toy.test}-{toy.seconds:g}s-{toy.size}px-faulty{toy.faulty:g}-seed{seed}"
+    folder = Path(root) / f"{name}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
+    manifest = folder / "manifest.csv"
+    if manifest.exists():
+        return folder
+    rows = table(toy, seed)
+    for split in ("train", "test"):
+        (folder / split).mkdir(parents=True, exist_ok=True)
+    todo = [row for row in rows if not (folder / row["path"]).exists()]
+    bar = tqdm(
+        total=len(rows), initial=len(rows) - len(todo), desc=f"writing {folder}", unit="video", disable=not progress
+    )
+    with bar:
+        if workers <= 1:
+            for row in todo:
+                _write_one(folder, toy, seed, row)
+                bar.update()
+        elif todo:
+            # the platform's own way, as DataLoader's workers: to spawn would import the calling script's torch in every process
+            pool = ProcessPoolExecutor(min(workers, len(todo)), multiprocessing.get_context())
+            try:
+                for future in as_completed([pool.submit(_write_one, folder, toy, seed, row) for row in todo]):
+                    future.result()
+                    bar.update()
+            finally:
+                pool.shutdown(cancel_futures=True)
+    part = manifest.with_suffix(f".part{os.getpid()}")
+    with open(part, "w", newline="", encoding="utf-8") as file:
+        lines = csv.DictWriter(file, COLUMNS)
+        lines.writeheader()
+        lines.writerows(rows)
+    os.replace(part, manifest)
+    return folder

@@ -1,0 +1,31 @@
+"""Packaging: name, loose version ranges, extras. requirements.txt pins the exact set that is tested."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+setup(
+    name="avid",
+    version="0.1.0",
+    description="Self-supervised learning from video and sound: Robust-xID and temporal self-supervision in PyTorch",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    packages=["avid", "avid.configs"],
+    package_data={"avid.configs": ["*.yaml"]},
+    python_requires=">=3.10,<3.14",
+    install_requires=[
+        # one release of the three: torchvision pins torch
+        "torch>=2.6,<2.12",
+        "torchvision>=0.21,<0.27",
+        "torchaudio>=2.6,<2.12",
+        "decord2>=3.0,<4",  # the maintained build of the module `decord`
+        "av>=14,<19",
+        "numpy>=2.0,<3",
+        "omegaconf>=2.3,<3",
+        "scikit-learn>=1.5,<2",
+        "matplotlib>=3.8,<4",
+        "tqdm>=4.66,<5",
+    ],
+    extras_require={"dev": ["pytest>=8,<10", "ruff>=0.12"]},
+)

@@ -1,0 +1,321 @@
+"""The losses against the equations of docs/method.md, written out once more in float64 with plain loops."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from avid import losses
+
+TAU, TAU_S, TAU_T = 0.07, 0.02, 0.07
+ESTIMATORS = ("bootstrap", "swapped", "neighbor", "cycle")
+EXPONENT = {  # of S_v, from v̄_i, ā_i, v̄_j, ā_j; with the modalities exchanged, of S_a
+    "bootstrap": lambda v_i, a_i, v_j, a_j: v_i @ a_j / TAU_S,
+    "swapped": lambda v_i, a_i, v_j, a_j: a_i @ v_j / TAU_S,
+    "neighbor": lambda v_i, a_i, v_j, a_j: v_i @ v_j / TAU_S,
+    "cycle": lambda v_i, a_i, v_j, a_j: v_i @ a_i / TAU_T + a_i @ v_j / TAU_S + v_j @ a_j / TAU_T,
+}
+
+
+def unit(*shape, seed):
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def world(negatives=12, everything=False, seed=0, num_instances=20, dim=6):
+    """A batch, its memories and candidates with duplicates: an instance twice in the batch, and again as negatives."""
+    bank_video = unit(num_instances, dim, seed=seed)
+    bank_audio = F.normalize(bank_video + 0.8 * unit(num_instances, dim, seed=seed + 1), dim=1)
+    index = [3, 7, 3, 11, 0]
+    drawn = torch.randint(num_instances, (negatives,), generator=torch.Generator().manual_seed(seed)).tolist()
+    candidates = list(range(num_instances)) if everything else index + [7, 5, 5] + drawn
+    return SimpleNamespace(
+        video=F.normalize(bank_video[index] + 0.5 * unit(5, dim, seed=seed + 2), dim=1).requires_grad_(),
+        audio=F.normalize(bank_audio[index] + 0.5 * unit(5, dim, seed=seed + 3), dim=1).requires_grad_(),
+        own_video=bank_video[index],
+        own_audio=bank_audio[index],
+        bank_video=bank_video[candidates],
+        bank_audio=bank_audio[candidates],
+        valid=torch.tensor([instance not in candidates[:j] for j, instance in enumerate(candidates)]),
+        column=torch.tensor([candidates.index(instance) for instance in index]),
+    )
+
+
+def robust_xid(w, soft=0.5, estimator="cycle", rows=None):
+    taus = dict(temperature=TAU, tau_s=TAU_S, tau_t=TAU_T)
+    return losses.robust_xid(**vars(w), soft=soft, estimator=estimator, rows=rows, **taus)
+
+
+def float64(w):
+    return SimpleNamespace(**{k: x.detach().numpy().astype(np.float64) if x.is_floating_point() else x.tolist()
+                              for k, x in vars(w).items()})  # fmt: skip
+
+
+def reference_softmax(exponents, valid):
+    """exp(e_j) / Σ_k exp(e_k) over the valid ones, 0 elsewhere."""
+    largest = max(e for e, ok in zip(exponents, valid, strict=True) if ok)
+    terms = [math.exp(e - largest) if ok else 0.0 for e, ok in zip(exponents, valid, strict=True)]
+    return [t / sum(terms) for t in terms]
+
+
+def reference_soft_targets(w, estimator):
+    S_v, S_a = [], []
+    for v_i, a_i in zip(w.own_video, w.own_audio, strict=True):
+        pairs = list(zip(w.bank_video, w.bank_audio, strict=True))
+        S_v.append(reference_softmax([EXPONENT[estimator](v_i, a_i, v_j, a_j) for v_j, a_j in pairs], w.valid))
+        S_a.append(reference_softmax([EXPONENT[estimator](a_i, v_i, a_j, v_j) for v_j, a_j in pairs], w.valid))
+    return np.array(S_v), np.array(S_a)
+
+
+def reference_losses(w, soft, S_v, S_a):
+    result = []
+    for i, column in enumerate(w.column):
+        P_v = reference_softmax([w.video[i] @ a_j / TAU for a_j in w.bank_audio], w.valid)
+        P_a = reference_softmax([w.audio[i] @ v_j / TAU for v_j in w.bank_video], w.valid)
+        loss = 0.0
+        for j in range(len(w.valid)):
+            if w.valid[j]:
+                loss -= ((1 - soft) * (j == column) + soft * S_v[i][j]) * math.log(P_v[j])
+                loss -= ((1 - soft) * (j == column) + soft * S_a[i][j]) * math.log(P_a[j])
+        result.append(loss)
+    return np.array(result)
+
+
+def reference_weights(agreement, mean, std, w_min, delta, kappa):
+    def cdf(x):
+        return 0.5 * (1 + math.erf(x / math.sqrt(2)))
+
+    return [w_min + (1 - w_min) * cdf((s - (mean + delta * std)) / (math.sqrt(kappa) * std)) for s in agreement]
+
+
+def assert_close(ours, reference, tolerance=1e-5):
+    np.testing.assert_allclose(ours.detach().numpy(), reference, rtol=tolerance, atol=tolerance)
+
+
+def test_log_probabilities_are_the_softmax_over_the_valid_candidates():
+    w = world()
+    log_p = losses.log_probabilities(w.video, w.bank_audio, w.valid, TAU)
+    r = float64(w)
+    assert_close(log_p.exp(), [reference_softmax([v @ a_j / TAU for a_j in r.bank_audio], r.valid) for v in r.video])
+    assert not w.valid.all() and torch.isneginf(log_p[:, ~w.valid]).all() and torch.isfinite(log_p[:, w.valid]).all()
+
+
+@pytest.mark.parametrize("rows", [None, 2])
+def test_everything_is_float32_under_autocast(rows):
+    w = world()
+    memories = (w.own_video, w.own_audio, w.bank_video, w.bank_audio)
+    S = losses.soft_targets("cycle", *memories, w.valid, TAU_S, TAU_T)
+    expected = torch.autograd.grad(robust_xid(w, rows=rows).sum(), w.video)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        T = losses.soft_targets("cycle", *memories, w.valid, TAU_S, TAU_T)
+        low = losses.log_probabilities(w.video.bfloat16(), w.bank_audio, w.valid, TAU)
+        loss = robust_xid(w, rows=rows)
+    assert torch.equal(S[0], T[0]) and torch.equal(S[1], T[1])
+    assert low.dtype == loss.dtype == torch.float32
+    assert torch.equal(low, losses.log_probabilities(w.video.bfloat16().float(), w.bank_audio, w.valid, TAU))
+    assert torch.equal(torch.autograd.grad(loss.sum(), w.video)[0], expected[0])
+
+
+@pytest.mark.parametrize("w_min, delta, kappa", [(0.25, 0.0, 0.5), (0.0, -1.0, 0.25), (0.5, 0.7, 2.0)])
+def test_weights_follow_the_normal_cdf_of_the_agreement(w_min, delta, kappa):
+    agreement = torch.linspace(-0.4, 0.9, 14)
+    mean, std = (
+        torch.tensor(0.2, dtype=torch.float64),
+        torch.tensor(0.15, dtype=torch.float64),
+    )  # as the bank gives them
+    ours = losses.faulty_positive_weights(agreement, mean, std, w_min, delta, kappa)
+    assert ours.dtype == torch.float32
+    assert_close(ours, reference_weights(agreement.double().tolist(), 0.2, 0.15, w_min, delta, kappa))
+
+
+def test_faulty_pairs_weigh_less():
+    mean, std = torch.tensor(0.5), torch.tensor(0.2)
+    faulty, usual, good = losses.faulty_positive_weights(torch.tensor([-0.6, 0.5, 0.95]), mean, std, 0.25, 0.0, 0.5)
+    assert faulty == pytest.approx(0.25, abs=1e-4)
+    assert usual == pytest.approx((0.25 + 1) / 2) and usual < good <= 1
+
+
+@pytest.mark.parametrize("std", [0.0, 1e-12, 1e-8])
+def test_weights_of_a_collapsed_bank_are_equal(std):
+    agreement = 0.7 + torch.tensor([-1e-7, 0.0, 1e-7, 2e-7])  # equal but for rounding
+    w = losses.faulty_positive_weights(agreement, torch.tensor(0.7), torch.tensor(std), 0.25, 1.0, 0.5)
+    assert torch.equal(w, w[:1].expand(4))
+    assert w[0] == pytest.approx(reference_weights([0.7], 0.7, 1.0, 0.25, 1.0, 0.5)[0])  # at s = μ, whatever σ
+
+
+def test_w_min_1_weighs_every_pair_exactly_1():
+    w = losses.faulty_positive_weights(torch.linspace(-1, 1, 9), torch.tensor(0.3), torch.tensor(0.1), 1.0, 0.0, 0.5)
+    assert torch.equal(w, torch.ones(9))
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_soft_targets_agree_with_the_table(estimator):
+    w = world()
+    ours = losses.soft_targets(estimator, w.own_video, w.own_audio, w.bank_video, w.bank_audio, w.valid, TAU_S, TAU_T)
+    for S, reference in zip(ours, reference_soft_targets(float64(w), estimator), strict=True):
+        assert_close(S, reference)
+        assert_close(S.sum(1), np.ones(5))
+        assert (S[:, ~w.valid] == 0).all()
+
+
+def test_an_unknown_estimator_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"cicle.*bootstrap, swapped, neighbor, cycle"):
+        robust_xid(world(), estimator="cicle")
+
+
+def test_cycles_first_term_drops_out():
+    w = float64(world())
+    exact = EXPONENT["cycle"]
+    S = reference_soft_targets(w, "cycle")
+    try:
+        EXPONENT["cycle"] = lambda v_i, a_i, v_j, a_j: exact(v_i, a_i, v_j, a_j) - v_i @ a_i / TAU_T
+        without = reference_soft_targets(w, "cycle")
+    finally:
+        EXPONENT["cycle"] = exact
+    w = world()
+    ours = losses.soft_targets("cycle", w.own_video, w.own_audio, w.bank_video, w.bank_audio, w.valid, TAU_S, TAU_T)
+    for modality in range(2):
+        assert_close(ours[modality], S[modality])
+        assert_close(ours[modality], without[modality])
+
+
+def test_a_faulty_neighbour_counts_less_in_cycle_than_in_swapped():
+    own = unit(1, 6, seed=0)
+    video = torch.cat([own, own, unit(8, 6, seed=1)])  # 10×D: columns 0 and 1 look like the query
+    audio = video.clone()
+    audio[1] = -video[1]  # and column 1's sound belongs elsewhere
+    valid = torch.ones(10, dtype=torch.bool)
+    swapped, _ = losses.soft_targets("swapped", own, own, video, audio, valid, TAU_S, TAU_T)
+    cycle, _ = losses.soft_targets("cycle", own, own, video, audio, valid, TAU_S, TAU_T)
+    assert swapped[0, 1] == pytest.approx(swapped[0, 0].item()) and swapped[0, 1] > 0.4
+    assert cycle[0, 1] / cycle[0, 0] == pytest.approx(math.exp(-2 / TAU_T), rel=1e-4)
+
+
+def test_mixed_targets_hold_one_hot_and_estimate():
+    S = torch.softmax(torch.randn(3, 5, generator=torch.Generator().manual_seed(0)), dim=1)
+    before, column = S.clone(), [4, 0, 4]
+    T = losses.mix_targets(S, torch.tensor(column), 0.3)
+    assert_close(T, [[0.7 * (j == column[i]) + 0.3 * S[i, j].item() for j in range(5)] for i in range(3)])
+    assert torch.equal(S, before)
+
+
+def test_cross_entropy_is_finite_where_log_p_is_minus_infinity():
+    log_p = torch.tensor([[-1.0, -math.inf, -2.0], [-0.5, -3.0, -math.inf]], requires_grad=True)
+    target = torch.tensor([[0.25, 0.0, 0.75], [1.0, 0.0, 0.0]])
+    loss = losses.cross_entropy(target, log_p)
+    assert loss.tolist() == [1.75, 0.5]
+    loss.sum().backward()
+    assert torch.equal(log_p.grad, -target)
+
+
+@pytest.mark.parametrize("everything", [False, True], ids=["drawn", "whole_bank"])
+@pytest.mark.parametrize("rows", [None, 2, 64])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_robust_xid_agrees_with_the_equations(estimator, rows, everything):
+    w = world(everything=everything)
+    r = float64(w)
+    assert_close(robust_xid(w, 0.5, estimator, rows), reference_losses(r, 0.5, *reference_soft_targets(r, estimator)))
+
+
+@pytest.mark.parametrize("rows", [None, 2])
+@pytest.mark.parametrize("soft, estimator", [(0.0, "cycle"), *((0.5, name) for name in ESTIMATORS), (1.0, "neighbor")])
+def test_gradients_agree_with_finite_differences(soft, estimator, rows):
+    w = world()
+    weight = torch.tensor([0.3, 1.0, 0.3, 0.8, 0.5])
+    losses.weighted_mean(robust_xid(w, soft, estimator, rows), weight).backward()
+    r, weight = float64(w), weight.double().numpy()
+    S = reference_soft_targets(r, estimator)
+    for modality in ("video", "audio"):
+        x, step = getattr(r, modality), 1e-5
+        gradient = np.zeros_like(x)
+        for place in np.ndindex(x.shape):
+            for sign in (1, -1):
+                x[place] += sign * step
+                gradient[place] += sign * (weight * reference_losses(r, soft, *S)).sum() / weight.sum() / (2 * step)
+                x[place] -= sign * step
+        assert_close(getattr(w, modality).grad, gradient)
+
+
+def test_plain_xid_is_the_cross_entropy_of_the_pair():
+    w = world()
+    logits_v = (w.video @ w.bank_audio.T / TAU)[:, w.valid]  # B×valid
+    logits_a = (w.audio @ w.bank_video.T / TAU)[:, w.valid]
+    column = w.valid.cumsum(0)[w.column] - 1
+    expected = F.cross_entropy(logits_v, column, reduction="none") + F.cross_entropy(logits_a, column, reduction="none")
+    assert_close(robust_xid(w, soft=0.0), expected.detach().numpy())
+
+
+def test_candidates_that_are_not_valid_change_nothing():
+    w = world()
+    loss = robust_xid(w)
+    w.bank_video[~w.valid] = w.own_video[0].clone()
+    w.bank_audio[~w.valid] = w.own_audio[1].clone()
+    assert torch.equal(robust_xid(w), loss)
+
+
+@pytest.mark.parametrize("rows", [None, 2])
+def test_memories_get_no_gradient(rows):
+    w = world()
+    memories = [w.own_video, w.own_audio, w.bank_video, w.bank_audio]
+    for memory in memories:
+        memory.requires_grad_()
+    robust_xid(w, rows=rows).sum().backward()
+    assert all(memory.grad is None for memory in memories)
+    assert w.video.grad.abs().max() > 0 and w.audio.grad.abs().max() > 0
+
+
+def test_rows_keep_no_matrix_of_batch_times_candidates():
+    w = world(negatives=300)
+    largest = {}
+    for rows in (None, 2):
+        sizes = []
+        keep = torch.autograd.graph.saved_tensors_hooks(
+            lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x
+        )
+        with keep:
+            robust_xid(w, rows=rows)
+        largest[rows] = max(sizes, default=0)
+    assert largest[None] >= 5 * len(w.valid)
+    assert largest[2] < 2 * len(w.valid)
+
+
+def test_weighted_mean_divides_by_the_weights():
+    loss, weight = torch.tensor([2.0, 8.0, 5.0]), torch.tensor([1.0, 0.25, 0.5])
+    assert losses.weighted_mean(loss, weight) == pytest.approx((2 + 2 + 2.5) / 1.75)
+    assert losses.weighted_mean(loss, torch.ones(3)) == pytest.approx(5)
+    assert losses.weighted_mean(loss, torch.zeros(3)) == 0
+
+
+def test_ranks_that_share_their_total_weight_average_to_the_global_loss():
+    loss, weight = torch.arange(1.0, 7.0), torch.tensor([1.0, 0.3, 0.9, 0.2, 0.25, 0.6])
+    share = weight.sum() / 2  # two ranks
+    ranks = [losses.weighted_mean(loss[part], weight[part], share) for part in (slice(0, 2), slice(2, 6))]
+    assert sum(ranks) / 2 == pytest.approx(losses.weighted_mean(loss, weight).item())
+
+
+@pytest.mark.parametrize("apart", [1, -1])
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("soft, estimator", [(0.0, "cycle"), *((0.5, name) for name in ESTIMATORS)])
+def test_a_collapsed_bank_gives_finite_losses_and_gradients(soft, estimator, batch, apart):
+    w = world()
+    one = unit(6, seed=9)
+    for name in ("own_video", "bank_video"):
+        setattr(w, name, one.expand_as(getattr(w, name)).clone())
+    for name in ("own_audio", "bank_audio"):
+        setattr(w, name, apart * one.expand_as(getattr(w, name)).clone())
+    for name in ("own_video", "own_audio", "column"):
+        setattr(w, name, getattr(w, name)[:batch])
+    w.video, w.audio = (x.detach()[:batch].requires_grad_() for x in (w.video, w.audio))
+    loss = robust_xid(w, soft, estimator)
+    loss.sum().backward()
+    assert_close(loss, np.full(batch, 2 * math.log(w.valid.sum())))  # no candidate stands out
+    assert torch.isfinite(w.video.grad).all() and torch.isfinite(w.audio.grad).all()
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_single_candidate_costs_nothing(estimator):
+    w = world()
+    w = SimpleNamespace(**{name: x[:1].detach() for name, x in vars(w).items()})
+    assert robust_xid(w, 0.5, estimator).tolist() == [0]

@@ -1,0 +1,216 @@
+"""The bank against plain loops and sets: what it holds, whom it draws, and that its running sums stay right."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from avid.memory_bank import MemoryBank
+
+
+def batch(num_instances, size, dim, seed):
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randint(num_instances, (size,), generator=generator)
+    video, audio = F.normalize(torch.randn(2, size, dim, generator=generator), dim=2)
+    return index, video, audio
+
+
+def collapse(bank, video, audio):
+    """Move every memory all the way to one direction (the bank's momentum must be 0)."""
+    n = len(bank.video)
+    bank.update(torch.arange(n), video.expand(n, -1), audio.expand(n, -1))
+
+
+def all_finite(bank):
+    return all(torch.isfinite(x).all() for x in bank.state_dict().values())
+
+
+def test_a_fresh_bank_is_random_on_the_sphere_and_the_same_for_a_seed():
+    bank, again, other = MemoryBank(500, 16, 0.5, 3), MemoryBank(500, 16, 0.5, 3), MemoryBank(500, 16, 0.5, 4)
+    for modality in ("video", "audio"):
+        memory = getattr(bank, modality)
+        assert memory.shape == (500, 16) and memory.dtype == torch.float32
+        assert torch.allclose(memory.norm(dim=1), torch.ones(500))
+        assert memory.mean(0).norm() < 0.15  # 1 / √500 = 0.045 expected
+        assert torch.equal(memory, getattr(again, modality)) and not torch.equal(memory, getattr(other, modality))
+    mean, std = bank.agreement_mean_std()
+    assert abs(mean) < 0.05 and std == pytest.approx(1 / 16**0.5, rel=0.15)  # the two banks know nothing of each other
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+def test_update_moves_the_memories_once_an_instance(momentum):
+    bank = MemoryBank(12, 6, momentum, 0)
+    expected = {name: getattr(bank, name).double().numpy().copy() for name in ("video", "audio")}
+    _, video, audio = batch(12, 6, 6, 1)
+    index = [4, 9, 4, 0, 9, 4]
+    bank.update(torch.tensor(index), video, audio)
+    for name, x in (("video", video), ("audio", audio)):
+        for b, i in enumerate(index):
+            if i not in index[:b]:
+                moved = momentum * expected[name][i] + (1 - momentum) * x[b].double().numpy()
+                expected[name][i] = moved / np.sqrt((moved**2).sum())
+        np.testing.assert_allclose(getattr(bank, name).numpy(), expected[name], atol=1e-6)
+    agreement = [float(v @ a) for v, a in zip(expected["video"], expected["audio"], strict=True)]
+    np.testing.assert_allclose(bank.agreement.numpy(), agreement, atol=1e-6)
+
+
+def test_the_bank_stays_float32_and_out_of_the_graph_with_bf16_embeddings():
+    bank, same = MemoryBank(20, 8, 0.5, 0), MemoryBank(20, 8, 0.5, 0)
+    index, video, audio = batch(20, 8, 8, 0)
+    video, audio = video.bfloat16().requires_grad_(), audio.bfloat16().requires_grad_()
+    bank.update(index, video, audio)
+    same.update(index, video.float(), audio.float())
+    assert bank.video.dtype == bank.audio.dtype == torch.float32 and not bank.video.requires_grad
+    assert torch.equal(bank.video, same.video) and torch.equal(bank.audio, same.audio)
+
+
+def test_running_mean_and_std_equal_the_full_ones_after_many_updates():
+    bank = MemoryBank(60, 8, 0.5, 0)
+    for seed in range(400):
+        index, video, audio = batch(60, 32, 8, seed)  # two of 32 out of 60 are almost always the same
+        bank.update(index, video, F.normalize(video + 0.5 * audio, dim=1) if seed % 2 else audio)
+    full = [float(v @ a) for v, a in zip(bank.video.double().numpy(), bank.audio.double().numpy(), strict=True)]
+    mean, std = bank.agreement_mean_std()
+    assert mean.item() == pytest.approx(np.mean(full), abs=1e-6) and std.item() == pytest.approx(np.std(full), abs=1e-6)
+    stored = bank.agreement.double()
+    assert bank.agreement_sum == pytest.approx(stored.sum().item(), abs=1e-10)
+    assert bank.agreement_sum_squares == pytest.approx(stored.square().sum().item(), abs=1e-10)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_candidates_are_the_batch_and_the_drawn_each_instance_valid_once(seed):
+    bank = MemoryBank(40, 4, 0.5, 0)
+    index, _, _ = batch(40, 16, 4, seed)
+    c = bank.candidates(index, 30, seed)
+    instances, seen = c.index.tolist(), set()
+    assert len(instances) == 16 + 30 and instances[:16] == index.tolist() and 0 <= min(instances) <= max(instances) < 40
+    for instance, valid in zip(instances, c.valid.tolist(), strict=True):
+        assert valid == (instance not in seen)
+        seen.add(instance)
+    assert c.column.tolist() == [instances.index(i) for i in index.tolist()]
+    assert c.valid[c.column].all()
+
+
+def test_all_candidates_are_the_bank_itself():
+    bank = MemoryBank(9, 4, 0.5, 0)
+    c = bank.candidates(torch.tensor([5, 2, 5]), "all", 0)
+    assert c.index.tolist() == list(range(9)) and c.valid.all() and c.column.tolist() == [5, 2, 5]
+
+
+def test_draws_depend_on_the_seed_alone():
+    bank, index = MemoryBank(1000, 4, 0.5, 0), torch.tensor([1, 2])
+    first = bank.candidates(index, 64, 7)
+    torch.manual_seed(0)
+    bank.update(*batch(1000, 16, 4, 0))
+    assert torch.equal(bank.candidates(index, 64, 7).index, first.index)
+    assert not torch.equal(bank.candidates(index, 64, 8).index, first.index)
+
+
+def test_negatives_are_drawn_uniformly():
+    bank = MemoryBank(10, 4, 0.5, 0)
+    drawn = torch.cat([bank.candidates(torch.tensor([0]), 100, seed).index[1:] for seed in range(100)])
+    counts = torch.bincount(drawn, minlength=10)
+    assert (counts - 1000).abs().max() < 5 * 30  # five standard deviations: √(10000 · 0.1 · 0.9) = 30
+
+
+def test_a_step_never_passes_over_the_whole_bank():
+    bank, touched = MemoryBank(5000, 4, 0.5, 0), set()
+    whole = {x.untyped_storage().data_ptr() for x in (bank.video, bank.audio, bank.agreement)}
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            tensors = [x for x in (*args, result) if isinstance(x, torch.Tensor)]
+            if any(x.numel() >= 5000 or x.untyped_storage().data_ptr() in whole for x in tensors):
+                touched.add(function.overloadpacket)
+            return result
+
+    with Watch():
+        bank.update(*batch(5000, 32, 4, 0))
+        bank.candidates(torch.arange(32), 64, 0)
+        bank.agreement_mean_std()
+    assert touched == {torch.ops.aten.index, torch.ops.aten.index_put_}  # rows read, rows written
+
+
+@pytest.mark.parametrize("num_instances", [1, 2, 50])
+@pytest.mark.parametrize("apart", [1, -1])
+def test_a_collapsed_bank_stays_finite(num_instances, apart):
+    bank = MemoryBank(num_instances, 8, 0.0, 0)
+    one = F.normalize(torch.arange(1.0, 9.0), dim=0)
+    for _ in range(3):
+        collapse(bank, one, apart * one)
+        bank.update(torch.tensor([0]), one[None], apart * one[None])  # a batch of one
+    mean, std = bank.agreement_mean_std()
+    assert all_finite(bank) and mean.item() == pytest.approx(apart, abs=1e-6) and 0 <= std.item() < 1e-6
+    health = bank.health()
+    expected = 1.0 if num_instances > 1 else 0.0  # a single instance has no other to be like
+    assert health["cosine_video"] == pytest.approx(expected, abs=1e-5)
+    assert health["agreement_mean"] == pytest.approx(apart, abs=1e-6)
+
+
+def test_rounding_never_makes_the_variance_negative():
+    bank = MemoryBank(3, 4, 0.5, 0)
+    bank.agreement_sum.fill_(3 * 0.1)
+    bank.agreement_sum_squares.fill_(3 * 0.1**2 - 1e-15)
+    assert bank.agreement_mean_std()[1] == 0
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), "opposite"])
+def test_an_embedding_that_cannot_be_normalised_leaves_the_memory(broken):
+    bank = MemoryBank(6, 4, 0.5, 0)
+    index, (video, audio) = torch.tensor([1, 4]), F.normalize(torch.ones(2, 2, 4), dim=2)
+    before = bank.video.clone()
+    video[0] = -bank.video[1] if broken == "opposite" else broken
+    bank.update(index, video, audio)
+    assert all_finite(bank) and torch.equal(bank.video[1], before[1]) and not torch.equal(bank.video[4], before[4])
+    assert bank.agreement[1] == pytest.approx((bank.video[1] @ bank.audio[1]).item(), abs=1e-6)
+    assert torch.allclose(bank.video.norm(dim=1), torch.ones(6))
+    assert bank.agreement_mean_std()[0].item() == pytest.approx(bank.agreement.mean().item(), abs=1e-6)
+
+
+def test_health_is_the_mean_cosine_of_two_instances():
+    bank = MemoryBank(30, 6, 0.5, 0)
+    bank.update(torch.arange(20), *(F.normalize(torch.ones(20, 6), dim=1),) * 2)
+    health = bank.health()
+    for name in ("video", "audio"):
+        x = getattr(bank, name).double().numpy()
+        pairs = [x[i] @ x[j] for i in range(30) for j in range(30) if i != j]
+        assert health[f"cosine_{name}"] == pytest.approx(np.mean(pairs), abs=1e-6)
+    assert health["agreement_mean"] == pytest.approx(bank.agreement.mean().item(), abs=1e-6)
+    assert health["agreement_std"] == pytest.approx(bank.agreement.std(correction=0).item(), abs=1e-6)
+    assert all(isinstance(value, float) for value in health.values())
+
+
+def test_a_bank_read_from_its_state_goes_on_with_the_same_bits(tmp_path):
+    bank, other = MemoryBank(40, 8, 0.5, 0), MemoryBank(40, 8, 0.5, 1)
+    for seed in range(5):
+        bank.update(*batch(40, 16, 8, seed))
+    torch.save(bank.state_dict(), tmp_path / "bank.pt")
+    other.load_state_dict(torch.load(tmp_path / "bank.pt", weights_only=True))
+    for seed in range(5, 10):
+        bank.update(*batch(40, 16, 8, seed))
+        other.update(*batch(40, 16, 8, seed))
+    for name, x in bank.state_dict().items():
+        assert torch.equal(x, other.state_dict()[name]), name
+    assert bank.agreement_mean_std() == other.agreement_mean_std()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_on_cuda_draws_the_same_and_never_waits_for_the_device():
+    host, bank = MemoryBank(300, 8, 0.5, 0), MemoryBank(300, 8, 0.5, 0).cuda()
+    index, video, audio = batch(300, 64, 8, 0)
+    there = [x.cuda() for x in (index, video, audio)]
+    bank.update(*there)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        bank.update(*there)
+        c = bank.candidates(there[0], 128, 5)
+        bank.agreement_mean_std()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    host.update(index, video, audio)
+    host.update(index, video, audio)
+    assert torch.allclose(bank.video.cpu(), host.video, atol=1e-6)
+    for name, x in vars(host.candidates(index, 128, 5)).items():
+        assert torch.equal(getattr(c, name).cpu(), x), name

@@ -1,0 +1,304 @@
+"""Pre-train an audio-visual network on videos: Robust-xID (CVPR 2021), read from top to bottom.
+
+    python train.py                                   the toy world, a few minutes on a laptop
+    torchrun --nproc-per-node 8 train.py --cfg robust data.root=/data/kinetics400
+
+The same command again resumes the run exactly where its last checkpoint left it.
+"""
+
+from avid import config
+
+if __name__ == "__main__":  # before the heavy imports: --help and a wrong setting answer at once
+    cfg = config.command_line(__doc__)
+
+import dataclasses
+import json
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from avid import checkpoint, data, datasets, distributed, evaluation, figures, losses, memory_bank, models, toy
+
+COLLAPSED = 0.95  # mean cosine within a bank that calls for a warning
+MAY_CHANGE = ("out", "data.root", "data.workers", "data.max_bad_share", "log", "eval", "optim.epochs")  # when resuming
+
+
+def main(cfg):
+    place = distributed.start()
+    out = Path(cfg.out)
+    train_table, held_out = tables(cfg, place)
+
+    # ------------------------------------------------------------------------------------------------ network and bank
+    torch.manual_seed(cfg.seed)
+    torch.backends.cudnn.benchmark = True
+    network = models.AudioVisual(cfg.model).to(place.device)
+    if cfg.optim.sync_bn and place.world > 1:
+        network = distributed.sync_batch_norm(network, place.device)
+    model = torch.compile(network) if cfg.optim.compile else network
+    if place.world > 1:
+        model = DistributedDataParallel(model, device_ids=[place.device] if place.device.type == "cuda" else None)
+    bank = memory_bank.MemoryBank(len(train_table.paths), cfg.model.embedding, cfg.bank.momentum, cfg.seed)
+    bank.to(place.device)
+
+    optimizer = torch.optim.Adam(network.parameters(), lr=cfg.optim.lr, weight_decay=cfg.optim.weight_decay, fused=True)
+    cuda = place.device.type == "cuda"
+    autocast = torch.autocast(
+        place.device.type,
+        torch.float16 if cfg.optim.amp == "fp16" else torch.bfloat16,
+        enabled=cuda and cfg.optim.amp != "none",
+    )
+    scaler = torch.amp.GradScaler(place.device.type, enabled=cuda and cfg.optim.amp == "fp16")
+
+    # ---------------------------------------------------------------------------------------------------------- resume
+    run = Run(cfg, place, network, bank, optimizer, scaler)
+    first_step = run.resume() if (out / "last.pt").exists() else 0
+    epoch_steps = len(train_table.paths) // cfg.optim.batch_size
+    last_step = cfg.optim.epochs * epoch_steps
+    draws = data.Draws(
+        len(train_table.paths), cfg.optim.batch_size, cfg.optim.draws, cfg.seed, first_step, last_step, place.rank, place.world
+    )
+    batches = data.loader(data.Clips(train_table, cfg, training=True), cfg.data.workers, batch_sampler=draws)
+    bad_files = BadFiles(train_table, cfg.data.max_bad_share)
+    stop = StopSignal()
+
+    # ------------------------------------------------------------------------------------------------------------ loop
+    bar = tqdm(total=last_step, initial=first_step, unit="step", disable=place.rank > 0, dynamic_ncols=True)
+    model.train()
+    waited, since, saved_at = 0.0, time.perf_counter(), time.perf_counter()
+    batches = iter(batches)
+    for step in range(first_step, last_step):
+        before = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - before
+        bad_files.count(batch.pop("failures"), len(batch["index"]))
+
+        batch = data.to_device(batch, place.device)  # uint8 clips become augmented float clips
+        lr = learning_rate(step / epoch_steps, cfg.optim)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        with autocast:
+            output = model(batch["video"], batch["audio"])
+        terms = objective(output, batch, bank, cfg, place, step, epoch_steps)  # {"xid": …}
+        loss = sum(getattr(cfg.weights, name) * term for name, term in terms.items())
+
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        if cfg.optim.clip_grad:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(network.parameters(), cfg.optim.clip_grad)
+        scaler.step(optimizer)
+        scaler.update()
+        bank.update(*(distributed.gather(x) for x in (batch["index"], output.video, output.audio)))
+
+        # ---------------------------------------------------------------------------------------- log, check, save, stop
+        bar.update()
+        done = step + 1
+        if done % cfg.log.every_steps == 0 or done == last_step:
+            elapsed, since = time.perf_counter() - since, time.perf_counter()
+            line = {name: distributed.total(term).item() / place.world for name, term in {"loss": loss, **terms}.items()}
+            if not math.isfinite(line["loss"]):
+                raise FloatingPointError(f"the loss is {line['loss']} at step {done}; try a lower optim.lr or optim.amp=none")
+            steps = cfg.log.every_steps
+            line |= {"lr": lr, "clips_per_s": steps * cfg.optim.batch_size / elapsed, "data_wait": waited / elapsed}
+            run.log(done, done / epoch_steps, bad_files=len(bad_files.reasons), **line)
+            bar.set_postfix_str(
+                f"epoch {done / epoch_steps:.1f}, loss {line['loss']:.3f}, {line['clips_per_s']:.0f} clips/s, "
+                f"data wait {line['data_wait']:.0%}"
+            )
+            waited = 0.0
+        epoch_ends = done % epoch_steps == 0
+        if cfg.log.check_epochs and epoch_ends and (done // epoch_steps % cfg.log.check_epochs == 0 or done == last_step):
+            run.log(done, done / epoch_steps, **check(network, bank, held_out, cfg, place))
+            run.draw_curves()
+        leave = distributed.any_rank(stop.asked)
+        if epoch_ends or leave or done == last_step or time.perf_counter() - saved_at > 60 * cfg.log.checkpoint_minutes:
+            run.save(done)
+            saved_at = time.perf_counter()
+        if leave:
+            bar.close()
+            say(place, f"stopped by {stop.asked or 'another rank'} after step {done}, saved; the same command goes on from here")
+            sys.exit(stop.exit_code)
+    bar.close()
+    bad_files.report()
+    run.draw_curves()
+    say(place, f"{last_step} steps done: {out / 'last.pt'}; now: python eval_linear.py --ckpt {out / 'last.pt'}")
+    distributed.end()
+
+
+# -------------------------------------------------------------------------------------------------------- the pieces
+
+
+def tables(cfg, place):
+    """The training videos and the held-out ones; the toy is written first where it is not there yet."""
+    if cfg.data.name == "toy":
+        if place.rank > 0:
+            distributed.wait()
+        folder = toy.write(cfg.data.root, cfg.toy, cfg.seed, cfg.data.workers)
+        if place.rank == 0:
+            distributed.wait()  # the others go on and find it written
+    source = dataclasses.replace(cfg.data, root=str(folder)) if cfg.data.name == "toy" else cfg.data
+    train_table = datasets.load(source, cfg.data.split or "train")
+    held_out = datasets.load(source, "test")
+    say(place, f"{train_table.report()}\n{held_out.report()}")
+    few = np.linspace(0, len(held_out) - 1, min(len(held_out), cfg.log.check_videos)).astype(int)
+    return train_table, datasets.take(held_out, few)
+
+
+def objective(output, batch, bank, cfg, place, step, epoch_steps):
+    """Robust-xID (docs/method.md section 5): Σ_i w_i·L_soft(i) / Σ_i w_i over the global batch; plain xID during the warm-up.
+
+    → {name: scalar}. Each rank returns its part, scaled so that the mean over ranks, which DDP takes, is the sum.
+    """
+    robust = step >= cfg.loss.warmup_epochs * epoch_steps
+    index = batch["index"]  # b
+    candidates = bank.candidates(distributed.gather(index), cfg.bank.num_negatives, cfg.seed + step)
+    column = candidates.column[place.rank * len(index) : (place.rank + 1) * len(index)]  # b
+    loss = losses.robust_xid(
+        output.video,
+        output.audio,
+        bank.video[index],
+        bank.audio[index],
+        bank.video[candidates.index],
+        bank.audio[candidates.index],
+        candidates.valid,
+        column,
+        temperature=cfg.loss.temperature,
+        soft=cfg.loss.soft if robust else 0.0,
+        estimator=cfg.loss.estimator,
+        tau_s=cfg.loss.tau_s,
+        tau_t=cfg.loss.tau_t,
+        rows=16 if cfg.bank.num_negatives == "all" else None,
+    )  # b
+    weight = losses.faulty_positive_weights(
+        bank.agreement[index],
+        *bank.agreement_mean_std(),
+        w_min=cfg.loss.w_min if robust else 1.0,
+        delta=cfg.loss.delta,
+        kappa=cfg.loss.kappa,
+    )  # b
+    return {"xid": losses.weighted_mean(loss, weight, distributed.total(weight.sum()) / place.world)}
+
+
+def learning_rate(epoch, optim):
+    """The learning rate at a (fractional) epoch: linear warm-up, then cosine, steps or constant."""
+    if epoch < optim.warmup_epochs:
+        return optim.lr * (epoch + 1e-3) / optim.warmup_epochs
+    if optim.schedule == "cosine":
+        share = (epoch - optim.warmup_epochs) / max(optim.epochs - optim.warmup_epochs, 1e-9)
+        return optim.lr * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+    if optim.schedule == "steps":
+        return optim.lr * optim.gamma ** sum(epoch >= share * optim.epochs for share in optim.milestones)
+    return optim.lr
+
+
+def check(network, bank, held_out, cfg, place):
+    """Every few epochs: what the network finds among held-out videos, and how the bank is."""
+    health = bank.health()
+    if place.rank > 0:
+        return {}
+    for modality in data.MODALITIES:
+        if health[f"cosine_{modality}"] > COLLAPSED:
+            tqdm.write(
+                f"warning: the {modality} bank has collapsed to one direction (mean cosine {health[f'cosine_{modality}']:.3f}); "
+                "try model.head_norm=batch optim.draws=iid, or a lower optim.lr"
+            )
+    found = evaluation.extract(network, held_out, cfg, place.device, clips=1)
+    results = evaluation.cross_modal(found, held_out.labels[found.index])
+    tqdm.write("held out: " + ", ".join(f"{name} {value:.1f}" for name, value in results.items()))
+    tqdm.write("bank: " + ", ".join(f"{name} {value:.3f}" for name, value in health.items()))
+    return {**health, **results}
+
+
+class Run:
+    """The run folder: configuration, metrics, checkpoint, curves. Only rank 0 writes."""
+
+    def __init__(self, cfg, place, network, bank, optimizer, scaler):
+        self.cfg, self.place, self.out = cfg, place, Path(cfg.out)
+        self.state = {"network": network, "bank": bank, "optimizer": optimizer, "scaler": scaler}
+        if place.rank == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+
+    def resume(self):
+        """Load last.pt; returns the number of steps done."""
+        saved = checkpoint.load(self.out / "last.pt")
+        before, now = (config.flat(c) for c in (saved["config"], dataclasses.asdict(self.cfg)))
+        changed = [k for k in now if before.get(k) != now[k] and not k.startswith(MAY_CHANGE)]
+        if changed:
+            differences = ", ".join(f"{k} was {before.get(k)} and is {now[k]}" for k in changed)
+            config.stop(f"{self.out} holds a run with other settings ({differences}); choose another --out")
+        for name, part in self.state.items():
+            part.load_state_dict(saved[name])
+        if self.place.rank == 0:
+            metrics = self.out / "metrics.jsonl"
+            kept = [line for line in metrics.read_text().splitlines(True) if json.loads(line)["step"] <= saved["step"]]
+            metrics.write_text("".join(kept))
+        say(self.place, f"resuming {self.out} after step {saved['step']}")
+        return saved["step"]
+
+    def save(self, step):
+        if self.place.rank == 0:
+            state = {name: part.state_dict() for name, part in self.state.items()}
+            checkpoint.save(self.out / "last.pt", {**state, "step": step, "config": dataclasses.asdict(self.cfg)})
+            config.save(self.cfg, self.out / "config.yaml")
+
+    def log(self, step, epoch, **values):
+        if self.place.rank == 0 and values:
+            with open(self.out / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({"step": step, "epoch": round(epoch, 4), **values}, ensure_ascii=False) + "\n")
+
+    def draw_curves(self):
+        if self.place.rank == 0:
+            figures.curves(self.out / "metrics.jsonl", self.out / "curves.png")
+
+
+class BadFiles:
+    """Files that could not be used: each named once; too many of them end the run."""
+
+    def __init__(self, table, max_share):
+        self.table, self.max_share = table, max_share
+        self.reasons, self.drawn, self.failed = {}, 0, 0
+
+    def count(self, failures, used):
+        self.drawn, self.failed = self.drawn + used + len(failures), self.failed + len(failures)
+        for index, reason in failures:
+            if index not in self.reasons:
+                self.reasons[index] = reason
+                tqdm.write(f"skipped {self.table.root / self.table.paths[index]}: {reason}")
+        if self.drawn >= 100 and self.failed > self.max_share * self.drawn:
+            config.stop(
+                f"{self.failed} of {self.drawn} files drawn could not be used, more than data.max_bad_share = {self.max_share}; "
+                "the lines above name them"
+            )
+
+    def report(self):
+        if self.reasons:
+            print(f"{len(self.reasons)} files could not be used and were replaced by others; the log names each once")
+
+
+class StopSignal:
+    """Remembers SIGTERM or Ctrl-C until the step is done; a second one ends at once."""
+
+    def __init__(self):
+        self.asked, self.exit_code = "", 128 + signal.SIGTERM
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.remember)
+
+    def remember(self, number, _):
+        self.asked, self.exit_code = signal.Signals(number).name, 128 + number
+        signal.signal(number, signal.SIG_DFL)
+
+
+def say(place, text):
+    if place.rank == 0:
+        tqdm.write(text)
+
+
+if __name__ == "__main__":
+    main(cfg)
