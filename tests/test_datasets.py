@@ -89,8 +89,22 @@ def test_all_reads_every_split(tmp_path):
 
 def test_a_video_goes_before_a_sound_of_the_same_name(tmp_path):
     write(tmp_path, "vggsound.csv", "a,1,dog,train")
-    touch(tmp_path, "a_000001.wav", "a_000001.MKV", "a_000001.txt", ".a_000001.mp4")
-    assert load(tmp_path, "vggsound", "train").paths == ["a_000001.MKV"]
+    touch(tmp_path, "A/a_000001.wav", "B/a_000001.MKV", "C/a_000001.flac", "a_000001.txt", ".a_000001.mp4")
+    assert load(tmp_path, "vggsound", "train").paths == ["B/a_000001.MKV"]
+
+
+def test_a_folder_that_cannot_be_read_is_an_error_that_names_it(tmp_path, monkeypatch):
+    def locked(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", locked)
+    assert error(tmp_path, "folder", "train").startswith(f"[Errno 13] Permission denied: '{tmp_path}'\n")
+
+
+def test_the_root_may_start_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    touch(tmp_path, "videos/a.mp4")
+    assert load("~/videos", "folder", "train").root == tmp_path / "videos"
 
 
 def test_a_folder_is_listed_once_and_no_file_is_looked_at(tmp_path, monkeypatch):
@@ -113,6 +127,32 @@ def test_a_folder_is_listed_once_and_no_file_is_looked_at(tmp_path, monkeypatch)
         assert scanned == {str(root / "train" / "dance"): 1}
         counts.append(looks["stat"])
     assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize(
+    "name, split, official, other",
+    [
+        ("kinetics400", "train", "train/x/k_000000_000010.mp4", "old/k_000000_000010.mp4"),
+        ("kinetics400", "val", "validation/x/k_000000_000010.mp4", "old/k_000000_000010.mp4"),
+        ("vggsound", "train", "video/k_000000.mp4", "old/k_000000.mp4"),
+        ("audioset", "eval", "eval_segments/k_000000.mp4", "balanced_train_segments/k_000000.mp4"),
+        ("ucf101", "train", "UCF-101/x/k.avi", "UCF-100/x/k.avi"),
+        ("hmdb51", "train", "hmdb51_org/x/k.avi", "a/x/k.avi"),
+        ("esc50", "test", "audio/k.wav", "44100/k.wav"),
+    ],
+)
+def test_where_the_layout_has_its_folder_no_other_is_searched(name, split, official, other, tmp_path):
+    write(tmp_path, f"{split}.csv", KINETICS, f"x,k,0,10,{split},0")
+    write(tmp_path, "vggsound.csv", "k,0,x,train")
+    write(tmp_path, "class_labels_indices.csv", "index,mid,display_name", "0,/m/x,x")
+    write(tmp_path, "eval_segments.csv", 'k, 0.000, 10.000, "/m/x"')
+    ucf101(tmp_path, 1, ["x/k.avi 1"], ["x/l.avi"])
+    write(tmp_path, "testTrainMulti_7030_splits/x_test_split1.txt", "k.avi 1")
+    write(tmp_path, "meta/esc50.csv", "filename,fold,category,esc10", "k.wav,1,x,True")
+    touch(tmp_path, other)
+    assert load(tmp_path, name, split).paths == [other]
+    touch(tmp_path, official)
+    assert load(tmp_path, name, split).paths == [official]
 
 
 def test_the_report_counts_and_names_what_is_missing(tmp_path):
@@ -346,7 +386,7 @@ def audioset(root):
         "balanced_train_segments.csv",
         *comments,
         '--aA, 30.000, 40.000, "/m/09x0r,/t/dd00135"',
-        'b_B, 0.000, 10.000, "/m/05zppz"',
+        'b_B, 1.000, 10.500, "/m/05zppz"',
         'c-C, 21.000, 31.000, "/m/09x0r,/m/05zppz"',
         'd-D, 2.000, 12.000, "/m/09x0r"',
     )
@@ -357,9 +397,9 @@ def audioset(root):
 @pytest.mark.parametrize("folder", ["balanced_train_segments/", "balanced_train_segments/video/", "all/", ""])
 def test_audioset_has_several_labels_a_file_and_three_ways_to_name_it(folder, tmp_path):
     audioset(tmp_path)
-    touch(tmp_path, *(folder + file for file in ("--aA_000030.mp4", "b_B_0_10000.mp4", "c-C.mkv")))
+    touch(tmp_path, *(folder + file for file in ("--aA_000030.mp4", "b_B_1000_10500.mp4", "c-C.mkv")))
     table = load(tmp_path, "audioset", "balanced_train")
-    assert table.paths == [folder + file for file in ("--aA_000030.mp4", "b_B_0_10000.mp4", "c-C.mkv")]
+    assert table.paths == [folder + file for file in ("--aA_000030.mp4", "b_B_1000_10500.mp4", "c-C.mkv")]
     assert table.classes == ["Children shouting", "Male speech, man speaking", "Speech"]
     assert table.labels.tolist() == [[1, 0, 1], [0, 1, 0], [0, 1, 1]] and table.labels.dtype == np.uint8
     assert table.missing == ["d-D_000002"]
@@ -371,6 +411,13 @@ def test_audioset_train_is_both_training_lists_and_test_is_eval(tmp_path):
     touch(tmp_path, "--aA_000030.mp4", "u_000000.mp4", "e_000000.mp4")
     assert load(tmp_path, "audioset", "train").paths == ["--aA_000030.mp4", "u_000000.mp4"]
     assert load(tmp_path, "audioset", "test").paths == load(tmp_path, "audioset", "eval").paths == ["e_000000.mp4"]
+    (tmp_path / "unbalanced_train_segments.csv").unlink()
+    assert load(tmp_path, "audioset", "train").paths == ["--aA_000030.mp4"]
+
+
+def test_audioset_all_is_every_list(tmp_path):
+    audioset(tmp_path)
+    touch(tmp_path, "--aA_000030.mp4", "u_000000.mp4", "e_000000.mp4")
     assert load(tmp_path, "audioset", "all").paths == ["--aA_000030.mp4", "u_000000.mp4", "e_000000.mp4"]
 
 
@@ -429,7 +476,9 @@ def test_a_split_number_that_does_not_exist_is_an_error(split, name, tmp_path):
 
 def hmdb51(root):
     lists = "testTrainMulti_7030_splits/"
-    write(root, f"{lists}brush_hair_test_split1.txt", "April (1)!_np1.avi 1 ", "b.avi 2 ", "c.d.avi 0 ", "", end="\r\n")
+    write(
+        root, f"{lists}brush_hair_test_split1.txt", "April (1)!_np1.avi 1 ", "b.avi  2 ", "c.d.avi 0 ", "", end="\r\n"
+    )
     write(root, f"{lists}climb_test_split1.txt", "b.avi 2 ", "e.avi 1 ")
     write(root, f"{lists}climb_stairs_test_split1.txt", "f.avi 2 ")
     write(root, f"{lists}climb_test_split2.txt", "b.avi 1 ", "e.avi 2 ")
