@@ -50,9 +50,7 @@ def main(cfg):
     optimizer = torch.optim.Adam(network.parameters(), lr=cfg.optim.lr, weight_decay=cfg.optim.weight_decay, fused=True)
     cuda = place.device.type == "cuda"
     autocast = torch.autocast(
-        place.device.type,
-        torch.float16 if cfg.optim.amp == "fp16" else torch.bfloat16,
-        enabled=cuda and cfg.optim.amp != "none",
+        place.device.type, torch.float16 if cfg.optim.amp == "fp16" else torch.bfloat16, enabled=cuda and cfg.optim.amp != "none"
     )
     scaler = torch.amp.GradScaler(place.device.type, enabled=cuda and cfg.optim.amp == "fp16")
 

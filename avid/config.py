@@ -12,7 +12,6 @@ import difflib
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Union
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -77,7 +76,7 @@ class Model:
 @dataclass
 class Bank:
     momentum: float = setting(0.5, "m: memory ← m · memory + (1 − m) · embedding [A]")
-    num_negatives: Union[int, str] = setting(1024, "K, negatives drawn a step and shared by the batch; all: every instance [A]")
+    num_negatives: int | str = setting(1024, "K, negatives drawn a step and shared by the batch; all: every instance [A]")
 
 
 @dataclass

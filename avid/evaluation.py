@@ -59,7 +59,9 @@ def extract(network, table, cfg, device, modalities=data.MODALITIES, clips=None,
                 rows.setdefault((name, modality), []).append(x.float().view(n, clips, -1).cpu().numpy())
     network.train(was_training)
     if not index:
-        raise data.MediaError(f"none of the {len(table.paths)} files of {table.name} can be used: {next(iter(failures.values()))}")
+        raise data.MediaError(
+            f"none of the {len(table.paths)} files of {table.name} can be used: {next(iter(failures.values()))}"
+        )
     found = Features(np.concatenate(index), failures=failures)
     for (name, modality), parts in rows.items():
         getattr(found, name)[modality] = np.concatenate(parts)
@@ -69,9 +71,7 @@ def extract(network, table, cfg, device, modalities=data.MODALITIES, clips=None,
 @torch.no_grad()
 def settle_batch_norm(network, table, cfg, device):
     """Set the batch-norm statistics of an untrained network from data: without it features vanish, and the floor looks lower than it is."""
-    draws = data.Draws(
-        len(table.paths), min(cfg.optim.batch_size, len(table.paths)), "iid", cfg.seed, 0, cfg.eval.settle_batches
-    )
+    draws = data.Draws(len(table.paths), min(cfg.optim.batch_size, len(table.paths)), "iid", cfg.seed, 0, cfg.eval.settle_batches)
     network.train()
     for batch in data.loader(data.Clips(table, cfg, training=True), cfg.data.workers, batch_sampler=draws):
         batch = data.to_device(batch, device)

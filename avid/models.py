@@ -89,9 +89,7 @@ class AudioNet(nn.Module):
 
     def __init__(self, width=64):
         super().__init__()
-        self.conv1 = nn.Sequential(
-            nn.Conv2d(1, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
-        )
+        self.conv1 = nn.Sequential(nn.Conv2d(1, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
         self.block1 = AudioBlock(width, width, 2)
         self.block2 = AudioBlock(width, 2 * width, 2)
         self.block3 = AudioBlock(2 * width, 4 * width, 2)

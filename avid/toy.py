@@ -37,9 +37,7 @@ COLUMNS = "path label split motion tempo faulty sound pitch_hz".split()
 
 
 def _polygon(u, v, corners):
-    angle = (np.arctan2(v, u) + np.pi / 2 + (corners + 1) % 2 * np.pi / corners) % (
-        2 * np.pi / corners
-    ) - np.pi / corners
+    angle = (np.arctan2(v, u) + np.pi / 2 + (corners + 1) % 2 * np.pi / corners) % (2 * np.pi / corners) - np.pi / corners
     return 1.1 * np.cos(np.pi / corners) - np.hypot(u, v) * np.cos(angle)
 
 
@@ -140,9 +138,7 @@ def _hiss(width):
 
 def _chirps(phase, t, pitch_hz, rate_hz, rng):
     s = (t * 9 + rng.uniform()) % 1  # nine a second, each an octave up
-    return np.sin(2 * np.pi * (((2 * phase) % 1) + 2 * pitch_hz / 9 * s * s / 2 * 2).astype(np.float32)) * np.sqrt(
-        1 - s
-    )
+    return np.sin(2 * np.pi * (((2 * phase) % 1) + 2 * pitch_hz / 9 * s * s / 2 * 2).astype(np.float32)) * np.sqrt(1 - s)
 
 
 def _tremolo(timbre, per_s):
@@ -164,9 +160,7 @@ KINDS = {
     "flute": Kind(_bar, partial(_stripes, along=2.2), _harmonics([1, 0.1])),
     "clarinet": Kind(_disc, partial(_stripes, along=5), _harmonics([1, 0, 0.8, 0, 0.6, 0, 0.5, 0, 0.4])),
     "violin": Kind(partial(_polygon, corners=4), partial(_stripes, across=5), _harmonics(1 / np.arange(1, 16))),
-    "organ": Kind(
-        partial(_polygon, corners=4), partial(_stripes, along=2.2, across=2.2), _harmonics([1, 1, 0, 1, 0, 0, 0, 1])
-    ),
+    "organ": Kind(partial(_polygon, corners=4), partial(_stripes, along=2.2, across=2.2), _harmonics([1, 1, 0, 1, 0, 0, 0, 1])),
     "voice": Kind(partial(_star, points=5, depth=0.25), partial(_sectors, count=5), _voice),
     "rattle": Kind(_cross, partial(_stripes, along=5, across=5), _hiss(2.0)),
     "bird": Kind(partial(_star, points=3, depth=0.3), _plain, _chirps),
@@ -421,9 +415,7 @@ def write(root, toy, seed, workers, progress=True):
     for split in ("train", "test"):
         (folder / split).mkdir(parents=True, exist_ok=True)
     todo = [row for row in rows if not (folder / row["path"]).exists()]
-    bar = tqdm(
-        total=len(rows), initial=len(rows) - len(todo), desc=f"writing {folder}", unit="video", disable=not progress
-    )
+    bar = tqdm(total=len(rows), initial=len(rows) - len(todo), desc=f"writing {folder}", unit="video", disable=not progress)
     with bar:
         if workers <= 1:
             for row in todo:

@@ -67,9 +67,7 @@ def test_files_that_cannot_be_found_are_an_error_that_names_one(tmp_path):
 def test_a_split_that_is_not_there_is_an_error_that_names_those_that_are(tmp_path):
     write(tmp_path, "vggsound.csv", "abc,3,dog,train", "def,3,dog,test")
     touch(tmp_path, "video/abc_000003.mp4")
-    assert error(tmp_path, "vggsound", "val").startswith(
-        f"vggsound val: no such split in {tmp_path}, only test, train\n"
-    )
+    assert error(tmp_path, "vggsound", "val").startswith(f"vggsound val: no such split in {tmp_path}, only test, train\n")
 
 
 def test_classes_are_the_same_for_every_split(tmp_path):
@@ -161,8 +159,7 @@ def test_the_report_counts_and_names_what_is_missing(tmp_path):
     table = load(tmp_path, "manifest", "train")
     assert table.missing == [f"{i}.mp4" for i in range(1200)]
     assert table.report() == (
-        f"{tmp_path.name}/manifest.csv train: 1 files, 2 classes; "
-        "1,200 more are listed and not on disk, e.g. 0.mp4, 1.mp4, 2.mp4"
+        f"{tmp_path.name}/manifest.csv train: 1 files, 2 classes; 1,200 more are listed and not on disk, e.g. 0.mp4, 1.mp4, 2.mp4"
     )
     assert datasets.take(table, [0]).report() == f"{tmp_path.name}/manifest.csv train: 1 files, 2 classes"
 
@@ -231,8 +228,7 @@ def test_a_label_column_that_is_not_there_is_an_error_that_lists_the_columns(tmp
 
 
 @pytest.mark.parametrize(
-    "path",
-    ["../a.mp4", "x/../../a.mp4", "x/..", "/etc/a.mp4", r"..\a.mp4", r"C:\a.mp4", "C:a.mp4", r"\\host\a.mp4", ""],
+    "path", ["../a.mp4", "x/../../a.mp4", "x/..", "/etc/a.mp4", r"..\a.mp4", r"C:\a.mp4", "C:a.mp4", r"\\host\a.mp4", ""]
 )
 def test_a_path_must_not_leave_the_data_root(path, tmp_path):
     touch(tmp_path, "a.mp4", "in/a.mp4")
@@ -246,8 +242,7 @@ def test_a_path_named_twice_is_an_error_that_names_both_lines(tmp_path):
     write(tmp_path, "manifest.csv", "path,label", "v/a.mp4,x", "b.mp4,x", "v//a.mp4,y", "b.mp4,z")
     touch(tmp_path, "v/a.mp4", "b.mp4")
     assert error(tmp_path, "manifest", "train") == (
-        f"{tmp_path / 'manifest.csv'}, line 4: v/a.mp4 again, as in manifest.csv, line 2 (1 more such lines); "
-        "keep one of them"
+        f"{tmp_path / 'manifest.csv'}, line 4: v/a.mp4 again, as in manifest.csv, line 2 (1 more such lines); keep one of them"
     )
 
 
@@ -311,9 +306,7 @@ def test_one_part_alone_is_a_part_and_a_class_called_train_is_a_class(tmp_path):
 KINETICS = "label,youtube_id,time_start,time_end,split,is_cc"
 
 
-@pytest.mark.parametrize(
-    "list_of", ["annotations/{}.csv", "{}.csv", "kinetics600_{}.csv", "annotations/kinetics600_{}.csv"]
-)
+@pytest.mark.parametrize("list_of", ["annotations/{}.csv", "{}.csv", "kinetics600_{}.csv", "annotations/kinetics600_{}.csv"])
 @pytest.mark.parametrize("val", ["val", "validate"])
 @pytest.mark.parametrize("folder", ["{}/air drumming/", "{}/", "clips/", ""])
 def test_kinetics_finds_what_its_lists_name(list_of, val, folder, tmp_path):
@@ -376,11 +369,7 @@ def audioset(root):
         '1,/m/05zppz,"Male speech, man speaking"',
         "2,/t/dd00135,Children shouting",
     )
-    comments = (
-        "# Segments csv created Sun Mar  5",
-        '# num_ytids=3, "num_segs',
-        "# YTID, start_seconds, end_seconds, labels",
-    )
+    comments = ("# Segments csv created Sun Mar  5", '# num_ytids=3, "num_segs', "# YTID, start_seconds, end_seconds, labels")
     write(
         root,
         "balanced_train_segments.csv",
@@ -476,9 +465,7 @@ def test_a_split_number_that_does_not_exist_is_an_error(split, name, tmp_path):
 
 def hmdb51(root):
     lists = "testTrainMulti_7030_splits/"
-    write(
-        root, f"{lists}brush_hair_test_split1.txt", "April (1)!_np1.avi 1 ", "b.avi  2 ", "c.d.avi 0 ", "", end="\r\n"
-    )
+    write(root, f"{lists}brush_hair_test_split1.txt", "April (1)!_np1.avi 1 ", "b.avi  2 ", "c.d.avi 0 ", "", end="\r\n")
     write(root, f"{lists}climb_test_split1.txt", "b.avi 2 ", "e.avi 1 ")
     write(root, f"{lists}climb_stairs_test_split1.txt", "f.avi 2 ")
     write(root, f"{lists}climb_test_split2.txt", "b.avi 1 ", "e.avi 2 ")
@@ -527,9 +514,7 @@ def test_esc50_has_five_folds_and_a_subset(ending, tmp_path):
 
 def test_a_subset_that_a_data_set_does_not_have_is_an_error(tmp_path):
     for name, subset in ("esc50", "esc11"), ("ucf101", "esc10"):
-        assert error(tmp_path, name, "train", subset=subset).startswith(
-            f"data.subset={subset}: {name} has none of that"
-        )
+        assert error(tmp_path, name, "train", subset=subset).startswith(f"data.subset={subset}: {name} has none of that")
 
 
 @pytest.mark.skipif(not (MEDIA / "esc10").is_dir(), reason="no real data: AVID_TEST_DATA names no folder with esc10/")
@@ -538,9 +523,7 @@ def test_esc10_as_published_has_five_folds_of_eighty():
     assert len(table) == 400 and len(table.classes) == 10 and table.missing == []
     assert np.bincount(table.fold).tolist() == [0, 80, 80, 80, 80, 80]
     assert np.bincount(table.labels).tolist() == [40] * 10
-    for path, fold, label in zip(
-        table.paths, table.fold, table.labels, strict=True
-    ):  # 1-100032-A-0.ogg: fold, …, target
+    for path, fold, label in zip(table.paths, table.fold, table.labels, strict=True):  # 1-100032-A-0.ogg: fold, …, target
         parts = Path(path).stem.split("-")
         assert int(parts[0]) == fold and (table.classes[label] == "dog") == (parts[3] == "0")
         assert (table.root / path).is_file()

@@ -121,10 +121,7 @@ def test_everything_is_float32_under_autocast(rows):
 @pytest.mark.parametrize("w_min, delta, kappa", [(0.25, 0.0, 0.5), (0.0, -1.0, 0.25), (0.5, 0.7, 2.0)])
 def test_weights_follow_the_normal_cdf_of_the_agreement(w_min, delta, kappa):
     agreement = torch.linspace(-0.4, 0.9, 14)
-    mean, std = (
-        torch.tensor(0.2, dtype=torch.float64),
-        torch.tensor(0.15, dtype=torch.float64),
-    )  # as the bank gives them
+    mean, std = (torch.tensor(0.2, dtype=torch.float64), torch.tensor(0.15, dtype=torch.float64))  # as the bank gives them
     ours = losses.faulty_positive_weights(agreement, mean, std, w_min, delta, kappa)
     assert ours.dtype == torch.float32
     assert_close(ours, reference_weights(agreement.double().tolist(), 0.2, 0.15, w_min, delta, kappa))
@@ -271,9 +268,7 @@ def test_rows_keep_no_matrix_of_batch_times_candidates():
     largest = {}
     for rows in (None, 2):
         sizes = []
-        keep = torch.autograd.graph.saved_tensors_hooks(
-            lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x
-        )
+        keep = torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x)
         with keep:
             robust_xid(w, rows=rows)
         largest[rows] = max(sizes, default=0)
