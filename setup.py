@@ -27,5 +27,8 @@ setup(
         "matplotlib>=3.8,<4",
         "tqdm>=4.66,<5",
     ],
-    extras_require={"dev": ["pytest>=8,<10", "ruff>=0.12"]},
+    extras_require={
+        "dev": ["pytest>=8,<10", "ruff>=0.12"],
+        "prepare": ["imageio-ffmpeg>=0.5,<0.9"],  # brings ffmpeg for `python -m avid.data prepare`; tested: 0.8.1, ffmpeg 9.0
+    },
 )

@@ -14,10 +14,13 @@ if __name__ == "__main__":  # before the heavy imports: --help and a wrong setti
 import dataclasses
 import json
 import math
+import os
 import signal
 import sys
 import time
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads leave the cores to the decoding workers
 
 import numpy as np
 import torch
@@ -56,7 +59,7 @@ def main(cfg):
 
     # ---------------------------------------------------------------------------------------------------------- resume
     run = Run(cfg, place, network, bank, optimizer, scaler)
-    first_step = run.resume() if (out / "last.pt").exists() else 0
+    first_step = run.resume()
     epoch_steps = len(train_table.paths) // cfg.optim.batch_size
     last_step = cfg.optim.epochs * epoch_steps
     draws = data.Draws(
@@ -134,17 +137,20 @@ def main(cfg):
 
 
 def tables(cfg, place):
-    """The training videos and the held-out ones; the toy is written first where it is not there yet."""
+    """The training videos and some held-out ones; the toy is written first where it is not there yet."""
     if cfg.data.name == "toy":
         if place.rank > 0:
             distributed.wait()
-        folder = toy.write(cfg.data.root, cfg.toy, cfg.seed, cfg.data.workers)
+        folder = toy.write(cfg.data.root, cfg.toy, cfg.seed, os.cpu_count())
         if place.rank == 0:
             distributed.wait()  # the others go on and find it written
     source = dataclasses.replace(cfg.data, root=str(folder)) if cfg.data.name == "toy" else cfg.data
     train_table = datasets.load(source, cfg.data.split or "train")
-    held_out = datasets.load(source, "test")
-    say(place, f"{train_table.report()}\n{held_out.report()}")
+    say(place, train_table.report())
+    if not cfg.log.check_epochs:
+        return train_table, None
+    held_out = datasets.load(source, datasets.EVALUATION_SPLIT[source.name])
+    say(place, f"{held_out.report()}, for the checks (log.check_epochs=0: none)")
     few = np.linspace(0, len(held_out) - 1, min(len(held_out), cfg.log.check_videos)).astype(int)
     return train_table, datasets.take(held_out, few)
 
@@ -220,11 +226,16 @@ class Run:
     def __init__(self, cfg, place, network, bank, optimizer, scaler):
         self.cfg, self.place, self.out = cfg, place, Path(cfg.out)
         self.state = {"network": network, "bank": bank, "optimizer": optimizer, "scaler": scaler}
+        self.metrics = self.out / "metrics.jsonl"
         if place.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
 
     def resume(self):
-        """Load last.pt; returns the number of steps done."""
+        """Load last.pt where there is one; returns the number of steps done."""
+        if not (self.out / "last.pt").exists():
+            if self.place.rank == 0:
+                self.metrics.write_text("")
+            return 0
         saved = checkpoint.load(self.out / "last.pt")
         before, now = (config.flat(c) for c in (saved["config"], dataclasses.asdict(self.cfg)))
         changed = [k for k in now if before.get(k) != now[k] and not k.startswith(MAY_CHANGE)]
@@ -234,26 +245,25 @@ class Run:
         for name, part in self.state.items():
             part.load_state_dict(saved[name])
         if self.place.rank == 0:
-            metrics = self.out / "metrics.jsonl"
-            kept = [line for line in metrics.read_text().splitlines(True) if json.loads(line)["step"] <= saved["step"]]
-            metrics.write_text("".join(kept))
+            os.truncate(self.metrics, saved["metrics_bytes"])  # what was logged after the checkpoint comes again
         say(self.place, f"resuming {self.out} after step {saved['step']}")
         return saved["step"]
 
     def save(self, step):
         if self.place.rank == 0:
             state = {name: part.state_dict() for name, part in self.state.items()}
-            checkpoint.save(self.out / "last.pt", {**state, "step": step, "config": dataclasses.asdict(self.cfg)})
+            state |= {"step": step, "metrics_bytes": self.metrics.stat().st_size, "config": dataclasses.asdict(self.cfg)}
+            checkpoint.save(self.out / "last.pt", state)
             config.save(self.cfg, self.out / "config.yaml")
 
     def log(self, step, epoch, **values):
         if self.place.rank == 0 and values:
-            with open(self.out / "metrics.jsonl", "a") as file:
+            with open(self.metrics, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, "epoch": round(epoch, 4), **values}, ensure_ascii=False) + "\n")
 
     def draw_curves(self):
         if self.place.rank == 0:
-            figures.curves(self.out / "metrics.jsonl", self.out / "curves.png")
+            figures.curves(self.metrics, self.out / "curves.png")
 
 
 class BadFiles:
@@ -299,4 +309,5 @@ def say(place, text):
 
 
 if __name__ == "__main__":
-    main(cfg)
+    with evaluation.plain_errors():
+        main(cfg)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 PACKAGED = Path(__file__).parent / "configs"
 DATA_SETS = ("toy", "folder", "manifest", "kinetics400", "kinetics600", "kinetics700", "vggsound", "audioset")
@@ -168,24 +168,36 @@ def settings(schema=Config, prefix=""):
             yield prefix + f.name, default, f.metadata["help"]
 
 
+GROUPS = {}  # name of a group: its first setting
+for _key, _, _ in settings():
+    GROUPS.setdefault(_key.partition(".")[0], _key) if "." in _key else None
+
+
 def load(name="toy", overrides=(), base=None):
     """The configuration `name` (a path, or a packaged name with or without .yaml) with `key=value` overrides.
 
     `base`: a dict of settings to start from instead of a file (an evaluation starts from its checkpoint's).
     Raises ConfigError.
     """
-    layers = [OmegaConf.structured(Config)]
-    if base is not None:
-        layers.append(OmegaConf.create(base))
+    layers = [] if base is None else [OmegaConf.create(base)]
     if name:
         layers.append(_read(name))
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not (key and equals):
+            raise ConfigError(f"{override} is no setting; write key=value, --help lists the keys")
+        try:
+            layers.append(OmegaConf.from_dotlist([override]))
+        except Exception as error:  # the YAML parser's own errors
+            raise ConfigError(f"cannot read {override}: {' '.join(str(error).split())}") from None
+    for layer in layers:
+        for key, value in OmegaConf.to_container(layer).items():
+            if key in GROUPS and not isinstance(value, dict):
+                raise ConfigError(f"{key} is not a setting but a group of them, such as {GROUPS[key]}")
     try:
-        layers.append(OmegaConf.from_dotlist(list(overrides)))
-        cfg = OmegaConf.to_object(OmegaConf.merge(*layers))
+        cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), *layers))
     except OmegaConfBaseException as error:
-        raise ConfigError(_one_line(error)) from None
-    except Exception as error:  # the YAML parser's own errors
-        raise ConfigError(f"cannot read the overrides {' '.join(overrides)}: {' '.join(str(error).split())}") from None
+        raise ConfigError(_one_line(error, layers)) from None
     cfg.out = cfg.out or f"runs/{Path(name).stem if name else 'eval'}"
     _check(cfg)
     return cfg
@@ -197,18 +209,39 @@ def _read(name):
         packaged = ", ".join(sorted(p.stem for p in PACKAGED.glob("*.yaml")))
         raise ConfigError(f"no configuration {name}: neither a file nor one of {packaged}")
     try:
-        return OmegaConf.load(path)
+        layer = OmegaConf.load(path)
     except Exception as error:  # the YAML parser's own errors
         raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}") from None
+    if not OmegaConf.is_dict(layer):
+        raise ConfigError(f"cannot read {path}: expected lines of the form key: value")
+    return layer
 
 
-def _one_line(error):
-    key = getattr(error, "full_key", None) or ""
-    keys = [k for k, _, _ in settings()]
-    if key and key not in keys:
-        near = difflib.get_close_matches(key, keys, n=1, cutoff=0.4)
-        return f"unknown setting {key}" + (f"; did you mean {near[0]}?" if near else "; --help lists them all")
-    return f"wrong value for {key}: {str(error).splitlines()[0]}"
+def _one_line(error, layers):
+    """What is wrong, said of the setting that OmegaConf complains of."""
+    key = str(error.full_key or "").partition("[")[0]
+    defaults = {known: default for known, default, _ in settings()}
+    if key not in defaults:
+        near = _nearest(key, defaults)
+        return f"unknown setting {key}" + (f"; did you mean {near}?" if near else "; --help lists them all")
+    if isinstance(error, InterpolationResolutionError):
+        return f"wrong value for {key}: {str(error).splitlines()[0]}"
+    value = [OmegaConf.select(layer, key) for layer in layers if OmegaConf.select(layer, key) is not None][-1:]
+    kind = {bool: "true or false", int: "a whole number", float: "a number", list: "a list", str: "a text"}[type(defaults[key])]
+    example = str(defaults[key]).lower() if isinstance(defaults[key], bool) else defaults[key]
+    return f"wrong value for {key}: {value[0] if value else 'none'}; expected {kind}, such as {example}"
+
+
+def _nearest(key, known):
+    """The known key that `key` is most like, with its group or without; None if there is none."""
+
+    def likeness(other):
+        whole, last = ((key, other), (key.rpartition(".")[2], other.rpartition(".")[2]))
+        whole, last = (difflib.SequenceMatcher(None, *pair).ratio() for pair in (whole, last))
+        return max(whole, last), whole
+
+    best = max(known, key=likeness)
+    return best if likeness(best)[0] >= 0.6 else None
 
 
 def _check(cfg):
@@ -235,9 +268,9 @@ def _check(cfg):
     for key in (
         "optim.epochs optim.batch_size optim.lr eval.clips eval.batch_size video.frames video.fps video.size audio.seconds "
         "audio.rate_hz audio.frames_per_s audio.n_fft model.width model.depth model.embedding loss.temperature loss.tau_s "
-        "loss.tau_t loss.kappa toy.train toy.test toy.seconds toy.size toy.fps toy.rate_hz log.every_steps"
+        "loss.tau_t loss.kappa toy.train toy.test toy.seconds toy.size toy.fps toy.rate_hz log.every_steps log.check_videos"
     ).split():
-        require(lambda v: v > 0, key, "more than 0")
+        require(lambda v: 0 < v < math.inf, key, "more than 0")
     for key in "data.max_bad_share video.flip bank.momentum loss.w_min loss.soft toy.faulty".split():
         require(lambda v: 0 <= v <= 1, key, "0 to 1")
     for key in "seed data.workers loss.warmup_epochs optim.warmup_epochs optim.clip_grad log.check_epochs audio.mels".split():
@@ -264,6 +297,18 @@ def parser(description):
     arguments.add_argument("--cfg", metavar="FILE", help=f"a YAML file, or one of {names} (default: toy)")
     arguments.add_argument("--out", metavar="DIR", help="run folder; the same as out=DIR")
     arguments.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    return arguments
+
+
+def evaluation_parser(description):
+    """A command line as `parser`'s, with the checkpoint to evaluate and the data to evaluate it on."""
+    arguments = parser(description)
+    arguments.add_argument("--ckpt", required=True, metavar="PATH|random", help="a checkpoint; random: an untrained network")
+    arguments.add_argument("--data", choices=DATA_SETS, metavar="NAME", help="the same as data.name=NAME (default: the run's)")
+    arguments.add_argument("--root", metavar="DIR", help="the same as data.root=DIR")
+    arguments.add_argument(
+        "--split", metavar="S", help="evaluated part: test, val, …; of ucf101, hmdb51 and esc50: 1, 2, … or all, their mean"
+    )
     return arguments
 
 

@@ -1,10 +1,16 @@
-"""What a network knows: features of a data set, a linear probe, ranking.
+"""What a network knows: the network to evaluate, features of a data set, a linear probe, ranking.
 
-In: a network, a table of files; or plain arrays.
+In: a checkpoint and a table of files; or plain arrays.
 Out: features and embeddings, one row a clip or a video; accuracies and recalls as plain numbers.
 """
 
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +20,109 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 
-from . import data
+from . import checkpoint, config, data, datasets, models, toy
+
+NUMBERED = {"ucf101": 3, "hmdb51": 3, "esc50": 5}  # data sets with several official divisions, and how many
+NO_PICTURE = ("esc50",)
+
+
+@dataclass
+class Subject:
+    """The network under evaluation, and where its results go."""
+
+    network: models.AudioVisual
+    cfg: config.Config
+    device: torch.device
+    name: str  # the checkpoint's path, or random
+    hash: str  # of the checkpoint file; of an untrained network: its seed
+    out: Path
+
+    def describe(self):
+        """What every result names: data, split, seed, checkpoint."""
+        data = self.cfg.data
+        return {
+            "checkpoint": self.name,
+            "checkpoint_hash": self.hash,
+            "data": data.name,
+            "split": data.split or datasets.EVALUATION_SPLIT[data.name],
+            "seed": self.cfg.seed,
+        }
+
+
+@contextlib.contextmanager
+def plain_errors():
+    """What the user can mend ends the program with one line and exit code 2, without a traceback."""
+    try:
+        yield
+    except (config.ConfigError, checkpoint.CheckpointError, models.ModelError, datasets.DataError, data.MediaError) as error:
+        config.stop(error)
+
+
+def subject(arguments):
+    """The network that a command line (config.evaluation_parser) names. The settings are the checkpoint's, then --cfg's, then the
+    overrides. An untrained network still has to `settle`. Raises CheckpointError, ConfigError."""
+    state = {} if arguments.ckpt == "random" else checkpoint.load(arguments.ckpt)
+    given = {"data.name": arguments.data, "data.root": arguments.root, "data.split": arguments.split}
+    overrides = [f"{key}={value}" for key, value in given.items() if value is not None] + arguments.overrides
+    name = arguments.cfg or (None if "config" in state else "toy")
+    cfg = config.load(name, overrides, base=state.get("config"))
+    torch.manual_seed(cfg.seed)
+    network = models.AudioVisual(cfg.model)
+    if state:
+        models.load(network, state, arguments.ckpt)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    out = Path(arguments.out or (Path(arguments.ckpt).parent if state else "runs/random"))
+    out.mkdir(parents=True, exist_ok=True)
+    mark = checkpoint.file_hash(arguments.ckpt) if state else f"untrained, seed {cfg.seed}"
+    return Subject(network.to(device).eval(), cfg, device, arguments.ckpt, mark, out)
+
+
+def tables(cfg):
+    """The (training, evaluation) tables of every division that data.split asks for; the toy is written where it is not there yet.
+
+    Where a data set has no parts of its own, a fifth of each class is held out, by the seed [C]. Raises DataError.
+    """
+    source = cfg.data
+    if source.name == "toy":
+        source = dataclasses.replace(source, root=str(toy.write(source.root, cfg.toy, cfg.seed, os.cpu_count())))
+    if source.name in NUMBERED:
+        numbers = range(1, NUMBERED[source.name] + 1) if source.split == "all" else [source.split or "1"]
+        pairs = [(f"train{n}", f"test{n}") for n in numbers]
+    else:
+        pairs = [("train", source.split or datasets.EVALUATION_SPLIT[source.name])]
+    for train, test in pairs:
+        train, test = datasets.load(source, train), datasets.load(source, test)
+        if set(train.paths) & set(test.paths):
+            train, test = hold_out(train, cfg.seed)
+        yield train, test
+
+
+def modalities_of(cfg):
+    """What the files of the data set hold."""
+    return ("audio",) if cfg.data.name in NO_PICTURE else data.MODALITIES
+
+
+def labels_of(table, found):
+    """The classes n of the videos that could be read. Raises DataError where a file has none, or several."""
+    if table.labels.ndim > 1:
+        raise datasets.DataError(f"{table.name} has several classes a file; this evaluation needs one")
+    y = table.labels[found.index]
+    if (y < 0).any():
+        raise datasets.DataError(f"{table.name}: {(y < 0).sum()} of {len(y)} files have no class")
+    return y
+
+
+def hold_out(table, seed):
+    """A table that has no parts of its own as (four fifths, a fifth) of each class."""
+    rng = np.random.default_rng(seed)
+    held = np.zeros(len(table), bool)
+    for label in np.unique(table.labels):
+        mine = np.flatnonzero(table.labels == label)
+        held[rng.permutation(mine)[: max(len(mine) // 5, 1)]] = True
+    parts = datasets.take(table, ~held), datasets.take(table, held)
+    for part, name in zip(parts, ("train", "held out"), strict=True):
+        part.name = f"{table.name} ({name})"
+    return parts
 
 
 @dataclass
@@ -29,6 +137,24 @@ class Features:
     def video_level(self, what, modality):
         """Mean over a video's clips, back to unit length: n×F or n×D float32."""
         return F.normalize(torch.from_numpy(getattr(self, what)[modality]).mean(1), dim=1).numpy()
+
+    def save(self, path, **more):
+        """Write index, features_video, embeddings_audio, … and `more` arrays as an .npz, whole or not at all."""
+        arrays = {f"{what}_{modality}": x for what in ("features", "embeddings") for modality, x in getattr(self, what).items()}
+        part = Path(f"{path}.part")
+        with open(part, "wb") as file:
+            np.savez(file, index=self.index, failures=np.array(json.dumps(self.failures)), **arrays, **more)
+        os.replace(part, path)
+
+    @classmethod
+    def load(cls, path):
+        with np.load(path) as arrays:
+            found = cls(arrays["index"], failures={int(k): v for k, v in json.loads(str(arrays["failures"])).items()})
+            for name in arrays.files:
+                what, _, modality = name.partition("_")
+                if modality:
+                    getattr(found, what)[modality] = arrays[name]
+        return found
 
 
 @torch.no_grad()
@@ -52,9 +178,8 @@ def extract(network, table, cfg, device, modalities=data.MODALITIES, clips=None,
         index.append(batch["index"].numpy())
         batch = data.to_device(batch, device)
         for modality in modalities:
-            encode = network.encode_video if modality == "video" else network.encode_audio
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and cfg.optim.amp != "none"):
-                embeddings, features = encode(batch[modality])
+                embeddings, features = network.encode(modality, batch[modality])
             for name, x in (("embeddings", embeddings), ("features", features)):
                 rows.setdefault((name, modality), []).append(x.float().view(n, clips, -1).cpu().numpy())
     network.train(was_training)
@@ -68,14 +193,34 @@ def extract(network, table, cfg, device, modalities=data.MODALITIES, clips=None,
     return found
 
 
+def features(subject, table, modalities=data.MODALITIES):
+    """`extract` with a progress bar, kept in <out>/features/: the same network on the same files is not asked twice."""
+    cfg = subject.cfg
+    files = [table.root / path for path in table.paths]
+    content = [subject.hash, str(table.root.resolve()), table.paths, [(s.st_size, s.st_mtime_ns) for s in map(os.stat, files)]]
+    content += [table.start_s.tolist(), table.end_s.tolist(), modalities]
+    content += [dataclasses.asdict(part) for part in (cfg.video, cfg.audio, cfg.model, cfg.eval)]
+    path = subject.out / "features" / f"{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]}.npz"
+    if path.exists():
+        return Features.load(path)
+    found = extract(subject.network, table, cfg, subject.device, modalities, progress=table.name)
+    for row, reason in found.failures.items():
+        tqdm.write(f"skipped {files[row]}: {reason}")
+    path.parent.mkdir(exist_ok=True)
+    found.save(path)
+    return found
+
+
 @torch.no_grad()
-def settle_batch_norm(network, table, cfg, device):
-    """Set the batch-norm statistics of an untrained network from data: without it features vanish, and the floor looks lower than it is."""
+def settle(network, table, cfg, device, modalities=data.MODALITIES):
+    """Set the batch-norm statistics of an untrained network from data: without it features vanish, and the floor looks lower
+    than it is [C]."""
     draws = data.Draws(len(table.paths), min(cfg.optim.batch_size, len(table.paths)), "iid", cfg.seed, 0, cfg.eval.settle_batches)
     network.train()
-    for batch in data.loader(data.Clips(table, cfg, training=True), cfg.data.workers, batch_sampler=draws):
+    for batch in data.loader(data.Clips(table, cfg, True, modalities), cfg.data.workers, batch_sampler=draws):
         batch = data.to_device(batch, device)
-        network(batch["video"], batch["audio"])
+        for modality in modalities:
+            network.encode(modality, batch[modality])
     network.eval()
 
 
@@ -159,3 +304,20 @@ def cross_modal(found, labels=None, ks=(1, 5)):
         if labels is not None and (labels >= 0).all():
             results |= {f"{name} class {k}": v for k, v in recall(ranked, lambda q, f: labels[q] == labels[f], ks).items()}
     return results
+
+
+def write_result(subject, name, result):
+    """Write <out>/<name>-<data>-<split>.json: what was measured, and the result; returns both as one dict."""
+    result = {**subject.describe(), **result}
+    path = subject.out / f"{name}-{result['data']}-{result['split']}.json"
+    path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    tqdm.write(f"written: {path}")
+    return result
+
+
+def print_table(rows, columns):
+    """Rows, dicts, as aligned text; numbers that are no counts with one decimal."""
+    text = [[f"{row[c]:.1f}" if isinstance(row[c], float) else str(row[c]) for c in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(columns, *text, strict=True)]
+    for line in (columns, *text):
+        print("  ".join(value.rjust(width) for value, width in zip(line, widths, strict=True)))

@@ -5,15 +5,24 @@ Out: frames shown at given times, mono sound of an interval, its log spectrogram
 """
 
 import functools
+import itertools
+import re
 
-import av
-import decord
-import numpy as np
 import torch
+
+# isort: split
+import av
+import decord  # after torch: it offers NVIDIA's BLAS to every library loaded later, and torch's sums on a CPU end in a crash
+import numpy as np
 import torchaudio
 
 MODALITIES = ("video", "audio")
 QUIETEST = 1e-10  # power of -100 dB: what silence becomes
+WARM_UP_S = 0.15  # sound that a decoder needs before it is right
+BEGINNING_S = -1.0
+RESAMPLER_S = 0.01  # more than the resampler's reach
+
+decord.logging.set_level(decord.logging.QUIET)  # what cannot be decoded is a MediaError
 
 
 class MediaError(Exception):
@@ -21,39 +30,26 @@ class MediaError(Exception):
 
 
 class Media:
-    """An open video file: frames by decord, sound by PyAV, on one clock that begins with the file.
+    """An open file: frames by decord, sound by PyAV, on one clock that begins with the file.
 
     first_s and last_s bound the part where every wanted modality is present; start_s and end_s narrow it further.
     Raises MediaError where a wanted modality is missing or cannot be read.
     """
 
     def __init__(self, path, modalities=MODALITIES, start_s=0.0, end_s=np.inf):
-        self.container = self.reader = None
+        self.path, self.container, self.reader = str(path), None, None
         self.first_s, self.last_s = start_s, end_s
         try:
-            video_start = 0.0
+            self.container = av.open(self.path, metadata_errors="ignore")
+            self.origin_s = (self.container.start_time or 0) / av.time_base
             if "audio" in modalities:
-                self.container = av.open(str(path), metadata_errors="ignore")
-                origin = (self.container.start_time or 0) / av.time_base
-                self.stream = self.container.streams.best("audio")
-                if self.stream is None:
-                    raise MediaError("no sound")
-                if self.stream.codec_context is None or not self.stream.rate:
-                    raise MediaError("sound of an unknown codec or rate")
-                self.stream.thread_count = 1
-                self.origin = origin
-                sound_start = self._seconds(self.stream.start_time) - origin
-                length = self._seconds(self.stream.duration) or (self.container.duration or 0) / av.time_base
-                self._usable(sound_start, sound_start + length)
-                picture = self.container.streams.best("video")
-                if picture is not None and picture.start_time is not None:
-                    video_start = float(picture.start_time * picture.time_base) - origin
+                self._open_sound()
             if "video" in modalities:
-                self.reader = decord.VideoReader(str(path), num_threads=1)
-                self.frame_starts = video_start + frame_times(self.reader)
-                self._usable(self.frame_starts[0], self.frame_starts[-1] + 1 / self.reader.get_avg_fps())
+                self._open_picture()
             if not self.last_s > self.first_s:
                 raise MediaError("picture and sound, or the asked part, do not overlap in time")
+            if self.last_s == np.inf:
+                raise MediaError("its length is not known; write it anew, for example with: python -m avid.data prepare")
         except MediaError:
             self.close()
             raise
@@ -61,61 +57,130 @@ class Media:
             self.close()
             raise MediaError(f"cannot be opened: {_reason(error)}") from error
 
-    def _seconds(self, pts):
-        return float(pts * self.stream.time_base) if pts is not None else 0.0
+    def _open_sound(self):
+        self.stream = self.container.streams.best("audio")
+        if self.stream is None:
+            raise MediaError("no sound")
+        if self.stream.codec_context is None or not self.stream.rate:
+            raise MediaError("sound of an unknown codec or rate")
+        self.stream.thread_count = 1
+        first_s, last_s = self._start_s(self.stream), np.inf
+        if self.stream.duration:
+            last_s = first_s + float(self.stream.duration * self.stream.time_base)
+        elif self.container.duration:
+            last_s = self.container.duration / av.time_base
+        self._usable(first_s, last_s)
+        self.promised_s = last_s if self.stream.duration else first_s  # until when there has to be sound
+
+    def _open_picture(self):
+        picture = self.container.streams.best("video")
+        if picture is None:
+            raise MediaError("no picture")
+        self.reader = decord.VideoReader(self.path, num_threads=1)
+        times = frame_times(self.reader)
+        self.in_order = times is None or not decord_finds_frames(self.container, picture)
+        if times is None:  # of a container of constant rate: MPEG program stream, AVI with B frames
+            times = np.arange(len(self.reader)) / self.reader.get_avg_fps()
+        self.frame_starts = self._start_s(picture) + times
+        self._usable(self.frame_starts[0], self.frame_starts[-1] + 1 / self.reader.get_avg_fps())
+
+    def _start_s(self, stream):
+        return float(stream.start_time * stream.time_base) - self.origin_s if stream.start_time is not None else 0.0
 
     def _usable(self, first_s, last_s):
         self.first_s, self.last_s = max(self.first_s, first_s), min(self.last_s, last_s)
 
     def frames(self, times_s):
         """The frames shown at these times (any order, repeats allowed): uint8 T×H×W×3. A file's last frame lasts."""
-        shown = np.searchsorted(self.frame_starts, np.asarray(times_s) + 1e-6, side="right") - 1
+        shown = np.searchsorted(self.frame_starts, np.asarray(times_s) + 1e-4, side="right") - 1  # decord's times are float32
         wanted, back = np.unique(shown.clip(0, len(self.frame_starts) - 1), return_inverse=True)
         try:
-            return self.reader.get_batch(wanted).asnumpy()[back]
+            return (self._frames_in_order(wanted) if self.in_order else self.reader.get_batch(wanted).asnumpy())[back]
         except Exception as error:
             raise MediaError(f"picture cannot be decoded: {_reason(error)}") from error
 
+    def _frames_in_order(self, wanted):
+        """Frames by ascending number, out of all from the file's beginning on: slow, and right where decord is not."""
+        images, frame = [], None
+        with av.open(self.path, metadata_errors="ignore") as container:
+            stream = container.streams.best("video")
+            stream.thread_count = 1
+            for number, frame in enumerate(container.decode(stream)):
+                if number == wanted[len(images)]:
+                    images.append(_upright(frame))
+                    if len(images) == len(wanted):
+                        break
+            if frame is None:
+                raise ValueError("no frame")
+            images += [_upright(frame)] * (len(wanted) - len(images))
+        return np.stack(images)
+
     def sound(self, start_s, samples, rate_hz):
         """`samples` samples of mono sound at rate_hz from start_s on: float32; silence where the file has none."""
-        margin_s = 0.01  # the resampler's reach
-        seconds = samples / rate_hz
         try:
-            source, source_hz = self._decode(start_s - margin_s, seconds + 2 * margin_s)
+            source = self._decode(start_s - RESAMPLER_S, samples / rate_hz + 2 * RESAMPLER_S)
+        except MediaError:
+            raise
         except Exception as error:
             raise MediaError(f"sound cannot be decoded: {_reason(error)}") from error
         source = np.nan_to_num(source, nan=0.0, posinf=0.0, neginf=0.0)
-        waveform = resampler(source_hz, rate_hz)(torch.from_numpy(source))
-        skip = round(margin_s * rate_hz)
+        waveform = resampler(self.stream.rate, rate_hz)(torch.from_numpy(source))
+        skip = round(RESAMPLER_S * rate_hz)
         return waveform[skip : skip + samples].numpy()
 
     def _decode(self, start_s, seconds):
-        """The decoded sound of an interval at the file's own rate: placed by its time stamps, mixed to mono."""
-        for seek_s in (start_s - 0.15, None):  # a decoder needs some packets to warm up; None: from the beginning
-            if seek_s is None or seek_s > 0.0:
-                target = 0.0 if seek_s is None else seek_s
-                self.container.seek(int((target + self.origin) / self.stream.time_base), stream=self.stream)
-            mono = av.AudioResampler(format="fltp", layout="mono")
-            source_hz = self.stream.rate
-            placed, at = np.zeros(round(seconds * source_hz), np.float32), None
-            for frame in self.container.decode(self.stream):
-                time_s = frame.time - self.origin if frame.time is not None else (at or 0) / source_hz + start_s
-                if at is None and seek_s is not None and time_s > start_s and time_s > self.first_s + 0.05:
-                    break  # the file's index led past the interval
-                begin = round((time_s - start_s) * source_hz)
-                # time stamps of some containers are rounded to milliseconds: small steps are not gaps
-                at = begin if at is None or abs(begin - at) > 0.02 * source_hz else at
-                if at >= len(placed):
-                    return placed, source_hz
-                for part in mono.resample(frame):
-                    samples = part.to_ndarray()[0]
-                    left, right = max(at, 0), min(at + len(samples), len(placed))
-                    if right > left:
-                        placed[left:right] = samples[left - at : right - at]
-                    at += len(samples)
+        """The sound of an interval at the file's own rate, from a place before it on or else from the file's beginning."""
+        for from_s in (start_s - WARM_UP_S, BEGINNING_S):
+            self._seek(from_s)
+            try:
+                placed = self._place(start_s, seconds, sought=from_s > 0)
+            except av.error.InvalidDataError:  # some containers' index leads into the middle of a packet
+                if from_s <= 0:
+                    raise
             else:
-                return placed, source_hz
-        return placed, source_hz
+                if placed is not None:
+                    return placed
+
+    def _seek(self, time_s):
+        for at_s in (
+            time_s,
+            0.0,
+        ):  # not every container can be asked for a time before its beginning, where others have a lead-in
+            try:
+                return self.container.seek(int((at_s + self.origin_s) / self.stream.time_base), stream=self.stream)
+            except av.FFmpegError:
+                if at_s == 0:
+                    raise
+
+    def _place(self, start_s, seconds, sought):
+        """The sound from here on, placed by its time stamps in the interval, mixed to mono. None: this place is too late."""
+        source_hz = self.stream.rate
+        planes = av.AudioResampler(format="fltp", rate=source_hz)
+        placed, at = np.zeros(round(seconds * source_hz), np.float32), None
+        for frame in self.container.decode(self.stream):
+            if frame.time is not None:
+                begin = round((frame.time - self.origin_s - start_s) * source_hz)
+            elif at is not None:
+                begin = at
+            elif sought:
+                return None
+            else:
+                begin = round(-start_s * source_hz)
+            if at is None and sought and begin > 0 and begin / source_hz + start_s > self.first_s + 0.05:
+                return None
+            # time stamps of some containers are rounded to milliseconds: small steps are not gaps
+            at = begin if at is None or abs(begin - at) > 0.02 * source_hz else at
+            if at >= len(placed):
+                return placed
+            for part in planes.resample(frame):
+                samples = part.to_ndarray().mean(0)  # channels×n → n
+                left, right = max(at, 0), min(at + len(samples), len(placed))
+                if right > left:
+                    placed[left:right] = samples[left - at : right - at]
+                at += len(samples)
+        if (at is None or at <= 0) and start_s + seconds < self.promised_s:
+            raise MediaError("the file is cut off")
+        return placed
 
     def close(self):
         if self.container is not None:
@@ -124,18 +189,46 @@ class Media:
 
 
 def _reason(error):
-    """The decoder's complaint in one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][-200:] if lines else 'no reason given'}"
+    """The decoder's complaint in one line, without the file's name, which the caller gives, and the place in its source."""
+    if isinstance(error, (OSError, av.FFmpegError)) and error.strerror:
+        return error.strerror
+    lines = [re.sub(r"\[[\d:]+\] \S+:\d+: ", "", line).strip() for line in str(error).splitlines()]
+    return f"{type(error).__name__}: {next(filter(None, lines), 'no reason given')[-200:]}"
+
+
+def _upright(frame):
+    """A PyAV frame as an image H×W×3 uint8, turned as the file asks; decord does so itself."""
+    return np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
 
 
 def frame_times(reader):
-    """When each frame of a decord reader is first shown: N seconds from the first; by the frame rate where the file has no times."""
-    number = np.arange(len(reader))
-    times = reader.get_frame_timestamp(number)[:, 0]
+    """When each frame of a decord reader is first shown, seconds from the first (N,); None where the file does not say."""
+    times = reader.get_frame_timestamp(np.arange(len(reader)))[:, 0].astype(float)
     if not np.isfinite(times).all() or abs(times[0]) > 1e6 or (np.diff(times) < 0).any():
-        return number / reader.get_avg_fps()
+        return None
     return times - times[0]
+
+
+def decord_finds_frames(container, stream):
+    """Whether decord's frame k is the file's frame k.
+
+    It seeks a key frame and counts from there. So it miscounts where the container has no index, and where frames shown
+    before a key frame are stored after it (an open group of pictures: some are dropped). HEVC it decodes at times not at all, and of
+    some narrow pictures (16, 24, 32, 48, 96, 144 pixels) it takes the padding of the rows for channels.
+    """
+    padded = -(-stream.width // 64) * 64
+    if padded != stream.width and 3 * padded % stream.width == 0:
+        return False
+    if container.format.name in ("mpegts", "mpeg", "flv") or stream.codec_context.name == "hevc":
+        return False
+    key_pts = None
+    if stream.codec_context.has_b_frames:
+        for packet in itertools.islice(container.demux(stream), 300):  # encoders start a group every 250 frames or sooner
+            if packet.is_keyframe:
+                key_pts = packet.pts
+            elif None not in (packet.pts, key_pts) and packet.pts < key_pts:
+                return False
+    return True
 
 
 @functools.lru_cache(maxsize=16)

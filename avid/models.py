@@ -164,7 +164,37 @@ class AudioVisual(nn.Module):
         features = self.audio_model(audio.contiguous(memory_format=torch.channels_last)).float()
         return self.audio_proj(features), features
 
+    def encode(self, modality, clips):
+        """encode_video or encode_audio, by name."""
+        return self.encode_video(clips) if modality == "video" else self.encode_audio(clips)
+
     def forward(self, video, audio):
         """Normalised float clips, B×3×T×S×S and B×1×frames×bins → Output."""
         (v, video_features), (a, audio_features) = self.encode_video(video), self.encode_audio(audio)
         return Output(v, a, video_features, audio_features)
+
+
+class ModelError(Exception):
+    """A checkpoint whose parameters are not this network's; the message names them."""
+
+
+def load(network, state, path):
+    """Load a checkpoint dict into an AudioVisual: one of train.py's, or one released with AVID-CMA, known by its key `model` and
+    names that begin with "module.". path: for messages. Raises ModelError for missing, left-over or wrongly shaped parameters."""
+    if "network" not in state and "model" not in state:
+        raise ModelError(
+            f"{path} holds neither a network of this project nor an AVID-CMA model, only {', '.join(map(str, state))}"
+        )
+    weights = state.get("network") or {name.removeprefix("module."): w for name, w in state["model"].items()}
+    mine = network.state_dict()
+    wrong = {
+        "missing": [name for name in mine if name not in weights],
+        "left over": [name for name in weights if name not in mine],
+        "of another shape": [name for name in mine if name in weights and weights[name].shape != mine[name].shape],
+    }
+    if any(wrong.values()):
+        faults = "; ".join(
+            f"{len(names)} {fault}: {', '.join(names[:5])}{', …' if names[5:] else ''}" for fault, names in wrong.items() if names
+        )
+        raise ModelError(f"{path} does not fit the network that the settings describe (model.*): {faults}")
+    network.load_state_dict(weights)

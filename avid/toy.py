@@ -4,12 +4,14 @@ In: the toy's settings and a seed.
 Out: a folder of mp4 files (H.264, AAC) with manifest.csv, the same bits for the same seed; or one video as arrays.
 """
 
+import contextlib
 import csv
 import dataclasses
 import hashlib
 import json
 import multiprocessing
 import os
+import uuid
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from fractions import Fraction
@@ -21,13 +23,17 @@ import av
 import numpy as np
 from tqdm import tqdm
 
-WORLD = 1  # counts the changes of what this file draws: each makes a new folder
+WORLD = 3  # counts the changes of what this file draws: each makes a new folder
 TEMPO = {"slide": 0.95, "bounce": 1.35, "spin": 1.9, "pulse": 2.7}  # motion: events a second, a factor √2 apart
 TEMPO_JITTER = 0.1
 PITCH_HZ = 220.0  # lowest pitch; the highest is an octave above
 TONE_DB, ROOM_DB, ROOM = 14, 10, (0.1, 0.9)
+AFTERIMAGE = 0.5  # opacity that a thing leaves behind
+WEAR = 0.55  # share of its contrast that a texture loses over the video
+WHISTLE, WHISTLE_HZ, WHISTLE_OCTAVES = 0.25, 6000.0, 1.5  # the room's: loudness, first pitch, fall over the video
 LEAD_S = 1.0  # the world runs this long before the first frame, so that trails and sounds have a past
 AAC_RATES_HZ = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
+PART = ".part"
 COLUMNS = "path label split motion tempo faulty sound pitch_hz".split()
 
 
@@ -243,18 +249,18 @@ def picture(kind, track, toy, rng):
     """Frames (T, S, S, 3) uint8 of a thing of `kind` on `track`."""
     size, lead = toy.size, int(LEAD_S * toy.fps)
     t = np.arange(-lead, round(toy.seconds * toy.fps)) / toy.fps
-    radius = rng.uniform(0.26, 0.34) * size
+    radius = rng.uniform(0.30, 0.40) * size
     background = _background(size, rng)
-    lights = rng.permutation([rng.uniform(0.05, 0.25), rng.uniform(0.75, 0.95)])
+    lights = rng.permutation([rng.uniform(0.02, 0.2), rng.uniform(0.8, 0.98)])
     one, other = (_colour(rng, light) for light in lights)
 
-    # the thing, drawn once on a fine grid: colour and opacity
+    # the thing, drawn once on a fine grid: texture and opacity
     fine = 192
     v, u = np.mgrid[:fine, :fine] / (fine / 2.4) - 1.2
     soft = 1 / radius  # edges fade over about a pixel
     opacity = np.clip(0.5 + KINDS[kind].shape(u, v) / soft, 0, 1).astype(np.float32)
-    ink = np.clip(0.5 + KINDS[kind].texture(u, v) / (4 * soft), 0, 1).astype(np.float32)[..., None]
-    sprite = np.concatenate([ink * one + (1 - ink) * other, opacity[..., None]], axis=2).reshape(-1, 4)
+    ink = np.clip(KINDS[kind].texture(u, v) / (4 * soft), -0.5, 0.5).astype(np.float32)  # ½: one colour, −½: the other
+    sprite = np.stack([ink, opacity], axis=2).reshape(-1, 2)
 
     # every pixel of every frame in the coordinates of the thing
     x, y, scale, angle = (np.asarray(a, np.float32)[:, None, None] for a in track.at(t))
@@ -265,7 +271,8 @@ def picture(kind, track, toy, rng):
     cos, sin = np.cos(angle) * step, np.sin(angle) * step
     column = np.clip(cos * dx + sin * dy + fine / 2, 0, fine - 1).astype(np.int32)  # T×S×S
     row = np.clip(cos * dy - sin * dx + fine / 2, 0, fine - 1).astype(np.int32)
-    thing = sprite[row * fine + column]  # T×S×S×4
+    thing = sprite[row * fine + column]  # T×S×S×2
+    fresh = np.minimum(1 - WEAR * t / toy.seconds, 1).astype(np.float32)  # order can be told: textures wear off
     flash = 0.4 * _decay(track, t, 0.09).astype(np.float32)
 
     frames = np.empty((len(t), size, size, 3), np.uint8)
@@ -273,9 +280,11 @@ def picture(kind, track, toy, rng):
     canvas = background
     for k in range(len(t)):
         canvas = background + keep * (canvas - background)  # the afterimage fades
-        colour, opacity = thing[k, ..., :3], thing[k, ..., 3:]
-        canvas = canvas + opacity * (colour + flash[k] * (1 - colour) - canvas)
-        frames[k] = canvas * 255 + 0.5
+        ink, opacity = thing[k, ..., :1], thing[k, ..., 1:]
+        colour = (one + other) / 2 + fresh[k] * ink * (one - other)
+        thing_lit = opacity * (colour + flash[k] * (1 - colour) - canvas)
+        frames[k] = (canvas + thing_lit) * 255 + 0.5
+        canvas = canvas + AFTERIMAGE * thing_lit
     return frames[lead:]
 
 
@@ -294,15 +303,20 @@ def sound(kind, track, pitch_hz, toy, rng):
 
 
 def _record(wave, rng, toy):
-    """Loudness, tone of the microphone and noise of the room: nothing of the kind."""
+    """Loudness, tone of the microphone, noise and a falling whistle of the room: nothing of the kind."""
     spectrum = np.fft.rfft(wave / np.sqrt(np.mean(wave**2) + 1e-12))
     hiss = np.fft.rfft(rng.standard_normal(len(wave), dtype=np.float32))
     octave = np.log2(np.maximum(np.fft.rfftfreq(len(wave), 1 / toy.rate_hz), 1))
     knots = np.arange(6.5, 14)  # 90 Hz, 180 Hz, …
     tone, room = (10 ** (np.interp(octave, knots, rng.uniform(-db, db, len(knots))) / 20) for db in (TONE_DB, ROOM_DB))
     spectrum = spectrum * tone + rng.uniform(*ROOM) * hiss * room
-    wave = np.fft.irfft(spectrum, len(wave))
+    wave = np.fft.irfft(spectrum, len(wave)) + WHISTLE * np.sin(2 * np.pi * np.cumsum(_whistle_hz(len(wave), toy)) / toy.rate_hz)
     return (wave / np.abs(wave).max() * rng.uniform(0.3, 0.95)).astype(np.float32)
+
+
+def _whistle_hz(samples, toy):
+    """The whistle's pitch, the same in every video: order can be told by ear."""
+    return min(WHISTLE_HZ, 0.4 * toy.rate_hz) * 2 ** (-WHISTLE_OCTAVES * np.arange(samples) / samples)
 
 
 def music(toy, rng):
@@ -368,7 +382,7 @@ def encode(path, frames, wave, toy):
     with av.open(str(path), "w", format="mp4", options={"fflags": "+bitexact"}) as file:
         video = file.add_stream("libx264", rate=toy.fps, options={"preset": "veryfast", "crf": "20", "threads": "1"})
         video.width, video.height, video.pix_fmt = toy.size, toy.size, "yuv420p"
-        video.codec_context.gop_size, video.codec_context.max_b_frames = toy.fps, 0
+        video.codec_context.gop_size, video.codec_context.max_b_frames = max(toy.fps // 2, 1), 0
         audio = file.add_stream("aac", rate=toy.rate_hz, layout="mono", options={"aac_coder": "fast"})
         audio.bit_rate = 64000
         for k, image in enumerate(frames):
@@ -385,12 +399,21 @@ def encode(path, frames, wave, toy):
 
 def _write_one(folder, toy, seed, row):
     path = folder / row["path"]
-    if path.exists():
-        return
-    part = path.with_suffix(f".part{os.getpid()}")
+    if not path.exists():
+        with _whole(path) as part:
+            encode(part, *render(toy, seed, row), toy)
+
+
+@contextlib.contextmanager
+def _whole(path):
+    """A name to write to, which becomes `path` once all is written. Several processes may write the same at once."""
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PART}")
     try:
-        encode(part, *render(toy, seed, row), toy)
+        yield part
         os.replace(part, path)
+    except FileNotFoundError:
+        if not path.exists():  # else another run has finished this world and cleaned up
+            raise
     finally:
         part.unlink(missing_ok=True)
 
@@ -408,9 +431,14 @@ def write(root, toy, seed, workers, progress=True):
     content = json.dumps([WORLD, seed, dataclasses.asdict(toy)], sort_keys=True)
     name = f"toy-{toy.train}+{toy.test}-{toy.seconds:g}s-{toy.size}px-faulty{toy.faulty:g}-seed{seed}"
     folder = Path(root) / f"{name}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
-    manifest = folder / "manifest.csv"
-    if manifest.exists():
-        return folder
+    if not (folder / "manifest.csv").exists():
+        _write_all(folder, toy, seed, workers, progress)
+    for part in folder.rglob(f"*{PART}"):  # of writers that were killed: the world is complete without
+        part.unlink(missing_ok=True)
+    return folder
+
+
+def _write_all(folder, toy, seed, workers, progress):
     rows = table(toy, seed)
     for split in ("train", "test"):
         (folder / split).mkdir(parents=True, exist_ok=True)
@@ -430,10 +458,7 @@ def write(root, toy, seed, workers, progress=True):
                     bar.update()
             finally:
                 pool.shutdown(cancel_futures=True)
-    part = manifest.with_suffix(f".part{os.getpid()}")
-    with open(part, "w", newline="", encoding="utf-8") as file:
+    with _whole(folder / "manifest.csv") as part, open(part, "w", newline="", encoding="utf-8") as file:
         lines = csv.DictWriter(file, COLUMNS)
         lines.writeheader()
         lines.writerows(rows)
-    os.replace(part, manifest)
-    return folder

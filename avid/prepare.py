@@ -1,0 +1,413 @@
+"""Whole folders of media: what of them is usable, and small copies of them that decode fast.
+
+In: a data set, or any folder.
+Out: `check`, a CSV with a row a file; `prepare`, a folder of the same structure with small H.264 and AAC files.
+"""
+
+import argparse
+import csv
+import errno
+import io
+import json
+import os
+import posixpath
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path, PureWindowsPath
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from . import config, datasets, processes
+from .datasets import MEDIA, DataError
+from .processes import Crash
+
+SOUND = MEDIA[MEDIA.index(".wav") :]  # endings of files without picture
+PART = ".avid-part"  # ending of a file that is being written
+NEEDS = {"ucf101": "video", "hmdb51": "video", "esc50": "audio"}  # of the others a file needs both
+COLUMNS = "path usable reason seconds fps width height audio_rate_hz channels modality".split()
+PIECE_S = 60.0  # sound decoded at a time
+FULL = os.strerror(errno.ENOSPC)
+CHECK_LIMIT_S, PREPARE_LIMIT_S = 600.0, 6 * 3600.0  # a file that takes longer hangs
+
+
+# ----------------------------------------------------------------------------------------------------------------- check
+
+
+def check(table, modalities, out, workers):
+    """Read every file of a datasets.Table once, append a row a file (COLUMNS) to the CSV `out`, print a summary.
+
+    modalities: what a file needs to be usable, of ("video", "audio"). Files with a row in `out` are not read again. Returns the
+    number of usable files. Raises DataError where `out` is something else.
+    """
+    needs = "+".join(modalities)
+    rows = _earlier(out, needs, table)
+    todo = [i for i, path in enumerate(table.paths) if path not in rows]
+    print(table.report())
+    if rows:
+        print(f"{len(rows):,} of them were read before, see {out}; delete it to read them again")
+    tasks = [(str(table.root), table.paths[i], table.start_s[i], table.end_s[i], modalities) for i in todo]
+    bar = tqdm(total=len(table), initial=len(rows), desc="reading", unit="file", dynamic_ncols=True)
+    with bar, open(out, "a", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        lines = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+        if not file.tell():
+            lines.writeheader()
+        with closing(processes.outcomes(examine, tasks, workers, CHECK_LIMIT_S)) as results:
+            for (_, path, *_), facts in results:
+                if isinstance(facts, Crash):
+                    facts = {"usable": "no", "reason": facts.reason}
+                rows[path] = {"path": path, "modality": needs, **facts}
+                lines.writerow(rows[path])
+                file.flush()
+                bar.update()
+    print(summary(rows.values()))
+    print(f"a row a file: {out}")
+    return sum(row["usable"] == "yes" for row in rows.values())
+
+
+def examine(root, path, start_s, end_s, modalities):
+    """A file's values of COLUMNS: a frame at its beginning and one at its end are decoded, and all of its sound."""
+    import decord  # here: a worker needs them, the command line and its help do not
+
+    from .media import Media, MediaError
+
+    decord.logging.set_level(decord.logging.QUIET)  # complaints about a stream; what cannot be decoded is an exception
+    media, facts = None, {"usable": "yes", "reason": ""}
+    try:
+        media = Media(os.path.join(root, path), modalities, start_s, end_s)
+        facts["seconds"] = f"{media.last_s - media.first_s:.3f}"
+        if "video" in modalities:
+            height, width = media.frames([media.first_s, media.last_s]).shape[1:3]
+            facts |= {"fps": f"{media.reader.get_avg_fps():.3f}", "width": width, "height": height}
+        if "audio" in modalities:
+            rate_hz, loudest = media.stream.rate, 0.0
+            facts |= {"audio_rate_hz": rate_hz, "channels": media.stream.codec_context.channels}
+            for begin_s in np.arange(media.first_s, media.last_s, PIECE_S):
+                samples = round(min(PIECE_S, media.last_s - begin_s) * rate_hz)
+                loudest = max(loudest, np.abs(media.sound(begin_s, samples, rate_hz)).max(initial=0.0))
+            if loudest == 0.0:
+                facts["reason"] = "silent"  # it can be used, but has nothing to hear
+    except MediaError as error:
+        facts |= {"usable": "no", "reason": str(error)}
+        if str(error) == "no sound" and "video" in modalities:  # is it of use for the picture at least?
+            picture = examine(root, path, start_s, end_s, ("video",))
+            facts |= picture | {"usable": "no", "reason": picture["reason"] or "no sound"}
+    finally:
+        if media is not None:
+            media.close()
+    return facts
+
+
+def _earlier(out, needs, table):
+    """{path: row} of the CSV of an interrupted check. The half line that a killed one left is cut off."""
+    text = out.read_bytes() if out.exists() else b""
+    header = (",".join(COLUMNS) + "\n").encode()
+    if not (text.startswith(header) or header.startswith(text)):
+        raise DataError(f"{out} is not the CSV of a check; name another one with --out")
+    whole = text[: text.rfind(b"\n") + 1]
+    rows = {row["path"]: row for row in csv.DictReader(io.StringIO(whole.decode(errors="surrogateescape"), newline=""))}
+    listed = set(table.paths)
+    for path, row in rows.items():
+        if path not in listed or row["modality"] != needs:
+            raise DataError(
+                f"{out} is the CSV of another check: {path} was read for {row['modality']}; this one reads {table.name} for "
+                f"{needs}; delete it, or name another one with --out"
+            )
+    if text:
+        os.truncate(out, len(whole))
+    return rows
+
+
+def summary(rows):
+    """A table in plain text: how many rows are usable, how many are not and why, with examples."""
+    kinds = {"usable": [], "usable, but silent": []}
+    for row in rows:
+        reason = row["reason"].partition(":")[0]
+        kind = ("usable, but " if row["usable"] == "yes" else "") + reason if reason else "usable"
+        kinds.setdefault(kind, []).append(row)
+    total = sum(map(len, kinds.values()))
+    lines = []
+    for kind, members in sorted(kinds.items(), key=lambda item: (not item[0].startswith("usable"), -len(item[1]))):
+        if members or kind == "usable":
+            hours = f"   {sum(float(row['seconds']) for row in members) / 3600:,.1f} h" if kind == "usable" else ""
+            examples = ", ".join(row["path"] for row in members[:3])
+            lines.append(f"{len(members):>11,} {len(members) / max(total, 1):>7.1%}   {kind}{hours or f'   e.g. {examples}'}")
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------------------------- prepare
+
+
+class Small(NamedTuple):
+    """What prepared files are like."""
+
+    short_side: int = 128  # pixels, at most
+    keyint: int = 32  # frames from one key frame to the next: a clip decodes from the key frame before it
+    audio_rate: int = 24000  # Hz
+
+
+def prepare(src, dst, small, workers):
+    """Write a small copy of every media file below the folder `src` into `dst`, in the same folders, with the same stems.
+
+    Pictures become H.264 and sounds mono AAC, in .mp4; in .m4a where the ending says that there is no picture (wav, flac, …). Both
+    keep their times. Of a damaged file, what can be decoded is kept. Files that exist are skipped, so that the same command goes on
+    after an interruption; one command at a time writes into a `dst`. Lists (csv, txt) are copied; in a CSV with a column `path` the
+    endings follow the prepared files. dst/failures.csv lists what could not be prepared, and why. Returns the number of prepared
+    files that are there. Raises DataError where src, dst or ffmpeg cannot be used.
+    """
+    src, dst = Path(src).expanduser().resolve(), Path(dst).expanduser().resolve()
+    if src == dst or src in dst.parents or dst in src.parents:
+        raise DataError(f"{src} and {dst} lie within each other; name a folder elsewhere")
+    files = _files(src)
+    media = [file for file in files if os.path.splitext(file)[1].lower() in MEDIA]
+    if not media:
+        raise DataError(f"no media files below {src}; they end in {', '.join(MEDIA)}")
+    dst.mkdir(parents=True, exist_ok=True)
+    for file in _files(dst):
+        if file.endswith(PART):
+            (dst / file).unlink()
+    ffmpeg = _ffmpeg(dst, small)
+    _same_settings(dst / "prepare.json", small)
+
+    renamed, first, failures = {}, {}, []
+    for file in media:
+        stem, ending = os.path.splitext(file)
+        renamed[file] = stem + (".m4a" if ending.lower() in SOUND else ".mp4")
+        if first.setdefault(renamed[file], file) is not file:
+            failures.append((file, f"would become {renamed[file]}, as {first[renamed[file]]} does: rename one of the two"))
+    for file in files:
+        if file.lower().endswith((".csv", ".txt")) and file != "failures.csv":
+            copy_list(src, dst, file, renamed)
+    there = {name for name in first if (dst / name).exists()}
+    tasks = [(ffmpeg, str(src / file), str(dst / name), small) for name, file in first.items() if name not in there]
+    for folder in {Path(target).parent for _, _, target, _ in tasks}:
+        folder.mkdir(parents=True, exist_ok=True)
+
+    done, mute, before, after, log = 0, 0, 0, 0, dst / "failures.csv"
+    bar = tqdm(total=len(first), initial=len(there), desc="preparing", unit="file", dynamic_ncols=True)
+    with bar, open(log, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        lines = csv.writer(file, lineterminator="\n")
+        lines.writerows([("path", "reason"), *failures])
+        file.flush()
+        with closing(processes.outcomes(encode, tasks, workers, PREPARE_LIMIT_S)) as results:
+            for (_, source, target, _), result in results:
+                reason, has_sound = (result.reason, False) if isinstance(result, Crash) else result
+                if FULL in reason:
+                    raise OSError(errno.ENOSPC, FULL, str(dst))
+                if reason:
+                    Path(target + PART).unlink(missing_ok=True)
+                    failures.append((Path(source).relative_to(src).as_posix(), reason))
+                    lines.writerow(failures[-1])
+                    file.flush()
+                else:
+                    done, mute = done + 1, mute + (not has_sound)
+                    before, after = before + os.path.getsize(source), after + os.path.getsize(target)
+                bar.update()
+    print(f"prepared {done:,} files ({mute:,} without sound): {before / 1e6:,.1f} MB to {after / 1e6:,.1f} MB")
+    if there:
+        print(f"{len(there):,} were there before")
+    if failures:
+        print(f"{len(failures):,} could not be prepared, e.g. {failures[0][0]}: {failures[0][1]}; all of them: {log}")
+    else:
+        log.unlink()
+    return done + len(there)
+
+
+def encode(ffmpeg, source, target, small):
+    """Prepare one file: returns why that failed (empty: it did not) and whether it has sound. `target` is whole or not there."""
+    import av  # here: a worker needs them, the command line does not
+
+    from .media import Media, MediaError
+
+    part = target + PART
+    try:
+        with av.open(source, metadata_errors="ignore") as container:  # the streams that media.Media reads
+            picture, sound = container.streams.best("video"), container.streams.best("audio")
+            picture = f"0:{picture.index}" if picture is not None and target.endswith(".mp4") else None
+            sound = f"0:{sound.index}" if sound is not None else None
+        if not picture and not sound:
+            return "neither picture nor sound", False
+        if reason := _run(_command(ffmpeg, ["-i", source], picture, sound, small, part)):
+            return reason, False
+        Media(part, [name for name, stream in (("video", picture), ("audio", sound)) if stream]).close()
+        os.replace(part, target)
+        return "", sound is not None
+    except (av.FFmpegError, ValueError, OSError) as error:
+        return f"{type(error).__name__}: {error}", False
+    except MediaError as error:
+        return f"cannot be used once prepared: {error}", False
+    finally:
+        Path(part).unlink(missing_ok=True)
+
+
+def _command(ffmpeg, inputs, picture, sound, small, out):
+    """ffmpeg's arguments; picture, sound: the streams to take, as 0:1, or None."""
+    command = [ffmpeg, "-nostdin", "-v", "error", "-y", "-threads", "1", *inputs, "-filter_threads", "1"]
+    if picture:
+        # the short side of the stored frame, at most its own; even numbers for 4:2:0; -2: keep the shape
+        width, height = (f"max(2,trunc(min({side},{small.short_side})/2)*2)" for side in ("iw", "ih"))
+        command += ["-map", picture, "-vf", f"scale=w='if(gt(iw,ih),-2,{width})':h='if(gt(iw,ih),{height},-2)'"]
+        # every frame keeps its own time, on a clock of 90 kHz instead of the frame rate's; without B frames nothing is reordered
+        command += ["-enc_time_base", "1:90000", "-c:v", "libx264", "-threads", "1", "-bf", "0"]
+        command += ["-g", str(small.keyint), "-crf", "20", "-pix_fmt", "yuv420p"]
+    if sound:
+        command += ["-map", sound, "-c:a", "aac", "-b:a", "64k", "-ac", "1", "-ar", str(small.audio_rate)]
+    command += ["-map_metadata", "-1", "-map_chapters", "-1", "-abort_on", "empty_output"]
+    return [*command, "-f", "mp4", "-movflags", "+faststart", out]
+
+
+def _run(command):
+    """Run ffmpeg; returns its complaint in one line, empty if it has none."""
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+    if not done.returncode:
+        return ""
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or [processes.ending(done.returncode)]
+    return f"ffmpeg: {next((line for line in lines if FULL in line), lines[0])}"
+
+
+def _ffmpeg(dst, small):
+    """The program's path, on PATH or else imageio-ffmpeg's, tried out on a tenth of a second."""
+    path = shutil.which("ffmpeg")
+    if not path:
+        try:
+            import imageio_ffmpeg
+
+            path = imageio_ffmpeg.get_ffmpeg_exe()
+        except (ImportError, RuntimeError):
+            raise DataError("no ffmpeg on PATH: install it, or: pip install imageio-ffmpeg") from None
+    inputs = ["-f", "lavfi", "-i", "testsrc=duration=0.1", "-f", "lavfi", "-i", "sine=duration=0.1"]
+    trial = dst / f"trial{PART}"
+    try:
+        if reason := _run(_command(path, inputs, "0:0", "1:0", small, str(trial))):
+            raise DataError(
+                f"{path} cannot encode this way; put another one, with libx264 and aac, on PATH, or change the settings: {reason}"
+            )
+    finally:
+        trial.unlink(missing_ok=True)
+    return path
+
+
+def _same_settings(path, small):
+    """A folder holds files of one kind: its prepare.json says which."""
+    if not path.exists():
+        path.write_text(json.dumps(small._asdict()) + "\n", encoding="utf-8")
+    elif (there := path.read_text(encoding="utf-8").strip()) != json.dumps(small._asdict()):
+        raise DataError(f"{path.parent} holds files prepared with {there}; ask for the same, or name another folder")
+
+
+def _files(root):
+    """The files below root, relative, '/'-separated and sorted; hidden ones are left out."""
+
+    def stop(error):
+        raise error
+
+    files = []
+    for folder, names, here in os.walk(root, onerror=stop, followlinks=True):
+        names[:] = [name for name in names if not name.startswith(".")]
+        files += [Path(folder, name).relative_to(root).as_posix() for name in here if not name.startswith(".")]
+    return sorted(files)
+
+
+def copy_list(src, dst, file, renamed):
+    """Copy a list; where it is a CSV with a column `path`, relative to its folder, prepared files get their new endings.
+
+    renamed: {path relative to src: path relative to dst}.
+    """
+    content = (src / file).read_bytes()
+    if file.lower().endswith(".csv"):
+        content = _new_endings(content, posixpath.dirname(file), renamed)
+    part = dst / (file + PART)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    part.write_bytes(content)
+    os.replace(part, dst / file)
+
+
+def _new_endings(content, folder, renamed):
+    try:
+        rows = list(csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), skipinitialspace=True, strict=True))
+    except (UnicodeDecodeError, csv.Error):
+        return content  # as unreadable as it was
+    header = [name.strip() for name in rows[0]] if rows else []
+    if "path" not in header:
+        return content
+    at = header.index("path")
+    for row in rows[1:]:
+        if len(row) > at:
+            name = renamed.get(posixpath.normpath(posixpath.join(folder, PureWindowsPath(row[at].strip()).as_posix())))
+            if name:
+                row[at] = os.path.splitext(row[at].strip())[0] + os.path.splitext(name)[1]
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue().encode()
+
+
+# ---------------------------------------------------------------------------------------------------------- command line
+
+
+def main(argv=None):
+    """`python -m avid.data check …` and `… prepare …`. Exit code 0: files can be used, 1: none, 2: wrong arguments or data."""
+    arguments = _parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, as Ctrl-C is: workers end, part files go
+    try:
+        usable = _check(arguments) if arguments.command == "check" else _prepare(arguments)
+    except (config.ConfigError, DataError, OSError) as error:
+        config.stop(error)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        raise SystemExit(130) from None
+    raise SystemExit(0 if usable else 1)
+
+
+def _check(arguments):
+    name, split = arguments.data, arguments.split
+    cfg = config.load("", arguments.overrides, base={"data": {"name": name, "root": arguments.root}})
+    modality = arguments.modality or NEEDS.get(name, "both")
+    modalities = ("video", "audio") if modality == "both" else (modality,)
+    out = arguments.out or Path(f"check-{name}-{split}-{modality}.csv")
+    return check(datasets.load(cfg.data, split), modalities, out, arguments.workers or max(cfg.data.workers, 1))
+
+
+def _prepare(arguments):
+    small = Small(arguments.short_side, arguments.keyint, arguments.audio_rate)
+    return prepare(arguments.src, arguments.dst, small, arguments.workers)
+
+
+def _parser():
+    parser = argparse.ArgumentParser(prog="python -m avid.data", description=__doc__, formatter_class=config.Help)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="check|prepare")
+
+    what = "read every file of a data set once: what is usable, what is not and why, as a CSV"
+    add = commands.add_parser("check", help=what, description=what, formatter_class=config.Help).add_argument
+    add("--data", required=True, choices=config.DATA_SETS, metavar="D", help=f"data set: {', '.join(config.DATA_SETS)}")
+    add("--root", required=True, metavar="R", help="folder of the data set")
+    add("--split", default="all", metavar="S", help="part to read (default: all)")
+    needs = ", ".join(f"{name}: {modality}" for name, modality in NEEDS.items())
+    add("--modality", choices=("both", "video", "audio"), help=f"what a usable file has (default: both; {needs})")
+    add("--workers", type=_positive, metavar="N", help="processes (default: data.workers)")
+    add("--out", type=Path, metavar="FILE.csv", help="the CSV; it is continued (default: check-D-S-MODALITY.csv)")
+    add("overrides", nargs="*", metavar="key=value", help="settings of train.py, for example data.subset=esc10")
+
+    what, small = "make small copies of the media below a folder, with many key frames: they decode fast", Small()
+    add = commands.add_parser("prepare", help=what, description=what, formatter_class=config.Help).add_argument
+    add("src", metavar="SRC", help="folder of videos or sounds")
+    add("dst", metavar="DST", help="folder to write; the same command goes on where an interrupted one stopped")
+    add("--short-side", type=_positive, default=small.short_side, metavar="PIXELS", help="at most (default: %(default)s)")
+    add("--keyint", type=_positive, default=small.keyint, metavar="FRAMES", help="between key frames (default: %(default)s)")
+    add("--audio-rate", type=_positive, default=small.audio_rate, metavar="HZ", help="sample rate (default: %(default)s)")
+    add("--workers", type=_positive, default=os.cpu_count(), metavar="N", help="processes (default: the processors)")
+    return parser
+
+
+def _positive(text):
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return number
+
+
+if __name__ == "__main__":
+    main()

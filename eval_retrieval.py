@@ -1,0 +1,87 @@
+"""What the features find: the nearest videos by picture, by sound, and from one to the other.
+
+    python eval_retrieval.py --ckpt runs/toy/last.pt                  all three tasks, with a contact sheet each
+    python eval_retrieval.py --ckpt random --task cross               the floor: an untrained network
+
+video, audio   evaluation videos query the training videos by their features: is one of the k nearest of the query's class?
+cross          among the evaluation videos, by embeddings: does a picture find its own sound, or one of its class, and the
+               other way?
+"""
+
+from avid import config
+
+TASKS = ("video", "audio", "cross")
+
+
+def command_line(argv=None):
+    arguments = config.evaluation_parser(__doc__)
+    arguments.add_argument("--task", choices=TASKS, help="default: all that the data set allows")
+    return arguments.parse_args(argv)
+
+
+if __name__ == "__main__":  # before the heavy imports: --help and a wrong argument answer at once
+    arguments = command_line()
+
+import numpy as np
+
+from avid import datasets, evaluation, figures
+
+RANKS = (1, 5, 10, 20)
+SHOWN = 6  # queries on a contact sheet, and videos found by each
+
+
+def main(arguments):
+    subject = evaluation.subject(arguments)
+    held = evaluation.modalities_of(subject.cfg)
+    tasks = [arguments.task] if arguments.task else [*held] + ["cross"] * (len(held) == 2)
+    modalities = held if "cross" in tasks else tuple(tasks)
+    results = {task: [] for task in tasks}
+    for train_table, table in evaluation.tables(subject.cfg):
+        print(f"{train_table.report()}\n{table.report()}")
+        if subject.name == "random":
+            evaluation.settle(subject.network, train_table, subject.cfg, subject.device, modalities)
+        found = evaluation.features(subject, table, modalities)
+        for task in tasks:
+            if task == "cross":
+                result = evaluation.cross_modal(found, table.labels[found.index], RANKS)
+                query, key = (found.video_level("embeddings", modality) for modality in ("video", "audio"))
+                gallery, gallery_table = found, table
+            else:
+                gallery, gallery_table = evaluation.features(subject, train_table, modalities), train_table
+                query, key = (part.video_level("features", task) for part in (found, gallery))
+                result = by_class(query, key, evaluation.labels_of(table, found), evaluation.labels_of(train_table, gallery))
+            counts = {"videos": len(query), "gallery_videos": len(key), "skipped": len(found.failures)}
+            results[task].append({**counts, **result})
+            if len(results[task]) == 1:
+                draw(subject, task, found, table, gallery, gallery_table, evaluation.nearest(query, key, SHOWN))
+
+    for task in tasks:
+        recalls = [name for name in results[task][0] if "R@" in name]
+        mean = {name: np.mean([result[name] for result in results[task]]).item() for name in recalls}
+        row = {"task": task, "label": subject.cfg.data.label, **results[task][0], **mean, "divisions": results[task]}
+        row = evaluation.write_result(subject, f"retrieval-{task}", row)
+        print(f"{task}: {row['videos']} queries, {row['gallery_videos']} videos to find")
+        evaluation.print_table([{"R@k, %": name, "": row[name]} for name in recalls], ("R@k, %", ""))
+
+
+def by_class(query, key, query_y, key_y):
+    """R@k by class; chance is what a random order would give for k = 1."""
+    found = evaluation.nearest(query, key, max(RANKS))
+    chance = 100 * (query_y[:, None] == key_y).mean().item()
+    return {**evaluation.recall(found, lambda q, f: query_y[q] == key_y[f], RANKS), "chance R@1": chance}
+
+
+def draw(subject, task, found, table, gallery, gallery_table, nearest):
+    """A contact sheet of evenly spaced queries and what each found."""
+    some = np.linspace(0, len(nearest) - 1, min(SHOWN, len(nearest))).astype(int)
+    queries = datasets.take(table, found.index[some])
+    finds = [datasets.take(gallery_table, gallery.index[nearest[q]]) for q in some]
+    path = subject.out / f"retrieval-{task}-{subject.cfg.data.name}.png"
+    shown = ("video", "audio") if task == "cross" else (task, task)
+    figures.contact_sheet(path, queries, finds, *shown, subject.cfg)
+    print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    with evaluation.plain_errors():
+        main(arguments)

@@ -1,0 +1,105 @@
+"""Small media files whose content is known at every moment: frames show their number, a chirp sounds at known times."""
+
+import os
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+SIDE = 64  # pixels: eight bars of eight, the bits of the frame's number
+CHIRP_S = 0.06
+
+
+def chirp(rate_hz):
+    """A sweep from 500 to 3000 Hz (n,) float32: its place in a recording is found to less than a sample."""
+    t = np.arange(round(CHIRP_S * rate_hz)) / rate_hz
+    sweep = np.sin(2 * np.pi * (500 * t + 2500 / CHIRP_S * t**2 / 2)) * np.sin(np.pi * t / CHIRP_S) ** 2
+    return (0.8 * sweep).astype(np.float32)
+
+
+def chirps(at_s, seconds, rate_hz, channels=1):
+    """Silence with a chirp at each of the times at_s: channels×n float32."""
+    wave = np.zeros(round(seconds * rate_hz), np.float32)
+    for time_s in at_s:
+        begin = round(time_s * rate_hz)
+        wave[begin : begin + round(CHIRP_S * rate_hz)] += chirp(rate_hz)[: len(wave) - begin]
+    return np.tile(wave, (channels, 1))
+
+
+def tone(hz, seconds, rate_hz, channels=1):
+    return np.tile(0.5 * np.sin(2 * np.pi * hz * np.arange(round(seconds * rate_hz)) / rate_hz), (channels, 1)).astype(np.float32)
+
+
+def chirp_time(wave, rate_hz):
+    """When the loudest chirp of a recording begins, s."""
+    return np.abs(np.correlate(wave, chirp(rate_hz))).argmax() / rate_hz
+
+
+def numbered(numbers, size=SIDE):
+    """Frames T×S×S×3 uint8 that show these numbers (below 256) as bars."""
+    bits = np.asarray(numbers)[:, None] >> np.arange(8) & 1  # T×8
+    bars = (bits * 200 + 28).astype(np.uint8).repeat(size // 8, axis=1)  # T×S
+    return np.ascontiguousarray(np.broadcast_to(bars[:, None, :, None], (len(bits), size, size, 3)))
+
+
+def numbers(frames):
+    """The numbers that frames T×S×S×3 show."""
+    frames = np.asarray(frames)
+    bars = frames[..., 0].reshape(*frames.shape[:2], 8, -1).mean((1, 3))  # T×8
+    return ((bars > 128) << np.arange(8)).sum(1).tolist()
+
+
+def write_media(
+    path, frame_s=(), wave=None, rate_hz=48000, sound_from_s=0.0, codecs=("libx264", "aac"), encoder=None, size=SIDE, **muxer
+):
+    """Write the frames 0, 1, … shown at times frame_s, and a sound, channels×n, that begins at sound_from_s.
+
+    Media have the times that they are given, and the container begins with the earlier one. encoder: options of the video codec.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w", options=muxer) as file:
+        packets = []
+        if len(frame_s):
+            fps = Fraction((len(frame_s) - 1) / float(frame_s[-1] - frame_s[0])).limit_denominator(1001)
+            # H.264 takes any times, where the container does; the others hold constant rates
+            base = Fraction(1, 30000) if codecs[0] == "libx264" and path.suffix != ".avi" else 1 / fps
+            video = file.add_stream(codecs[0], rate=fps, options={"threads": "1", **(encoder or {})})
+            video.width, video.height, video.pix_fmt = size, size, "yuv420p"
+            video.codec_context.gop_size, video.codec_context.time_base = 24, base
+        if wave is not None:
+            sound = file.add_stream(codecs[1], rate=rate_hz, layout={1: "mono", 2: "stereo", 6: "5.1"}[len(wave)])
+        if len(frame_s):
+            for time_s, image in zip(frame_s, numbered(range(len(frame_s)), size), strict=True):
+                frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+                frame.pts, frame.time_base = round(time_s / base), base
+                packets += video.encode(frame)
+            packets += video.encode(None)
+        if wave is not None:
+            resampler = av.AudioResampler(
+                sound.codec_context.format, sound.codec_context.layout, rate_hz, sound.frame_size or 1024
+            )
+            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(wave), format="fltp", layout=sound.codec_context.layout)
+            frame.sample_rate, frame.time_base, frame.pts = rate_hz, Fraction(1, rate_hz), round(sound_from_s * rate_hz)
+            for part in resampler.resample(frame) + resampler.resample(None):
+                packets += sound.encode(part)
+            packets += sound.encode(None)
+        for packet in sorted(packets, key=lambda packet: packet.dts * packet.time_base):
+            file.mux(packet)
+    return path
+
+
+@pytest.fixture
+def media_file(tmp_path):
+    """A function of a file name and of what `write_media` takes; it writes the file and returns its path."""
+    return lambda name, **content: write_media(tmp_path / name, **content)
+
+
+@pytest.fixture
+def real_media():
+    """The folder of real videos, see AVID_TEST_DATA."""
+    folder = Path(os.environ.get("AVID_TEST_DATA", Path(__file__).parents[2] / "shared" / "data")) / "media"
+    if not folder.is_dir():
+        pytest.skip(f"no real videos in {folder}: set AVID_TEST_DATA to the folder that holds media/")
+    return folder

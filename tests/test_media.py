@@ -1,0 +1,471 @@
+"""Frames and sound at known times, in files of known content, with the faults that files have."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import av
+import numpy as np
+import pytest
+from conftest import CHIRP_S, chirp, chirp_time, chirps, numbers, tone
+
+from avid import config
+from avid.media import Media, MediaError, columns, spectrogram
+
+MS = 1e-3
+TWO_SECONDS = np.arange(50) / 25  # 25 frames a second
+OPEN_GROUPS = {"x264-params": "open-gop=1:bframes=3:keyint=24:min-keyint=24:scenecut=0"}
+
+
+# ---------------------------------------------------------------------------------------------------------------- picture
+
+
+@pytest.mark.parametrize("container", ["mp4", "mkv"])
+@pytest.mark.parametrize("fps", [8, 15, 25, 30000 / 1001, 60])
+def test_the_frame_on_show_at_a_time(media_file, fps, container):
+    frame_s = np.arange(round(1.6 * fps)) / fps
+    media = Media(media_file(f"a.{container}", frame_s=frame_s), ("video",))
+    order = np.random.default_rng(0).permutation(len(frame_s))
+    for share in (0.05, 0.5, 0.9):  # of the time that a frame is on show; mkv rounds times to milliseconds
+        assert numbers(media.frames((order + share) / fps)) == order.tolist()
+    for k in order[:8]:  # one by one
+        assert numbers(media.frames([(k + 0.5) / fps])) == [k]
+    assert media.first_s == 0.0
+    assert media.last_s == pytest.approx(len(frame_s) / fps, abs=2 * MS)
+
+
+@pytest.mark.parametrize("container", ["mp4", "mkv"])
+def test_a_variable_frame_rate(media_file, container):
+    rng = np.random.default_rng(0)
+    frame_s = np.cumsum(rng.choice([0.017, 0.033, 0.1, 0.25], size=40))
+    media = Media(media_file(f"a.{container}", frame_s=frame_s - frame_s[0]), ("video",))
+    times = rng.uniform(0, frame_s[-1] - frame_s[0], 200)
+    times = times[np.abs(times[:, None] - (frame_s - frame_s[0])).min(1) > MS]
+    shown = np.searchsorted(frame_s - frame_s[0], times, side="right") - 1
+    assert numbers(media.frames(times)) == shown.tolist()
+
+
+def test_times_in_any_order_and_again(media_file):
+    media = Media(media_file("a.mp4", frame_s=TWO_SECONDS), ("video",))
+    asked = [30, 2, 2, 49, 30, 0]
+    frames = media.frames((np.array(asked) + 0.5) / 25)
+    assert frames.shape == (6, 64, 64, 3)
+    assert frames.dtype == np.uint8
+    assert numbers(frames) == asked
+
+
+def test_before_the_first_frame_and_after_the_last_one_these_stay(media_file):
+    media = Media(media_file("a.mp4", frame_s=TWO_SECONDS), ("video",))
+    assert numbers(media.frames([-1.0, 1.99, 2.5, 100.0])) == [0, 49, 49, 49]
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "encoder"),
+    [
+        ("open.mp4", "libx264", OPEN_GROUPS),
+        ("open.mkv", "libx264", OPEN_GROUPS),
+        ("hevc.mp4", "libx265", {"x265-params": "log-level=none"}),
+        ("b.mp4", "mpeg4", {"bf": "2"}),
+        ("b.avi", "mpeg4", {"bf": "2"}),
+        ("h264.avi", "libx264", {}),
+        ("plain.avi", "mpeg4", {}),
+        ("a.ts", "libx264", {}),
+        ("a.mpg", "mpeg2video", {"bf": "2"}),
+        ("a.flv", "libx264", {}),
+        ("a.webm", "libvpx", {}),
+    ],
+)
+def test_frames_that_are_hard_to_find(media_file, name, codec, encoder):
+    """Open groups of pictures, no time stamps, no index: decord alone gives other frames."""
+    media = Media(media_file(name, frame_s=TWO_SECONDS, codecs=(codec,), encoder=encoder), ("video",))
+    order = np.random.default_rng(0).permutation(50)
+    assert numbers(media.frames((order + 0.5) / 25)) == order.tolist()
+    for k in order[:10]:
+        assert numbers(media.frames([(k + 0.5) / 25])) == [k]
+
+
+@pytest.mark.parametrize("size", [16, 24, 32, 48, 80, 96, 112, 144, 160])
+def test_small_pictures(media_file, size):
+    media = Media(media_file("a.mp4", frame_s=TWO_SECONDS, size=size), ("video",))
+    frames = media.frames([0.1, 1.0])
+    assert frames.shape == (2, size, size, 3)
+    assert numbers(frames) == [2, 25]
+
+
+# ------------------------------------------------------------------------------------------------------------------ sound
+
+
+def heard_at(media, time_s, rate_hz):
+    """When the chirp that is near time_s is heard, by an interval around it."""
+    return time_s - 0.23 + chirp_time(media.sound(time_s - 0.23, round(0.5 * rate_hz), rate_hz), rate_hz)
+
+
+@pytest.mark.parametrize("rate_hz", [16000, 24000])
+@pytest.mark.parametrize("file_hz", [44100, 48000])
+@pytest.mark.parametrize("container", ["mp4", "mkv"])
+def test_a_chirp_lands_at_its_time(media_file, container, file_hz, rate_hz):
+    wave = chirps([0.4, 1.3, 2.2], 2.8, file_hz)
+    media = Media(media_file(f"a.{container}", wave=wave, rate_hz=file_hz), ("audio",))
+    for time_s in (1.3, 2.2, 0.4):
+        assert heard_at(media, time_s, rate_hz) == pytest.approx(time_s, abs=MS)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [("a.wav", "pcm_s16le"), ("a.flac", "flac"), ("a.mp3", "libmp3lame"), ("a.ogg", "libopus"), ("a.m4a", "aac")],
+)
+def test_files_of_sound_alone(media_file, name, codec):
+    media = Media(media_file(name, wave=chirps([0.4, 1.3], 2.0, 48000), codecs=("", codec)), ("audio",))
+    assert media.first_s == pytest.approx(0.0, abs=30 * MS)  # an encoder may lead in
+    assert media.last_s == pytest.approx(2.0, abs=80 * MS)
+    for time_s in (1.3, 0.4):
+        assert heard_at(media, time_s, 16000) == pytest.approx(time_s, abs=5 * MS)
+    if name.endswith("mp3"):
+        return  # its last packet is padded
+    assert media.sound(1.9, 16000, 16000)[8000:].max() == 0.0
+
+
+def test_resampling_keeps_the_waveform(media_file):
+    media = Media(media_file("a.wav", wave=tone(440, 2.0, 48000), codecs=("", "pcm_s16le")), ("audio",))
+    t = 0.5 + np.arange(8000) / 16000
+    assert np.abs(media.sound(0.5, 8000, 16000) - 0.5 * np.sin(2 * np.pi * 440 * t)).max() < 2e-3
+
+
+@pytest.mark.parametrize("channels", [1, 2, 6])
+def test_channels_are_averaged(media_file, channels):
+    """The same in all channels is as loud as in one; in one channel of two it is half as loud."""
+    wave = tone(440, 1.0, 48000, channels)
+    media = Media(media_file("a.wav", wave=wave, codecs=("", "pcm_s16le")), ("audio",))
+    assert np.abs(media.sound(0.2, 8000, 16000)).max() == pytest.approx(0.5, abs=0.01)
+    wave[1:] = 0.0
+    media = Media(media_file("b.wav", wave=wave, codecs=("", "pcm_s16le")), ("audio",))
+    assert np.abs(media.sound(0.2, 8000, 16000)).max() == pytest.approx(0.5 / channels, abs=0.01)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.avi", "a.mpg"])
+def test_what_was_read_before_does_not_matter(media_file, name):
+    """Two clips of a file are read in any order, after its end too."""
+    codecs = {"a.avi": ("mpeg4", "pcm_s16le"), "a.mpg": ("mpeg2video", "mp2")}.get(name, ("libx264", "aac"))
+    wave = chirps([0.05, 0.9, 1.8], 2.0, 48000)
+    path = media_file(name, frame_s=TWO_SECONDS, wave=wave, codecs=codecs)
+    alone = {start_s: Media(path).sound(start_s, 4800, 16000) for start_s in (0.0, 0.1, 0.8, 1.7)}
+    media = Media(path)
+    for start_s in (1.7, 0.0, 0.8, 0.1, 1.7, 0.1, 0.0):
+        media.frames([start_s])
+        again = media.sound(start_s, 4800, 16000)
+        if name == "a.mkv":  # its time stamps are rounded to milliseconds, by chance this way or that
+            assert chirp_time(again, 16000) == pytest.approx(chirp_time(alone[start_s], 16000), abs=MS) or start_s == 0.1
+        else:
+            np.testing.assert_allclose(again, alone[start_s], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.webm"])
+def test_an_interval_equals_that_part_of_the_whole(media_file, name):
+    at_s = [0.2, 0.75, 1.5, 2.1, 2.9]
+    wave = chirps(at_s, 3.0, 48000) + 0.2 * tone(220, 3.0, 48000)  # no noise: AAC decoders make it up
+    media = Media(media_file(name, wave=wave, codecs=("", "libopus" if name == "a.webm" else "aac")), ("audio",))
+    whole = media.sound(0.0, 48000, 16000)
+    for time_s in at_s:
+        begin = round((time_s - 0.1) * 16000)
+        part, same = media.sound(begin / 16000, 4000, 16000), whole[begin : begin + 4000]
+        if name == "a.mp4":
+            np.testing.assert_allclose(part[: len(same)], same, atol=1e-3)
+        else:  # its time stamps are rounded to milliseconds, by chance this way or that
+            assert chirp_time(part, 16000) == pytest.approx(chirp_time(same, 16000), abs=1.1 * MS)
+
+
+# -------------------------------------------------------------------------------------------------- picture against sound
+
+PLACES = {  # (first frame at, sound from) s
+    "together": (0.0, 0.0),
+    "sound 0.7 s late": (0.0, 0.7),
+    "picture 0.7 s late": (0.7, 0.0),
+    "both from 2.5 s on": (2.5, 2.5),
+    "from 2.5 s on, sound late": (2.5, 3.2),
+}
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts"])
+@pytest.mark.parametrize("picture_s, sound_s", PLACES.values(), ids=PLACES)
+def test_picture_and_sound_share_a_clock_that_begins_with_the_file(media_file, picture_s, sound_s, name):
+    path = media_file(name, frame_s=TWO_SECONDS + picture_s, wave=chirps([0.5, 1.2], 2.0, 48000), sound_from_s=sound_s)
+    media = Media(path)
+    picture_s, sound_s = picture_s - min(picture_s, sound_s), sound_s - min(picture_s, sound_s)
+    shift_s = heard_at(media, sound_s + 1.2, 16000) - (sound_s + 1.2)
+    assert -MS <= shift_s <= 22 * MS  # some files begin with the lead-in of the sound's encoder, where that comes first
+    assert heard_at(media, sound_s + 0.5, 16000) == pytest.approx(sound_s + 0.5 + shift_s, abs=MS)
+    for k in (40, 0, 13):
+        assert numbers(media.frames(picture_s + shift_s + (k + np.array([0.1, 0.9])) / 25)) == [k, k]
+    assert media.first_s == pytest.approx(max(picture_s, sound_s), abs=25 * MS)
+    assert media.last_s <= picture_s + 2.0 + 45 * MS  # mkv does not say when its sound ends
+    assert media.last_s == pytest.approx((picture_s if name == "a.mkv" else min(picture_s, sound_s)) + 2.0, abs=45 * MS)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+def test_the_clock_does_not_depend_on_what_is_wanted(media_file, name):
+    path = media_file(name, frame_s=TWO_SECONDS + 0.7, wave=chirps([0.5], 2.0, 48000))
+    times = [0.8, 1.5, 2.3]
+    assert numbers(Media(path, ("video",)).frames(times)) == numbers(Media(path).frames(times)) == [2, 20, 40]
+    assert Media(path, ("video",)).first_s == pytest.approx(0.7, abs=MS)
+    assert heard_at(Media(path, ("audio",)), 0.5, 16000) == pytest.approx(0.5, abs=MS)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+def test_before_and_after_the_sound_is_silence(media_file, name):
+    path = media_file(name, frame_s=np.arange(75) / 25, wave=tone(600, 1.0, 48000), sound_from_s=0.7)
+    wave = Media(path).sound(0.0, 48000, 16000)
+    assert wave.dtype == np.float32
+    assert len(wave) == 48000
+    loud = np.abs(wave).reshape(-1, 160).max(1) > 0.2  # each 10 ms
+    assert not loud[:69].any()
+    assert loud[71:169].all()
+    assert not loud[175:].any()
+    assert np.abs(wave[28000:]).max() == 0.0
+
+
+def test_sound_that_ends_early_ends_the_usable_part(media_file):
+    media = Media(media_file("a.mp4", frame_s=TWO_SECONDS, wave=tone(600, 1.2, 48000)))
+    assert media.last_s == pytest.approx(1.2, abs=25 * MS)
+
+
+def test_the_asked_part_narrows_the_usable_one(media_file):
+    path = media_file("a.mp4", frame_s=TWO_SECONDS, wave=tone(600, 2.0, 48000))
+    media = Media(path, start_s=0.5, end_s=1.5)
+    assert (media.first_s, media.last_s) == (0.5, 1.5)
+    assert numbers(media.frames([0.5 + MS])) == [12]  # its clock stays the file's
+    with pytest.raises(MediaError, match="do not overlap"):
+        Media(path, start_s=3.0, end_s=5.0)
+
+
+@pytest.mark.parametrize("sought", [False, True])
+def test_without_time_stamps_sound_is_counted_from_the_beginning(media_file, sought):
+    path = media_file("a.avi", frame_s=TWO_SECONDS, wave=chirps([0.1, 1.3], 2.0, 48000), codecs=("mpeg4", "pcm_s16le"))
+    media = Media(path)
+    container = media.container
+
+    def decode(stream):
+        for frame in container.decode(stream):
+            frame.pts = None
+            yield frame
+
+    media.container = SimpleNamespace(seek=container.seek, decode=decode, close=container.close)
+    time_s = 1.3 if sought else 0.1
+    assert time_s - 0.1 + chirp_time(media.sound(time_s - 0.1, 8000, 16000), 16000) == pytest.approx(time_s, abs=MS)
+
+
+# ----------------------------------------------------------------------------------------------------------------- faults
+
+
+def complaint(path, modalities=("video", "audio"), then=lambda media: None):
+    with pytest.raises(MediaError) as caught:
+        then(Media(path, modalities))
+    text = str(caught.value)
+    assert text.strip()
+    assert "\n" not in text
+    assert str(path) not in text  # the caller names it
+    assert len(text) < 250
+    return text
+
+
+@pytest.mark.parametrize("modalities", [("video", "audio"), ("video",), ("audio",)])
+@pytest.mark.parametrize("name", ["empty.mp4", "text.mp4", "noise.mp4", "headless.mp4", "absent.mp4", "folder.mp4"])
+def test_what_is_no_media_file(media_file, tmp_path, capfd, name, modalities):
+    whole = media_file("whole.mp4", frame_s=TWO_SECONDS, wave=tone(600, 2.0, 48000)).read_bytes()
+    content = {
+        "empty.mp4": b"",
+        "text.mp4": b"Sorry, this video is not available.\n" * 50,
+        "noise.mp4": np.random.default_rng(0).bytes(5000),
+        "headless.mp4": whole[: len(whole) // 2],  # the index is at the end
+    }
+    if name in content:
+        (tmp_path / name).write_bytes(content[name])
+    elif name == "folder.mp4":
+        (tmp_path / name).mkdir()
+    reasons = {"absent.mp4": "No such file or directory", "folder.mp4": "Is a directory"}
+    assert (
+        complaint(tmp_path / name, modalities)
+        == f"cannot be opened: {reasons.get(name, 'Invalid data found when processing input')}"
+    )
+    assert capfd.readouterr().err == ""  # the decoders do not talk beside it
+
+
+def test_what_is_missing_is_named(media_file):
+    mute = media_file("mute.mp4", frame_s=TWO_SECONDS)
+    blind = media_file("blind.mp4", wave=tone(600, 2.0, 48000))
+    assert complaint(mute) == complaint(mute, ("audio",)) == "no sound"
+    assert complaint(blind) == complaint(blind, ("video",)) == "no picture"
+    assert Media(mute, ("video",)).last_s == pytest.approx(2.0, abs=MS)
+    assert Media(blind, ("audio",)).last_s == pytest.approx(2.0, abs=25 * MS)
+
+
+def test_picture_and_sound_that_never_meet(media_file):
+    path = media_file("a.mp4", frame_s=TWO_SECONDS, wave=tone(600, 1.0, 48000), sound_from_s=2.5)
+    assert "do not overlap" in complaint(path)
+
+
+def test_a_recording_that_does_not_know_its_length(media_file):
+    path = media_file("live.mkv", wave=tone(600, 2.0, 48000), live="1")
+    assert "length is not known" in complaint(path, ("audio",))
+
+
+def test_sound_of_a_file_that_was_cut_off(media_file, tmp_path):
+    whole = media_file("a.mp4", frame_s=TWO_SECONDS, wave=tone(600, 2.0, 48000), movflags="faststart").read_bytes()
+    cut = tmp_path / "cut.mp4"
+    cut.write_bytes(whole[: len(whole) * 6 // 10])
+    media = Media(cut)
+    assert 0.5 < media.last_s < 1.5  # what is there can be used
+    assert np.abs(media.sound(0.2, 4000, 16000)).max() > 0.4
+    assert numbers(media.frames([0.5])) == [12]
+    assert complaint(cut, ("audio",), lambda media: media.sound(1.6, 4000, 16000)) == "the file is cut off"
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.avi"])
+def test_damaged_files_are_used_or_refused(media_file, tmp_path, name):
+    """Cut off anywhere, or with wrong bytes anywhere: a result of the right shape, or a MediaError."""
+    codecs = ("mpeg4", "pcm_s16le") if name == "a.avi" else ("libx264", "aac")
+    options = {"movflags": "faststart"} if name == "a.mp4" else {}
+    path = media_file(name, frame_s=TWO_SECONDS, wave=tone(600, 2.0, 48000), codecs=codecs, **options)
+    whole, rng, refused, used = path.read_bytes(), np.random.default_rng(0), 0, 0
+    damaged = [whole[: len(whole) * tenth // 10] for tenth in range(10)]
+    for _ in range(15):
+        content = np.frombuffer(whole, np.uint8).copy()
+        content[rng.integers(len(content), size=30)] = rng.integers(256, size=30)
+        damaged.append(content.tobytes())
+    for k, content in enumerate(damaged):
+        bad = tmp_path / f"bad{k}{path.suffix}"
+        bad.write_bytes(content)
+        try:
+            media = Media(bad)
+            assert media.frames([media.first_s, 1.0, media.last_s]).shape[0] == 3
+            assert media.sound(media.first_s, 8000, 16000).shape == (8000,)
+            used += 1
+        except MediaError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert used
+    assert refused
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files by way of /proc")
+def test_files_are_closed(media_file, tmp_path):
+    good = media_file("a.mp4", frame_s=TWO_SECONDS, wave=tone(600, 2.0, 48000))
+    mute = media_file("mute.mp4", frame_s=TWO_SECONDS)
+
+    def use():
+        media = Media(good)
+        media.frames([0.5])
+        media.close()
+        complaint(mute)
+
+    use()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(10):
+        use()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_media_imported_first_leaves_torch_whole():
+    """decord offers NVIDIA's BLAS to all that is loaded after it, and torch would crash in it."""
+    code = "import avid.media, torch; print(avid.media.resampler(44100, 16000)(torch.ones(5760)).shape)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "2090" in done.stdout
+
+
+# ------------------------------------------------------------------------------------------------------------ spectrogram
+
+
+def test_a_spectrogram_in_plain_numbers(media_file):
+    """Every column against a Fourier transform written out: 10·log10 of the power in a Hann window of unit energy."""
+    rng = np.random.default_rng(0)
+    media = Media(
+        media_file("a.wav", wave=rng.uniform(-0.5, 0.5, (1, 24000)).astype(np.float32), rate_hz=16000, codecs=("", "pcm_s16le")),
+        ("audio",),
+    )
+    audio = config.Audio(seconds=0.5, rate_hz=16000, frames_per_s=50, n_fft=256, mels=0)
+    image = spectrogram(media, 0.3, audio).numpy()
+    assert columns(audio) == 25
+    assert image.shape == (1, 25, 129)
+    assert image.dtype == np.float32
+    wave = media.sound(0.0, 24000, 16000).astype(float)
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(256) / 256)
+    for k in range(25):
+        middle = round((0.3 + (k + 0.5) / 50) * 16000)
+        power = np.abs(np.fft.rfft(wave[middle - 128 : middle + 128] * window)) ** 2 / (window**2).sum()
+        np.testing.assert_allclose(image[0, k], 10 * np.log10(power + 1e-10), atol=0.05)
+
+
+@pytest.mark.parametrize("speed", [1, 2, 4, 8])
+def test_column_k_is_centred_on_its_time(media_file, speed):
+    """A click falls into the column whose time is nearest, at every speed: columns are speed times further apart."""
+    audio = config.Audio(seconds=1.0, rate_hz=16000, frames_per_s=100, n_fft=512, mels=0)
+    start_s, asked = 0.5, (5, 37, 80)
+    at_s = [start_s + (k + 0.5) * speed / 100 for k in asked]
+    wave = np.zeros((1, 10 * 16000), np.float32)
+    for time_s in at_s:
+        wave[0, round(time_s * 16000)] = 0.9
+    media = Media(media_file("a.wav", wave=wave, rate_hz=16000, codecs=("", "pcm_s16le")), ("audio",))
+    image = spectrogram(media, start_s, audio, speed)
+    assert image.shape == (1, 100, 257)
+    loudness = image[0].mean(1)
+    peaks = [k for k in range(1, 99) if loudness[k] >= max(loudness[k - 1], loudness[k + 1]) and loudness[k] > -70]
+    assert peaks == list(asked)
+
+
+@pytest.mark.parametrize("mels", [0, 64])
+def test_speed_keeps_the_pitch(media_file, mels):
+    media = Media(media_file("a.wav", wave=tone(1000, 10.0, 16000), rate_hz=16000, codecs=("", "pcm_s16le")), ("audio",))
+    audio = config.Audio(seconds=1.0, rate_hz=16000, frames_per_s=100, n_fft=512, mels=mels)
+    slow, fast = (spectrogram(media, 0.5, audio, speed) for speed in (1, 8))
+    assert slow.shape == fast.shape == (1, 100, mels or 257)
+    assert set(slow[0].argmax(1).tolist()) == set(fast[0].argmax(1).tolist())
+    assert slow[0, 0].argmax() == (32 if mels == 0 else slow[0].mean(0).argmax())  # 1000 Hz / (16000 Hz / 512)
+    np.testing.assert_allclose(slow[0].max(1).values, fast[0].max(1).values, atol=0.5)
+
+
+def test_silence_is_the_lowest_level(media_file):
+    media = Media(media_file("a.wav", wave=chirps([], 2.0, 16000), rate_hz=16000, codecs=("", "pcm_s16le")), ("audio",))
+    image = spectrogram(media, 0.5, config.Audio(seconds=0.5, rate_hz=16000))
+    np.testing.assert_allclose(image, -100.0, atol=1e-3)
+
+
+def test_the_chirp_itself():
+    """The tests' own ruler: a chirp is found where it was put."""
+    wave = chirps([0.2], 1.0, 16000)[0]
+    assert chirp_time(wave, 16000) == 0.2
+    assert len(chirp(16000)) == round(CHIRP_S * 16000)
+
+
+# ------------------------------------------------------------------------------------------------------------- real files
+
+
+@pytest.mark.parametrize("name", ["flipping_a_pancake.mkv", "nasa_13013.mp4"])
+def test_real_files_against_a_plain_decoding(real_media, name):
+    """Frames and sound at some times are those of PyAV reading the file from its beginning to its end."""
+    path = real_media / name
+    media, frames, sound = Media(path), {}, []
+    with av.open(str(path)) as container:
+        for frame in container.decode(container.streams.best("video")):
+            frames[frame.time] = frame.to_ndarray(format="rgb24") if len(frames) % 40 == 7 else None
+    with av.open(str(path)) as container:
+        stream = container.streams.best("audio")
+        for frame in container.decode(stream):
+            sound.append(frame.to_ndarray().mean(0))
+            rate_hz = frame.sample_rate
+    for time_s in [time_s for time_s, image in frames.items() if image is not None][::-1]:
+        assert np.abs(media.frames([time_s + 5 * MS])[0].astype(int) - frames[time_s]).mean() < 1.0
+    sound = np.concatenate(sound)
+    for begin_s in (6.0, 0.5, 9.0):
+        part, begin = media.sound(begin_s, rate_hz, rate_hz), round(begin_s * rate_hz)
+        shift = np.correlate(sound[begin - 2000 : begin + 6000], part[:4000], "valid").argmax() - 2000
+        assert abs(shift) <= 30 * MS * rate_hz  # an encoder's lead-in, which this plain reading does not cut
+
+
+def test_a_rotated_video_stands_upright(real_media):
+    assert Media(real_media / "video_90.mov", ("video",)).frames([0.0]).shape == (1, 568, 320, 3)
+
+
+def test_real_files_without_sound(real_media):
+    assert complaint(real_media / "part_0.mp4") == complaint(real_media / "corrupted.mp4") == "no sound"

@@ -1,0 +1,61 @@
+"""Tasks that end their process, hang or fail cost no other task its result."""
+
+import multiprocessing
+import os
+import signal
+import time
+from contextlib import closing
+
+import pytest
+
+from avid import processes
+from avid.processes import Crash
+
+
+def act(kind, number):
+    if kind == "segfault":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if kind == "hang":
+        time.sleep(3600)
+    if kind == "fail":
+        raise ValueError(f"no {number}")
+    return 10 * number
+
+
+def clean_up(path):
+    open(path, "w").close()
+    try:
+        time.sleep(3600)
+    finally:
+        os.unlink(path)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_crash_is_named_and_the_rest_is_done(workers):
+    tasks = [("segfault" if number in (2, 5) else "", number) for number in range(9)]
+    results = dict(processes.outcomes(act, tasks, workers, limit_s=60))
+    assert len(results) == 9
+    for (kind, number), result in results.items():
+        assert isinstance(result, Crash) and "SIGSEGV" in result.reason if kind else result == 10 * number
+
+
+def test_a_task_that_hangs_is_given_up_and_the_rest_is_done():
+    results = dict(processes.outcomes(act, [("hang", 0), ("", 1), ("", 2)], 1, limit_s=0.5))
+    assert isinstance(results["hang", 0], Crash) and "more than 0.5 s" in results["hang", 0].reason
+    assert results["", 1] == 10 and results["", 2] == 20
+
+
+def test_an_exception_is_raised_where_the_results_are_read():
+    with pytest.raises(RuntimeError, match="ValueError: no 7"):
+        list(processes.outcomes(act, [("fail", 7)], 1, limit_s=60))
+
+
+def test_whoever_stops_early_leaves_no_process_and_nothing_half(tmp_path):
+    half = tmp_path / "half"
+    with closing(processes.outcomes(clean_up, [(str(half),)], 1, limit_s=0.2)) as results:
+        assert isinstance(next(results)[1], Crash)
+    assert not multiprocessing.active_children() and not half.exists()
+    with closing(processes.outcomes(act, [("", 1), ("hang", 2)], 2, limit_s=60)) as results:
+        assert next(results) == (("", 1), 10)
+        assert multiprocessing.active_children()
+    assert not multiprocessing.active_children()

@@ -1,0 +1,261 @@
+"""The toy world: the same bits for the same seed, whole or not at all, and sound and picture that go with the same events."""
+
+import dataclasses
+import hashlib
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from avid import config, toy
+from avid.media import Media
+
+TINY = config.Toy(train=6, test=2, seconds=2.0, size=32)
+KINDS, MOTIONS = list(toy.KINDS), list(toy.TEMPO)
+
+
+def content(folder):
+    """{path: hash} of all files below a folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return toy.write(tmp_path_factory.mktemp("world"), TINY, seed=3, workers=1, progress=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------- writing
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_same_seed_gives_the_same_bytes_by_any_number_of_processes(world, tmp_path, workers):
+    again = toy.write(tmp_path, TINY, seed=3, workers=workers, progress=False)
+    assert again.name == world.name
+    assert len(content(world)) == 9  # eight videos and the manifest
+    assert content(again) == content(world)
+
+
+def test_another_seed_gives_other_bytes_and_another_folder(world, tmp_path):
+    other = toy.write(tmp_path, TINY, seed=4, workers=1, progress=False)
+    assert other.name != world.name
+    assert not set(content(other).values()) & set(content(world).values())
+
+
+@pytest.mark.parametrize("change", [field.name for field in dataclasses.fields(config.Toy)])
+def test_a_changed_setting_makes_a_new_folder(world, tmp_path, monkeypatch, change):
+    def nothing(path, frames, wave, settings):
+        path.write_bytes(b"")
+
+    monkeypatch.setattr(toy, "render", lambda settings, seed, row: (None, None))
+    monkeypatch.setattr(toy, "encode", nothing)
+    new = {"train": 7, "test": 3, "seconds": 2.1, "size": 34, "fps": 15, "rate_hz": 24000, "faulty": 0.5}[change]
+    assert toy.write(tmp_path, dataclasses.replace(TINY, **{change: new}), 3, 1, progress=False).name != world.name
+    assert toy.write(tmp_path, TINY, 3, 1, progress=False).name == world.name
+
+
+def test_what_is_written_is_not_written_again(world, monkeypatch):
+    monkeypatch.setattr(toy, "render", lambda *_: pytest.fail("rendered again"))
+    assert toy.write(world.parent, TINY, 3, 1, progress=False) == world
+
+
+def test_an_interrupted_writing_goes_on(world, tmp_path):
+    """As a killed writer leaves it: files are missing, some are half written under other names, there is no manifest."""
+    folder = toy.write(tmp_path, TINY, 3, 1, progress=False)
+    (folder / "manifest.csv").unlink()
+    for path in ("train/00001.mp4", "train/00004.mp4", "test/00000.mp4"):
+        (folder / path).unlink()
+    kept = (folder / "train/00002.mp4").stat().st_mtime_ns
+    for orphan in ("train/00001.mp4.0123abcd.part", "test/00000.part4711.part", "manifest.csv.0123abcd.part"):
+        (folder / orphan).write_bytes(b"half a file")
+    assert toy.write(tmp_path, TINY, 3, 1, progress=False) == folder
+    assert content(folder) == content(world)
+    assert (folder / "train/00002.mp4").stat().st_mtime_ns == kept
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, OSError("No space left on device")])
+def test_no_half_file_under_its_final_name(world, tmp_path, monkeypatch, fault):
+    whole, written = toy.encode, []
+
+    def encode(path, *rest):
+        whole(path, *rest)
+        written.append(path)
+        if len(written) == 3:
+            path.write_bytes(path.read_bytes()[:500])
+            raise fault
+
+    monkeypatch.setattr(toy, "encode", encode)
+    with pytest.raises((KeyboardInterrupt, OSError)):
+        toy.write(tmp_path, TINY, 3, 1, progress=False)
+    folder = tmp_path / world.name
+    assert len(content(folder)) == 2
+    assert content(folder).items() <= content(world).items()
+    monkeypatch.setattr(toy, "encode", whole)
+    assert content(toy.write(tmp_path, TINY, 3, 1, progress=False)) == content(world)
+
+
+def test_two_runs_may_write_the_same_world_at_once(world, tmp_path, monkeypatch):
+    """While one writes its third video another one writes the whole world, and cleans up."""
+    whole, calls = toy.encode, []
+
+    def encode(path, *rest):
+        whole(path, *rest)
+        calls.append(path)
+        if len(calls) == 3:
+            assert content(toy.write(tmp_path, TINY, 3, 1, progress=False)) == content(world)
+            assert not path.exists()  # swept
+
+    monkeypatch.setattr(toy, "encode", encode)
+    assert content(toy.write(tmp_path, TINY, 3, 1, progress=False)) == content(world)
+
+
+def test_settings_that_no_file_can_hold(tmp_path):
+    with pytest.raises(ValueError, match=r"toy.size is 33, .*: use 34"):
+        toy.write(tmp_path, dataclasses.replace(TINY, size=33), 0, 1)
+    with pytest.raises(ValueError, match=r"toy.rate_hz is 16001, .* one of .*16000"):
+        toy.write(tmp_path, dataclasses.replace(TINY, rate_hz=16001), 0, 1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_hold_what_was_rendered(world):
+    for row in toy.table(TINY, 3)[:4]:
+        frames, wave = toy.render(TINY, 3, row)
+        assert frames.shape == (32, 32, 32, 3)
+        assert wave.shape == (32000,)
+        media = Media(world / row["path"])
+        assert media.last_s - media.first_s == pytest.approx(2.0, abs=0.03)
+        seen = media.frames((np.arange(32) + 0.5) / 16).astype(float)
+        grey = np.array([0.299, 0.587, 0.114])  # H.264 halves the resolution of colour
+        assert np.abs(seen @ grey - frames @ grey).mean() < 8
+        heard = media.sound(0.0, 32000, 16000)
+        assert np.corrcoef(heard, wave)[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("rate_hz", [8000, 44100])
+def test_other_rates(tmp_path, rate_hz):
+    settings = config.Toy(train=1, test=1, seconds=1.5, size=16, fps=10, rate_hz=rate_hz)
+    media = Media(toy.write(tmp_path, settings, 0, 1, progress=False) / "train/00000.mp4")
+    assert media.stream.rate == rate_hz
+    assert media.last_s - media.first_s == pytest.approx(1.5, abs=0.1)
+
+
+# ------------------------------------------------------------------------------------------------------------------ table
+
+
+def test_kinds_and_motions_are_equally_frequent():
+    rows = toy.table(config.Toy(train=120, test=80, faulty=0.3), 0)
+    for split, count in (("train", 120), ("test", 80)):
+        pairs = Counter((row["label"], row["motion"]) for row in rows if row["split"] == split)
+        assert set(pairs) == {(kind, motion) for kind in KINDS for motion in MOTIONS}
+        assert set(pairs.values()) == {count // 40}
+
+
+@pytest.mark.parametrize("faulty", [0.0, 0.1, 0.3, 1.0])
+def test_the_share_of_faulty_rows_is_exact(faulty):
+    rows = toy.table(config.Toy(train=50, test=30, faulty=faulty), 0)
+    train, test = rows[:50], rows[50:]
+    assert sum(row["faulty"] for row in train) == round(faulty * 50)
+    assert not any(row["faulty"] for row in test)
+    assert {row["split"] for row in test} == {"test"}
+    assert all((row["sound"] != row["label"]) == bool(row["faulty"]) for row in rows)
+
+
+def test_faulty_rows_change_nothing_else():
+    clean, faulty = (toy.table(config.Toy(train=50, test=30, faulty=share), 0) for share in (0.0, 0.4))
+    assert [row | {"faulty": 0, "sound": row["label"]} for row in faulty] == clean
+    assert {row["sound"] for row in faulty if row["faulty"]} >= {"music", "noise"}
+
+
+def test_tempo_and_pitch_say_nothing_of_the_kind():
+    rows = toy.table(config.Toy(train=400, test=0), 0)
+    for kind in KINDS:
+        mine = [row for row in rows if row["label"] == kind]
+        assert np.mean([np.log2(row["pitch_hz"] / toy.PITCH_HZ) for row in mine]) == pytest.approx(0.5, abs=0.15)
+    for row in rows:
+        assert abs(row["tempo"] / toy.TEMPO[row["motion"]] - 1) <= toy.TEMPO_JITTER + 1e-3
+
+
+# -------------------------------------------------------------------------------------------------------------- the world
+
+LONG = config.Toy(train=80, test=0, seconds=4.0, size=32, faulty=0.5)
+
+
+def loudness(wave, per_s, settings=LONG):
+    """Root mean square of every 1/per_s seconds."""
+    samples = settings.rate_hz // per_s
+    return np.sqrt((wave[: len(wave) // samples * samples].reshape(-1, samples) ** 2).mean(1))
+
+
+def change(frames):
+    """How much the picture changes from each frame to the next one."""
+    return np.abs(np.diff(frames.astype(float), axis=0)).mean((1, 2, 3))
+
+
+def skew(x):
+    x = x - x.mean()
+    return (x**3).mean() / (x**2).mean() ** 1.5
+
+
+@pytest.fixture(scope="module")
+def rendered():
+    """[(row, frames, wave)] of 80 videos, half of them faulty."""
+    return [(row, *toy.render(LONG, 0, row)) for row in toy.table(LONG, 0)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_sound_sets_in_at_the_events(kind):
+    """The loudness jumps up at events, and not between them."""
+    at_events, between = [], []
+    for seed, motion in enumerate(MOTIONS):
+        rng = np.random.default_rng(seed)
+        track = toy.course(motion, toy.TEMPO[motion], LONG.seconds, rng)
+        rise = np.diff(np.log(loudness(toy.sound(kind, track, 300.0, LONG, rng), 50) + 1e-3))  # k: from k/50 s to (k + 1)/50 s
+        event = np.zeros(len(rise), bool)
+        for time_s in track.event_s:
+            k = int(time_s * 50)
+            event[max(k - 1, 0) : max(k + 1, 0)] = True
+        at_events.append(rise[event].max())
+        between.append(rise[~event].mean())
+    assert min(at_events) > 0.1
+    assert np.mean(between) < 0 < np.mean(at_events)
+    assert np.mean(at_events) > 10 * abs(np.mean(between))
+
+
+def test_sound_and_picture_go_together_except_in_faulty_videos(rendered):
+    together = {0: [], 1: []}
+    for row, frames, wave in rendered:
+        moves = change(frames)
+        together[row["faulty"]].append(np.corrcoef(moves, loudness(wave, LONG.fps)[1 : len(moves) + 1])[0, 1])
+    assert len(together[0]) == len(together[1]) == 40
+    assert np.mean(together[0]) > 0.15
+    assert abs(np.mean(together[1])) < 0.1
+
+
+def test_sound_and_picture_can_be_told_from_their_reverse(rendered):
+    """Both begin an event at once and end it slowly: what they rise by is skewed, and the other way round if reversed."""
+    sounds, pictures = {}, {}
+    for row, frames, wave in rendered:
+        if not row["faulty"]:
+            sounds.setdefault(row["label"], []).append(skew(np.diff(loudness(wave, 50))))
+            pictures.setdefault(row["motion"], []).append(skew(np.diff(change(frames))))
+    assert len(sounds) == len(KINDS)
+    assert len(pictures) == len(MOTIONS)
+    assert min(np.mean(values) for values in sounds.values()) > 0.4
+    assert min(np.mean(values) for values in pictures.values()) > 0.3
+
+
+def test_frames_and_samples_use_their_range(rendered):
+    for _, frames, wave in rendered:
+        assert frames.dtype == np.uint8
+        assert frames.max() - frames.min().astype(int) > 60  # the thing can be seen
+        assert np.isfinite(wave).all()
+        assert 0.25 < np.abs(wave).max() <= 1.0
+
+
+def test_two_videos_of_a_kind_differ(rendered):
+    """The background, the colours, the pitch and the room are drawn anew for every video."""
+    first, again = (rendered[i] for i in (0, 40))
+    assert first[0]["label"] == again[0]["label"]
+    assert first[0]["motion"] == again[0]["motion"]
+    assert np.abs(first[1].astype(int) - again[1]).mean() > 5
+    assert abs(np.corrcoef(first[2], again[2])[0, 1]) < 0.2

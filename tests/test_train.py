@@ -1,0 +1,180 @@
+"""train.py as a user runs it: in processes of its own, on a toy world that is written within a second or two."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+TINY = (
+    "toy.train=24 toy.test=8 toy.seconds=2 toy.size=32 data.workers=0 video.size=32 video.frames=4 audio.seconds=0.5 audio.mels=32 "
+    "model.width=4 model.depth=1 model.embedding=16 bank.num_negatives=16 optim.batch_size=8 optim.epochs=4 log.every_steps=1 "
+    "log.check_epochs=2 eval.clips=2"
+).split()
+
+
+def command(root, out, *overrides, ranks=1, script="train.py"):
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    return [sys.executable, *launcher, str(ROOT / script), f"out={out}", f"data.root={root}", *TINY, *overrides]
+
+
+def run(*arguments, **options):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command(*arguments, **options), capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def final(out):
+    return torch.load(out / "last.pt", weights_only=True)
+
+
+def assert_same(a, b, path=""):
+    """Bit for bit, through nested dicts and lists."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            if key not in ("out", "root"):
+                assert_same(a[key], b[key], f"{path}.{key}")
+    elif torch.is_tensor(a):
+        assert torch.equal(a, b), path
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, pair in enumerate(zip(a, b, strict=True)):
+            assert_same(*pair, f"{path}.{i}")
+    else:
+        assert a == b, path
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run: (folder of the toy, run folder, what it printed). Robust from the second epoch on."""
+    root = tmp_path_factory.mktemp("world")
+    text = run(root, root / "whole", *ROBUST)
+    return root, root / "whole", text
+
+
+ROBUST = "loss.w_min=0.25 loss.soft=0.5 loss.warmup_epochs=2".split()
+
+
+def test_a_run_leaves_what_a_user_expects(whole):
+    _, out, text = whole
+    assert {"config.yaml", "metrics.jsonl", "last.pt", "curves.png"} <= {path.name for path in out.iterdir()}
+    steps = [line for line in metrics(out) if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 13))
+    assert {"epoch", "xid", "lr", "clips_per_s", "data_wait"} <= steps[0].keys()
+    checks = [line for line in metrics(out) if "v→a class R@1" in line]
+    assert [line["step"] for line in checks] == [6, 12]
+    assert {"cosine_video", "cosine_audio", "agreement_mean"} <= checks[0].keys()
+    assert "eval_linear.py --ckpt" in text
+
+
+def test_the_same_seed_gives_the_same_bits(whole):
+    root, out, _ = whole
+    run(root, root / "again", *ROBUST)
+    assert_same(final(out), final(root / "again"))
+
+
+def test_another_seed_gives_another_network(whole):
+    root, out, _ = whole
+    run(root, root / "other", *ROBUST, "seed=1", "optim.epochs=1", "log.check_epochs=0")
+    assert not torch.equal(
+        final(out)["network"]["audio_model.conv1.0.weight"], final(root / "other")["network"]["audio_model.conv1.0.weight"]
+    )
+
+
+@pytest.mark.parametrize("draws", ["iid", "epoch"])
+def test_killed_at_a_random_step_and_resumed_it_ends_in_the_same_bits(whole, draws, tmp_path):
+    root, out, _ = whole
+    settings = (*ROBUST, f"optim.draws={draws}", "log.checkpoint_minutes=0")
+    reference = tmp_path / "reference"
+    run(root, reference, *settings)
+    killed = tmp_path / "killed"
+    after = random.Random(draws).randrange(2, 11)  # steps
+    process = subprocess.Popen(command(root, killed, *settings), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (killed / "metrics.jsonl").exists() or len(metrics_so_far(killed)) < after:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    text = run(root, killed, *settings)
+    assert "resuming" in text or not (killed / "last.pt").exists()
+    assert_same(final(reference), final(killed))
+    drop = ("clips_per_s", "data_wait")
+    clean = [[{k: v for k, v in line.items() if k not in drop} for line in metrics(folder)] for folder in (reference, killed)]
+    assert clean[0] == clean[1]
+
+
+def metrics_so_far(out):
+    return (out / "metrics.jsonl").read_text().splitlines()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_step_saves_and_leaves(whole, number, tmp_path):
+    root, out, _ = whole
+    process = subprocess.Popen(
+        command(root, tmp_path / "run", *ROBUST, "data.workers=1"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(number)
+    text = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + number
+    assert "saved; the same command goes on from here" in text and "Traceback" not in text
+    run(root, tmp_path / "run", *ROBUST, "data.workers=1")
+    saved, reference = final(tmp_path / "run"), final(out)
+    saved.pop("config"), reference.pop("config")
+    assert_same(saved, reference)
+
+
+@pytest.mark.parametrize("draws", ["iid", "epoch"])
+def test_two_processes_are_one(whole, draws, tmp_path):
+    """Batch norm takes its statistics over both ranks (optim.sync_bn), so that the global batch is all that counts."""
+    root, _, _ = whole
+    settings = (*ROBUST, f"optim.draws={draws}", "optim.lr=1e-3", "log.check_epochs=0")
+    for ranks in (1, 2):
+        run(root, tmp_path / str(ranks), *settings, ranks=ranks)
+    one, two = (final(tmp_path / name) for name in "12")
+    for line, other in zip(metrics(tmp_path / "1"), metrics(tmp_path / "2"), strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], abs=1e-5)
+    for part in ("bank", "network"):
+        for name, value in one[part].items():
+            torch.testing.assert_close(value, two[part][name], atol=1e-5, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_other_settings_do_not_resume(whole):
+    root, out, _ = whole
+    done = subprocess.run(command(root, out, *ROBUST, "optim.lr=1"), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "optim.lr was" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_evaluations_say_what_was_learned(whole):
+    root, out, _ = whole
+    options = ["eval.clips=2", *TINY[:4]]
+    for ckpt in (str(out / "last.pt"), "random"):
+        folder = out if ckpt != "random" else root / "random"
+        for script in ("eval_linear.py", "eval_retrieval.py"):
+            done = subprocess.run(
+                [sys.executable, str(ROOT / script), "--ckpt", ckpt, "--root", str(root), "--out", str(folder), *TINY],
+                capture_output=True, text=True, timeout=200,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr[-3000:]
+        for name in ("linear-video", "linear-audio", "retrieval-video", "retrieval-audio", "retrieval-cross"):
+            result = json.loads((folder / f"{name}-toy-test.json").read_text())
+            assert result["videos"] == 8 and result["seed"] == 0 and result["checkpoint"] == ckpt
+        assert (folder / "retrieval-cross-toy.png").stat().st_size > 10_000
+    assert options
