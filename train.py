@@ -27,7 +27,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from avid import checkpoint, data, datasets, distributed, evaluation, figures, losses, memory_bank, models, toy
+from avid import checkpoint, data, datasets, distributed, evaluation, figures, losses, memory_bank, models, temporal_tasks, toy
 
 COLLAPSED = 0.95  # mean cosine within a bank that calls for a warning
 MAY_CHANGE = ("out", "data.root", "data.workers", "data.max_bad_share", "log", "eval", "optim.epochs")  # when resuming
@@ -41,7 +41,7 @@ def main(cfg):
     # ------------------------------------------------------------------------------------------------ network and bank
     torch.manual_seed(cfg.seed)
     torch.backends.cudnn.benchmark = True
-    network = models.AudioVisual(cfg.model).to(place.device)
+    network = models.AudioVisual(cfg.model, temporal_tasks.classes(cfg)).to(place.device)
     if cfg.optim.sync_bn and place.world > 1:
         network = distributed.sync_batch_norm(network, place.device)
     model = torch.compile(network) if cfg.optim.compile else network
@@ -86,7 +86,7 @@ def main(cfg):
             group["lr"] = lr
         with autocast:
             output = model(batch["video"], batch["audio"])
-        terms = objective(output, batch, bank, cfg, place, step, epoch_steps)  # {"xid": …}
+        terms, accuracies = objective(output, batch, bank, cfg, place, step, epoch_steps)  # {"xid": …, "speed_video": …}
         loss = sum(getattr(cfg.weights, name) * term for name, term in terms.items())
 
         optimizer.zero_grad(set_to_none=True)
@@ -96,7 +96,10 @@ def main(cfg):
             torch.nn.utils.clip_grad_norm_(network.parameters(), cfg.optim.clip_grad)
         scaler.step(optimizer)
         scaler.update()
-        bank.update(*(distributed.gather(x) for x in (batch["index"], output.video, output.audio)))
+        video, audio = (
+            x.view(len(batch["index"]), -1, x.shape[1]).mean(1) for x in (output.video, output.audio)
+        )  # of both moments
+        bank.update(*(distributed.gather(x) for x in (batch["index"], video, audio)))
 
         # ---------------------------------------------------------------------------------------- log, check, save, stop
         bar.update()
@@ -107,6 +110,7 @@ def main(cfg):
             if not math.isfinite(line["loss"]):
                 raise FloatingPointError(f"the loss is {line['loss']} at step {done}; try a lower optim.lr or optim.amp=none")
             steps = cfg.log.every_steps
+            line |= {name: value.item() for name, value in accuracies.items()}
             line |= {"lr": lr, "clips_per_s": steps * cfg.optim.batch_size / elapsed, "data_wait": waited / elapsed}
             run.log(done, done / epoch_steps, bad_files=len(bad_files.reasons), **line)
             bar.set_postfix_str(
@@ -156,14 +160,50 @@ def tables(cfg, place):
 
 
 def objective(output, batch, bank, cfg, place, step, epoch_steps):
-    """Robust-xID (docs/method.md section 5): Σ_i w_i·L_soft(i) / Σ_i w_i over the global batch; plain xID during the warm-up.
+    """Every term whose weight is not zero: {name: scalar}, and {task: accuracy} of the temporal tasks.
 
-    → {name: scalar}. Each rank returns its part, scaled so that the mean over ranks, which DDP takes, is the sum.
+    Each rank returns its part, scaled so that the mean over ranks, which DDP takes, is the mean over the global batch.
     """
-    robust = step >= cfg.loss.warmup_epochs * epoch_steps
-    index = batch["index"]  # b
-    candidates = bank.candidates(distributed.gather(index), cfg.bank.num_negatives, cfg.seed + step)
-    column = candidates.column[place.rank * len(index) : (place.rank + 1) * len(index)]  # b
+    terms, accuracies = {}, {}
+    moments = len(output.video) // len(batch["index"])
+    index = batch["index"].repeat_interleave(moments)  # b·M, as the clips stand
+    everyone = distributed.gather(batch["index"])  # B
+    if cfg.weights.xid:
+        terms["xid"] = robust_xid(
+            output, index, everyone, bank, cfg, place, robust=step >= cfg.loss.warmup_epochs * epoch_steps, seed=cfg.seed + step
+        )
+
+    # contrast with positives and negatives from the feature space (docs/method.md section 7): query, key
+    live = {"video": output.video, "audio": output.audio}
+    first = place.rank * len(batch["index"])  # of this rank's instances in the global batch
+    for key in data.MODALITIES:
+        queries = [query for query in data.MODALITIES if getattr(cfg.weights, f"contrast_{query[0]}{key[0]}")]
+        if not queries:
+            continue
+        seeds = [hash((cfg.seed, step, key == "audio", first + i)) % 2**63 for i in range(len(batch["index"]))]
+        near, far = bank.neighbourhood(key, batch["index"], cfg.contrast, seeds)  # b×n_pos, b×n
+        near, far = (getattr(bank, key)[x].repeat_interleave(moments, 0) for x in (near, far))  # b·M×n_pos×D, b·M×n×D
+        for query in queries:
+            usual = live[key]  # the matched clip of the other modality, or the other moment's of the same
+            if query == key:
+                usual = usual.view(-1, 2, usual.shape[1]).flip(1).flatten(0, 1)
+            name = f"contrast_{query[0]}{key[0]}"
+            terms[name] = losses.contrast(live[query], usual, near, far, cfg.contrast.temperature).mean()
+
+    # the temporal tasks (section 6): the mean over the labels that are known
+    for task, logits in output.temporal.items():
+        loss, right, known = temporal_tasks.judge(logits, temporal_tasks.targets(task, batch))
+        right, known = distributed.total(torch.stack([right, known])).clamp(min=1)
+        terms[task] = loss * place.world / known
+        accuracies[f"{task} %"] = 100 * right / known
+    return terms, accuracies
+
+
+def robust_xid(output, index, everyone, bank, cfg, place, robust, seed):
+    """Robust-xID (docs/method.md section 5): Σ_i w_i·L_soft(i) / Σ_i w_i over the global batch; plain xID during the warm-up."""
+    candidates = bank.candidates(everyone, cfg.bank.num_negatives, seed)
+    column = candidates.column.chunk(place.world)[place.rank]  # b, of this rank's instances
+    column = column.repeat_interleave(len(index) // len(column))  # b·M
     loss = losses.robust_xid(
         output.video,
         output.audio,
@@ -179,15 +219,15 @@ def objective(output, batch, bank, cfg, place, step, epoch_steps):
         tau_s=cfg.loss.tau_s,
         tau_t=cfg.loss.tau_t,
         rows=16 if cfg.bank.num_negatives == "all" else None,
-    )  # b
+    )  # b·M
     weight = losses.faulty_positive_weights(
         bank.agreement[index],
         *bank.agreement_mean_std(),
         w_min=cfg.loss.w_min if robust else 1.0,
         delta=cfg.loss.delta,
         kappa=cfg.loss.kappa,
-    )  # b
-    return {"xid": losses.weighted_mean(loss, weight, distributed.total(weight.sum()) / place.world)}
+    )  # b·M
+    return losses.weighted_mean(loss, weight, distributed.total(weight.sum()) / place.world)
 
 
 def learning_rate(epoch, optim):
@@ -217,6 +257,12 @@ def check(network, bank, held_out, cfg, place):
     results = evaluation.cross_modal(found, held_out.labels[found.index])
     tqdm.write("held out: " + ", ".join(f"{name} {value:.1f}" for name, value in results.items()))
     tqdm.write("bank: " + ", ".join(f"{name} {value:.3f}" for name, value in health.items()))
+    if network.temporal.heads:
+        confusion = evaluation.confusions(network, held_out, cfg, place.device)
+        tasks = {f"held-out {task} %": 100 * n.trace().item() / max(n.sum().item(), 1) for task, n in confusion.items()}
+        tqdm.write(", ".join(f"{name} {value:.1f}" for name, value in tasks.items()))
+        figures.confusions(confusion, cfg.temporal.speeds, Path(cfg.out) / "temporal.png")
+        results |= tasks
     return {**health, **results}
 
 

@@ -9,6 +9,8 @@ Sources: [P] the papers, [A] the public AVID-CMA code, [F] published follow-up w
 import argparse
 import dataclasses
 import difflib
+import math
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +54,7 @@ class Video:
     crop_ratio: list[float] = setting([0.75, 1.3333], "width / height of the random crop [A]")
     flip: float = setting(0.5, "probability of a horizontal flip [A]")
     jitter: list[float] = setting([0.4, 0.4, 0.4, 0.2], "strength of brightness, contrast, saturation, hue [A]")
+    grey: float = setting(0.0, "probability of a clip without colour. temporal: 0.2 [C]")
 
 
 @dataclass
@@ -62,6 +65,15 @@ class Audio:
     n_fft: int = setting(512, "window and FFT length, samples: 257 linear bins [A]")
     mels: int = setting(80, "mel bands; 0: the linear bins [C; A: linear]")
     volume: float = setting(0.1, "random gain, ± this share [A]")
+    mask_time: float = setting(0.0, "widest masked stretch, share of the columns. temporal: 0.2 [C]")
+    mask_frequency: float = setting(0.0, "widest masked band, share of the bins. temporal: 0.2 [C]")
+
+
+@dataclass
+class Temporal:
+    moments: int = setting(1, "clips a video: 1, or 2, which order and the contrast within a modality need [P]")
+    speeds: list[int] = setting([1], "playback speeds, drawn equally often. temporal: 1, 2, 4, 8 [C]")
+    reverse: bool = setting(False, "half of the clips run backwards [P]")
 
 
 @dataclass
@@ -93,8 +105,29 @@ class Loss:
 
 
 @dataclass
+class Contrast:
+    temperature: float = setting(0.07, "τ of the contrast between clips [C]")
+    n_pos: int = setting(4, "positives from the bank besides the usual one; 0: none [C]")
+    k_pos: int = setting(32, "they are drawn from the k nearest memories, which are never negatives [C]")
+    tau_p: float = setting(0.1, "τ_p: drawn with probability ∝ exp(sim/τ_p) [C]")
+    negatives: int = setting(1024, "negatives drawn for each instance [C]")
+    tau_n: float = setting(float("inf"), "τ_n: drawn with probability ∝ exp(sim/τ_n); .inf: uniformly, smaller: harder [C]")
+
+
+@dataclass
 class Weights:
     xid: float = setting(1.0, "cross-modal instance discrimination, plain or robust [P]")
+    contrast_vv: float = setting(0.0, "contrast of the two moments' video clips, (v, v') [P]")
+    contrast_aa: float = setting(0.0, "contrast of the two moments' audio clips, (a, a') [P]")
+    contrast_va: float = setting(0.0, "contrast of a video clip with sounds, (v, a) [P]")
+    contrast_av: float = setting(0.0, "contrast of an audio clip with videos, (a, v) [P]")
+    speed_video: float = setting(0.0, "playback speed of a video clip [P]")
+    speed_audio: float = setting(0.0, "playback speed of an audio clip [P]")
+    direction_video: float = setting(0.0, "direction of a video clip [P]")
+    direction_audio: float = setting(0.0, "direction of an audio clip [P]")
+    order_video: float = setting(0.0, "order of two video clips, (v, v') [P]")
+    order_audio: float = setting(0.0, "order of two audio clips, (a, a') [P]")
+    order_cross: float = setting(0.0, "order of a video clip and an audio clip, (v, a') and (a, v') [P]")
 
 
 @dataclass
@@ -151,6 +184,8 @@ class Config:
     model: Model = field(default_factory=Model)
     bank: Bank = field(default_factory=Bank)
     loss: Loss = field(default_factory=Loss)
+    temporal: Temporal = field(default_factory=Temporal)
+    contrast: Contrast = field(default_factory=Contrast)
     weights: Weights = field(default_factory=Weights)
     optim: Optim = field(default_factory=Optim)
     log: Log = field(default_factory=Log)
@@ -168,9 +203,11 @@ def settings(schema=Config, prefix=""):
             yield prefix + f.name, default, f.metadata["help"]
 
 
-GROUPS = {}  # name of a group: its first setting
-for _key, _, _ in settings():
-    GROUPS.setdefault(_key.partition(".")[0], _key) if "." in _key else None
+GROUPS = {  # name of a group: its first setting
+    f.name: f"{f.name}.{dataclasses.fields(f.type)[0].name}"
+    for f in dataclasses.fields(Config)
+    if dataclasses.is_dataclass(f.type)
+}
 
 
 def load(name="toy", overrides=(), base=None):
@@ -189,7 +226,7 @@ def load(name="toy", overrides=(), base=None):
         try:
             layers.append(OmegaConf.from_dotlist([override]))
         except Exception as error:  # the YAML parser's own errors
-            raise ConfigError(f"cannot read {override}: {' '.join(str(error).split())}") from None
+            raise ConfigError(f"cannot read {override}: {_fault(error)}") from None
     for layer in layers:
         for key, value in OmegaConf.to_container(layer).items():
             if key in GROUPS and not isinstance(value, dict):
@@ -211,10 +248,16 @@ def _read(name):
     try:
         layer = OmegaConf.load(path)
     except Exception as error:  # the YAML parser's own errors
-        raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"cannot read {path}: {_fault(error)}") from None
     if not OmegaConf.is_dict(layer):
         raise ConfigError(f"cannot read {path}: expected lines of the form key: value")
     return layer
+
+
+def _fault(error):
+    """What a YAML parser complains of, in one line."""
+    mark = getattr(error, "problem_mark", None)
+    return f"line {mark.line + 1}, {error.problem}" if mark else " ".join(str(error).split())
 
 
 def _one_line(error, layers):
@@ -222,14 +265,15 @@ def _one_line(error, layers):
     key = str(error.full_key or "").partition("[")[0]
     defaults = {known: default for known, default, _ in settings()}
     if key not in defaults:
-        near = _nearest(key, defaults)
+        near = _nearest(key, [*defaults, *GROUPS])
         return f"unknown setting {key}" + (f"; did you mean {near}?" if near else "; --help lists them all")
     if isinstance(error, InterpolationResolutionError):
         return f"wrong value for {key}: {str(error).splitlines()[0]}"
-    value = [OmegaConf.select(layer, key) for layer in layers if OmegaConf.select(layer, key) is not None][-1:]
+    given = [OmegaConf.select(layer, key, default=OmegaConf) for layer in layers]  # OmegaConf: this layer does not name it
+    value = next(value for value in reversed(given) if value is not OmegaConf)
     kind = {bool: "true or false", int: "a whole number", float: "a number", list: "a list", str: "a text"}[type(defaults[key])]
     example = str(defaults[key]).lower() if isinstance(defaults[key], bool) else defaults[key]
-    return f"wrong value for {key}: {value[0] if value else 'none'}; expected {kind}, such as {example}"
+    return f"wrong value for {key}: {value}; expected {kind}, such as {example}"
 
 
 def _nearest(key, known):
@@ -238,7 +282,7 @@ def _nearest(key, known):
     def likeness(other):
         whole, last = ((key, other), (key.rpartition(".")[2], other.rpartition(".")[2]))
         whole, last = (difflib.SequenceMatcher(None, *pair).ratio() for pair in (whole, last))
-        return max(whole, last), whole
+        return max(whole, 0.85 * last), whole
 
     best = max(known, key=likeness)
     return best if likeness(best)[0] >= 0.6 else None
@@ -257,6 +301,9 @@ def _check(cfg):
     def one_of(key, names):
         require(lambda v: v in names, key, "one of " + ", ".join(names))
 
+    for key, default, _ in settings():
+        if isinstance(default, float) and math.isfinite(default):
+            require(math.isfinite, key, "a finite number")
     one_of("data.name", DATA_SETS)
     one_of("model.video", BACKBONES)
     one_of("model.head_norm", ("none", "batch"))
@@ -265,21 +312,52 @@ def _check(cfg):
     one_of("optim.schedule", ("cosine", "steps", "constant"))
     one_of("optim.amp", ("bf16", "fp16", "none"))
     require(lambda k: k == "all" or (isinstance(k, int) and k >= 1), "bank.num_negatives", "a count, or all")
+    require(lambda v: v in (1, 2), "temporal.moments", "1 or 2")
+    require(lambda v: v and min(v) >= 1 and sorted(set(v)) == v, "temporal.speeds", "whole numbers from 1 on, ascending")
+    needs = {
+        "order_": (cfg.temporal.moments == 2, "temporal.moments=2"),
+        "contrast_vv": (cfg.temporal.moments == 2, "temporal.moments=2"),
+        "contrast_aa": (cfg.temporal.moments == 2, "temporal.moments=2"),
+        "speed_": (len(cfg.temporal.speeds) > 1, "temporal.speeds=[1,2,4,8]"),
+        "direction_": (cfg.temporal.reverse, "temporal.reverse=true"),
+    }
+    for name, weight in vars(cfg.weights).items():
+        for prefix, (there, setting_) in needs.items():
+            if weight and name.startswith(prefix) and not there:
+                raise ConfigError(f"weights.{name}={weight} needs {setting_}")
+    require(lambda v: v <= cfg.contrast.k_pos, "contrast.n_pos", f"at most contrast.k_pos = {cfg.contrast.k_pos}")
     for key in (
-        "optim.epochs optim.batch_size optim.lr eval.clips eval.batch_size video.frames video.fps video.size audio.seconds "
+        "contrast.temperature contrast.tau_p contrast.tau_n contrast.negatives optim.epochs optim.batch_size optim.lr eval.clips eval.batch_size video.frames video.fps video.size audio.seconds "
         "audio.rate_hz audio.frames_per_s audio.n_fft model.width model.depth model.embedding loss.temperature loss.tau_s "
         "loss.tau_t loss.kappa toy.train toy.test toy.seconds toy.size toy.fps toy.rate_hz log.every_steps log.check_videos"
     ).split():
-        require(lambda v: 0 < v < math.inf, key, "more than 0")
-    for key in "data.max_bad_share video.flip bank.momentum loss.w_min loss.soft toy.faulty".split():
+        require(lambda v: v > 0, key, "more than 0")
+    for key in "data.max_bad_share video.flip video.grey audio.mask_time audio.mask_frequency bank.momentum loss.w_min loss.soft toy.faulty".split():
         require(lambda v: 0 <= v <= 1, key, "0 to 1")
-    for key in "seed data.workers loss.warmup_epochs optim.warmup_epochs optim.clip_grad log.check_epochs audio.mels".split():
-        require(lambda v: v >= 0, key, "0 or more")
-    for key in "video.crop_area video.crop_ratio".split():
-        require(lambda v: len(v) == 2 and 0 < v[0] <= v[1], key, "[least, largest]")
-    require(lambda v: len(v) == 4 and min(v) >= 0 and v[3] <= 0.5, "video.jitter", "four strengths, the last at most 0.5")
-    require(lambda v: v * 1000 >= cfg.audio.n_fft / cfg.audio.rate_hz, "audio.seconds", "at least a window")
+    for key in (
+        "seed contrast.n_pos contrast.k_pos data.workers loss.warmup_epochs optim.warmup_epochs optim.weight_decay optim.gamma optim.clip_grad log.check_epochs "
+        "log.checkpoint_minutes eval.settle_batches audio.mels"
+    ).split() + [f"weights.{f.name}" for f in dataclasses.fields(Weights)]:
+        require(lambda v: 0 <= v < 2**63, key, "0 or more")
+    require(lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1, "video.crop_area", "[least, largest], shares of the frame")
+    require(lambda v: len(v) == 2 and 0 < v[0] <= v[1] < math.inf, "video.crop_ratio", "[least, largest]")
+    require(
+        lambda v: len(v) == 4 and all(0 <= x <= 1 for x in v) and v[3] <= 0.5,
+        "video.jitter",
+        "four of 0 to 1, the last at most 0.5",
+    )
+    require(lambda v: all(0 <= x <= 1 for x in v), "optim.milestones", "shares of the run, 0 to 1")
+    require(lambda v: 0 < v <= 1, "eval.crop", "a share of the short side, more than 0 and at most 1")
+    require(lambda v: 0 <= v < 1, "audio.volume", "0 or more, less than 1")
+    require(lambda v: v >= cfg.audio.n_fft / cfg.audio.rate_hz, "audio.seconds", "at least a window, audio.n_fft / audio.rate_hz")
     require(lambda v: cfg.audio.rate_hz % v == 0, "audio.frames_per_s", f"a divisor of audio.rate_hz = {cfg.audio.rate_hz}")
+    require(lambda v: v <= cfg.audio.n_fft // 2 + 1, "audio.mels", f"at most {cfg.audio.n_fft // 2 + 1}, the linear bins")
+
+
+class CommandLine(argparse.ArgumentParser):
+    def parse_args(self, args=None, namespace=None):
+        """Options and settings in any order."""
+        return self.parse_intermixed_args(args, namespace)
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -290,9 +368,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
 def parser(description):
     """A command line of --cfg, --out and key=value; the help lists every setting."""
     lines = [f"  {key + '=' + str(default).replace(' ', ''):42s} {help}" for key, default, help in settings()]
-    arguments = argparse.ArgumentParser(
-        description=description, formatter_class=Help, epilog="settings (key=default):\n" + "\n".join(lines)
-    )
+    arguments = CommandLine(description=description, formatter_class=Help, epilog="settings (key=default):\n" + "\n".join(lines))
     names = ", ".join(sorted(p.stem for p in PACKAGED.glob("*.yaml")))
     arguments.add_argument("--cfg", metavar="FILE", help=f"a YAML file, or one of {names} (default: toy)")
     arguments.add_argument("--out", metavar="DIR", help="run folder; the same as out=DIR")
@@ -336,4 +412,7 @@ def flat(nested, prefix=""):
 
 
 def save(cfg, path):
-    OmegaConf.save(OmegaConf.structured(cfg), path)
+    """Write the configuration as YAML that `load` reads, whole or not at all."""
+    part = f"{path}.part"
+    OmegaConf.save(OmegaConf.structured(cfg), part)
+    os.replace(part, path)

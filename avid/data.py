@@ -2,7 +2,8 @@
 
 In: a datasets.Table and the settings of picture and sound. A worker opens a file once, decodes frames and sound of the
 chosen intervals, crops, and computes the log-mel; to_device() does the rest, batched.
-Out: batches, dicts of tensors: video uint8 B×M×3×T×S×S, audio float32 B×M×1×F×bins (dB), flip B×M, jitter B×M×4, index B.
+Out: batches, dicts of tensors: video uint8 B×M×3×T×S×S, audio float32 B×M×1×F×bins (dB), index B; of training, the draws of the
+augmentations and the labels of the temporal tasks: flip and grey B×M, jitter and mask B×M×4, speed and direction B×M, order B.
 M is the number of clips a video. Every random choice is a function of (seed, step, place in the global batch), so it does
 not depend on workers, ranks or interruptions.
 """
@@ -75,7 +76,7 @@ class Clips(torch.utils.data.Dataset):
         )
 
     def read(self, index, rng):
-        """The clips of one video: video M×3×T×S×S, audio M×1×F×bins, flip M, jitter M×4."""
+        """The clips of one video: M×…, as the module says."""
         table, audio = self.table, self.cfg.audio
         path = table.root / table.paths[index]
         media = Media(path, self.modalities, table.start_s[index], table.end_s[index])
@@ -83,21 +84,27 @@ class Clips(torch.utils.data.Dataset):
             edge_s = audio.n_fft / 2 / audio.rate_hz if "audio" in self.modalities else 0.0  # no window reaches past the sound
             first_s, last_s = media.first_s + edge_s, media.last_s - edge_s
             if self.training:
-                clips = temporal_tasks.plan(first_s, last_s, self.length_s, rng)
+                clips, labels = temporal_tasks.plan(first_s, last_s, self.length_s, self.cfg.temporal, rng)
+                item = {name: torch.tensor(label) for name, label in labels.items()} | self.draws(len(clips), rng)
             else:
-                clips = temporal_tasks.evenly(first_s, last_s, self.length_s, self.clips)
-            item = {}
+                clips, item = temporal_tasks.evenly(first_s, last_s, self.length_s, self.clips), {}
             if "video" in self.modalities:
                 item["video"] = torch.stack([self.picture(media, clip, rng) for clip in clips])
-                if self.training:
-                    strength = np.array(self.cfg.video.jitter)
-                    item["flip"] = torch.from_numpy(rng.random(len(clips)) < self.cfg.video.flip)
-                    item["jitter"] = torch.from_numpy(rng.uniform(-strength, strength, (len(clips), 4)).astype(np.float32))
             if "audio" in self.modalities:
                 item["audio"] = torch.stack([self.loudness(media, clip, rng) for clip in clips])
             return item
         finally:
             media.close()
+
+    def draws(self, clips, rng):
+        """What the augmentations on the device do to each clip: flip and grey M, jitter M×4, mask M×4 (columns, bins: start, end)."""
+        video, audio = self.cfg.video, self.cfg.audio
+        draw = {"flip": rng.random(clips) < video.flip, "grey": rng.random(clips) < video.grey}
+        draw["jitter"] = rng.uniform(-np.array(video.jitter), video.jitter, (clips, 4)).astype(np.float32)
+        width = rng.uniform(0, (audio.mask_time, audio.mask_frequency), (clips, 2))  # M×2, shares
+        start = rng.uniform(0, 1 - width)
+        draw["mask"] = np.stack([start, start + width], 2).reshape(clips, 4).astype(np.float32)
+        return {name: torch.from_numpy(values) for name, values in draw.items()}
 
     def start_of(self, clip, seconds):
         """Picture and sound of a clip share their middle: the shorter of the two starts later."""
@@ -196,27 +203,42 @@ def to_device(batch, device):
     if "video" in batch:
         video = batch["video"].flatten(0, 1).float() / 255
         if "flip" in batch:
-            video = augment(video, batch["flip"].flatten(), batch["jitter"].flatten(0, 1))
+            video = augment(video, *(batch[draw].flatten(0, 1) for draw in ("flip", "jitter", "grey")))
         mean, std = video.new_tensor(PIXEL_MEAN), video.new_tensor(PIXEL_STD)
         batch["video"] = (video - mean[:, None, None, None]) / std[:, None, None, None]
     if "audio" in batch:
-        batch["audio"] = (batch["audio"].flatten(0, 1) - DB_MEAN) / DB_STD
+        audio = (batch["audio"].flatten(0, 1) - DB_MEAN) / DB_STD
+        batch["audio"] = mask(audio, batch["mask"].flatten(0, 1)) if "mask" in batch else audio
     return batch
 
 
-def augment(video, flip, jitter):
+def mask(audio, shares):
+    """Time and frequency masking: B×1×F×bins with one stretch of columns and one band of bins set to 0, the usual level.
+
+    shares B×4: where the stretch starts and ends, where the band starts and ends, as shares of F and bins.
+    """
+    keep = torch.ones_like(audio, dtype=torch.bool)
+    for dim, (start, end) in ((2, shares[:, :2].T), (3, shares[:, 2:].T)):
+        at = (torch.arange(audio.shape[dim], device=audio.device) + 0.5) / audio.shape[dim]
+        inside = (at >= start[:, None]) & (at < end[:, None])  # B×F or B×bins
+        keep &= ~(inside[:, None, :, None] if dim == 2 else inside[:, None, None, :])
+    return audio * keep
+
+
+def augment(video, flip, jitter, grey):
     """Flip and colour jitter, one draw a clip, the same for all its frames.
 
     video: float B×3×T×S×S in 0 to 1; flip: bool B; jitter: B×4, offsets from 1 of brightness, contrast and saturation, and the
-    hue's turn as a share of the colour circle. Brightness, saturation and hue are one 3×3 matrix a clip (the hue turns about the
+    hue's turn as a share of the colour circle; grey: bool B, no saturation. Brightness, saturation and hue are one 3×3 matrix a clip (the hue turns about the
     grey axis [C]); contrast blends with the clip's mean grey.
     """
     x = torch.where(flip[:, None, None, None, None], video.flip(-1), video)
-    grey = x.new_tensor([0.299, 0.587, 0.114])
+    luma = x.new_tensor([0.299, 0.587, 0.114])
     brightness, contrast, saturation = (1 + jitter[:, :3, None, None]).unbind(1)  # B×1×1 each
-    matrix = brightness * (saturation * hue_rotation(jitter[:, 3]) + (1 - saturation) * grey.expand(3, 3))  # B×3×3
+    saturation = torch.where(grey[:, None, None], 0.0, saturation)
+    matrix = brightness * (saturation * hue_rotation(jitter[:, 3]) + (1 - saturation) * luma.expand(3, 3))  # B×3×3
     x = (matrix @ x.flatten(2)).clamp_(0, 1)  # B×3×TSS
-    mean = (grey @ x.mean(2).T)[:, None, None]  # B×1×1
+    mean = (luma @ x.mean(2).T)[:, None, None]  # B×1×1
     return (contrast * (x - mean) + mean).clamp_(0, 1).view_as(video)
 
 
@@ -226,3 +248,9 @@ def hue_rotation(turn):
     cross = turn.new_tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / 3**0.5
     eye = torch.eye(3, device=turn.device)
     return angle.cos() * eye + angle.sin() * cross + (1 - angle.cos()) / 3
+
+
+if __name__ == "__main__":
+    from .prepare import main
+
+    main()

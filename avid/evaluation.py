@@ -20,7 +20,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 
-from . import checkpoint, config, data, datasets, models, toy
+from . import checkpoint, config, data, datasets, models, temporal_tasks, toy
 
 NUMBERED = {"ucf101": 3, "hmdb51": 3, "esc50": 5}  # data sets with several official divisions, and how many
 NO_PICTURE = ("esc50",)
@@ -67,7 +67,7 @@ def subject(arguments):
     name = arguments.cfg or (None if "config" in state else "toy")
     cfg = config.load(name, overrides, base=state.get("config"))
     torch.manual_seed(cfg.seed)
-    network = models.AudioVisual(cfg.model)
+    network = models.AudioVisual(cfg.model, temporal_tasks.classes(cfg) if "network" in state else ())
     if state:
         models.load(network, state, arguments.ckpt)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -222,6 +222,28 @@ def settle(network, table, cfg, device, modalities=data.MODALITIES):
         for modality in modalities:
             network.encode(modality, batch[modality])
     network.eval()
+
+
+@torch.no_grad()
+def confusions(network, table, cfg, device, draws=2):
+    """How a network answers the temporal tasks on clips drawn from a table as for training, `draws` times a video by the seed.
+
+    → {task: C×C counts, row: the truth, column: the answer}. Files that cannot be used are replaced by others, as in training.
+    """
+    keys = [(index, (5, draw, index)) for draw in range(draws) for index in range(len(table))]
+    batches = [keys[i : i + cfg.eval.batch_size] for i in range(0, len(keys), cfg.eval.batch_size)]
+    counts = {task: torch.zeros(n, n, dtype=torch.long) for task, n in temporal_tasks.classes(cfg).items()}
+    was_training = network.training
+    network.eval()
+    for batch in data.loader(data.Clips(table, cfg, training=True), cfg.data.workers, batch_sampler=batches):
+        batch = data.to_device(batch, device)
+        for task, logits in network(batch["video"], batch["audio"]).temporal.items():
+            truth = temporal_tasks.targets(task, batch)
+            known = truth != temporal_tasks.UNKNOWN
+            n = len(counts[task])
+            counts[task] += torch.bincount(truth[known] * n + logits[known].argmax(1), minlength=n * n).view(n, n).cpu()
+    network.train(was_training)
+    return {task: count.numpy() for task, count in counts.items()}
 
 
 def linear_probe(train_x, train_y, test_x, test_y, seed, strengths=(0.01, 0.1, 1.0, 10.0)):

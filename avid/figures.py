@@ -7,38 +7,35 @@ import json
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 
-from . import data
+from . import data, temporal_tasks
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+PANELS = {  # title: how the names of its quantities are known
+    "held-out temporal tasks, %": lambda name: name.startswith("held-out"),
+    "temporal tasks, %": lambda name: name.endswith("%"),
+    "held-out retrieval, %": lambda name: "→" in name,
+    "bank": lambda name: name.startswith(("cosine", "agreement")),
+    "learning rate": lambda name: name == "lr",
+    "clips/s": lambda name: name == "clips_per_s",
+    "loss": lambda name: True,
+}
+UNSEEN = ("step", "epoch", "data_wait", "bad_files")
+
 
 def curves(metrics, path):
-    """One panel a quantity over epochs: losses, learning rate, held-out retrieval, the bank's health, speed."""
-    lines = [json.loads(line) for line in Path(metrics).read_text().splitlines()]
+    """One panel a subject over epochs: losses, tasks, held-out retrieval, the bank's health, learning rate, speed."""
     series = {}
-    for line in lines:
-        for name, value in line.items():
-            if name not in ("step", "epoch", "data_wait", "bad_files"):
-                series.setdefault(name, []).append((line["epoch"], value))
-    panels = {"loss": [], "held-out retrieval, %": [], "bank": [], "lr": [], "clips/s": []}
-    for name in series:
-        where = next(
-            (
-                panel
-                for panel, mine in (
-                    ("held-out retrieval, %", "→" in name),
-                    ("bank", name.startswith(("cosine", "agreement"))),
-                    ("lr", name == "lr"),
-                    ("clips/s", name == "clips_per_s"),
-                )
-                if mine
-            ),
-            "loss",
-        )
-        panels[where].append(name)
-    panels = {title: names for title, names in panels.items() if names}
+    for line in map(json.loads, Path(metrics).read_text(encoding="utf-8").splitlines()):
+        for name in line.keys() - UNSEEN:
+            series.setdefault(name, []).append((line["epoch"], line[name]))
+    panels = {}
+    for name in sorted(series):
+        panels.setdefault(next(title for title, holds in PANELS.items() if holds(name)), []).append(name)
+    panels = {title: panels[title] for title in reversed(PANELS) if title in panels}
     figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), squeeze=False, layout="constrained")
     for axis, (title, names) in zip(axes[0], panels.items(), strict=True):
         for name in names:
@@ -47,6 +44,27 @@ def curves(metrics, path):
         axis.grid(alpha=0.3)
         if len(names) > 1:
             axis.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def confusions(counts, speeds, path):
+    """What a network takes for what: {task: C×C counts}, a panel a task, rows: the truth."""
+    names = {"speed": [f"{s}×" for s in speeds], "direction": ["forward", "backward"], "order": temporal_tasks.ORDERS}
+    figure, axes = plt.subplots(1, len(counts), figsize=(2.6 * len(counts), 2.9), squeeze=False, layout="constrained")
+    for axis, (task, n) in zip(axes[0], counts.items(), strict=True):
+        share = n / n.sum(1, keepdims=True).clip(1)
+        axis.imshow(share, vmin=0, vmax=1, cmap="Blues")
+        for (row, column), value in np.ndenumerate(share):
+            axis.text(
+                column, row, f"{value:.0%}", ha="center", va="center", fontsize=8, color="white" if value > 0.6 else "black"
+            )
+        ticks = names[task.partition("_")[0]]
+        axis.set_xticks(range(len(n)), ticks, rotation=30, fontsize=8)
+        axis.set_yticks(range(len(n)), ticks, fontsize=8)
+        axis.set_title(f"{task}: {n.trace() / max(n.sum(), 1):.0%}", fontsize=10)
+    axes[0, 0].set_ylabel("truth")
+    axes[0, 0].set_xlabel("answer")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

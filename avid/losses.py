@@ -1,6 +1,6 @@
-"""Robust-xID: cross-modal instance discrimination that doubts its positives and its negatives, docs/method.md 1-5.
+"""Robust-xID, which doubts its positives and its negatives, docs/method.md 1-5; contrast with several positives, 7.
 
-In: live embeddings of a batch, memories of its own instances and of the candidates, plain tensors all of them.
+In: live embeddings of a batch, memories of its own instances, of candidates or neighbours, plain tensors all of them.
 Out: a loss a row, a weight a row, and their mean. B rows of the batch, C candidates, D dimensions.
 """
 
@@ -103,6 +103,21 @@ def weighted_mean(loss, weight, total_weight=None):
     """
     total_weight = weight.sum() if total_weight is None else total_weight
     return (weight * loss).sum() / total_weight.clamp(min=torch.finfo(torch.float32).tiny)  # all weights 0: 0, not NaN
+
+
+def contrast(x, usual, positives, negatives, temperature):
+    """L(i) = −1/|P_i| · Σ_{p∈P_i} log [ e^{x_i·p/τ} / (e^{x_i·p/τ} + Σ_{n∈N_i} e^{x_i·n/τ}) ], section 7 [P].
+
+    x B×D: queries, live; usual B×D: the positive that each has anyway, live: gradients reach both; positives B×P×D (P may be 0) and
+    negatives B×N×D: memories, without gradient -> losses B.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        x = x.float()
+        usual = (x * usual.float()).sum(1, keepdim=True)  # B×1
+        positive = torch.cat([usual, torch.einsum("bd,bpd->bp", x, positives.detach())], 1) / temperature  # B×(1+P)
+        negative = torch.einsum("bd,bnd->bn", x, negatives.detach()) / temperature  # B×N
+        against = negative.logsumexp(1, keepdim=True)  # B×1
+        return F.softplus(against - positive).mean(1)  # −log [e^p / (e^p + e^a)] = log(1 + e^{a−p})
 
 
 def _similarity(x, memories, temperature, bias):

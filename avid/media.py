@@ -155,7 +155,7 @@ class Media:
     def _place(self, start_s, seconds, sought):
         """The sound from here on, placed by its time stamps in the interval, mixed to mono. None: this place is too late."""
         source_hz = self.stream.rate
-        planes = av.AudioResampler(format="fltp", rate=source_hz)
+        planes = av.AudioResampler(format="fltp", rate=source_hz)  # for sounds of another sample format
         placed, at = np.zeros(round(seconds * source_hz), np.float32), None
         for frame in self.container.decode(self.stream):
             if frame.time is not None:
@@ -172,8 +172,12 @@ class Media:
             at = begin if at is None or abs(begin - at) > 0.02 * source_hz else at
             if at >= len(placed):
                 return placed
-            for part in planes.resample(frame):
-                samples = part.to_ndarray().mean(0)  # channels×n → n
+            if at + frame.samples <= 0:  # still warming up
+                at += frame.samples
+                continue
+            for part in (frame,) if frame.format.name == "fltp" else planes.resample(frame):
+                samples = part.to_ndarray()  # channels×n
+                samples = samples.mean(0) if len(samples) > 1 else samples[0]  # n
                 left, right = max(at, 0), min(at + len(samples), len(placed))
                 if right > left:
                     placed[left:right] = samples[left - at : right - at]
@@ -236,6 +240,9 @@ def resampler(source_hz, rate_hz):
     return torchaudio.transforms.Resample(source_hz, rate_hz) if source_hz != rate_hz else torch.nn.Identity()
 
 
+hann = functools.lru_cache(torch.hann_window)
+
+
 @functools.lru_cache(maxsize=1)
 def mel_filters(rate_hz, n_fft, mels):
     return torchaudio.functional.melscale_fbanks(n_fft // 2 + 1, 0.0, rate_hz / 2, mels, rate_hz)  # bins×mels
@@ -255,10 +262,9 @@ def spectrogram(media, start_s, audio, speed=1):
     hop = audio.rate_hz // audio.frames_per_s * speed
     samples = (columns(audio) - 1) * hop + audio.n_fft
     waveform = torch.from_numpy(media.sound(start_s + (hop - audio.n_fft) / 2 / audio.rate_hz, samples, audio.rate_hz))
-    window = torch.hann_window(audio.n_fft)
-    power = torchaudio.functional.spectrogram(
-        waveform, 0, window, audio.n_fft, hop, audio.n_fft, 2.0, normalized="window", center=False
-    ).T  # F×257
+    window = hann(audio.n_fft)
+    spectrum = torch.stft(waveform, audio.n_fft, hop, window=window, center=False, return_complex=True).T  # F×257
+    power = (spectrum.real.square() + spectrum.imag.square()) / window.square().sum()
     if audio.mels:
         power = power @ mel_filters(audio.rate_hz, audio.n_fft, audio.mels)
     return 10 * torch.log10(power + QUIETEST)[None]  # 1×F×bins

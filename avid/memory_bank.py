@@ -58,6 +58,31 @@ class MemoryBank(torch.nn.Module):
         return Candidates(candidates, valid, first[: len(index)])
 
     @torch.no_grad()
+    def neighbourhood(self, modality, index, contrast, seeds):
+        """Positives and negatives of each instance from the bank as it is now, section 7 [P: the idea, C: the law].
+
+        modality: of the memories; index b: instances; contrast: config.Contrast; seeds: b integers, one a row, so that a row's
+        draw does not depend on the rank that makes it. -> positives b×n_pos, drawn without replacement from the k_pos nearest
+        to the instance's own memory with probability ∝ exp(sim/τ_p); negatives b×n, without replacement from the others with
+        probability ∝ exp(sim/τ_n), n = contrast.negatives or as many as there are. The instance itself is neither.
+        ValueError where the bank has no negatives left.
+        """
+        memory = self.video if modality == "video" else self.audio
+        others = len(memory) - contrast.k_pos - 1
+        if others < 1:
+            raise ValueError(f"contrast.k_pos = {contrast.k_pos} leaves no negatives among {len(memory)} videos; lower it")
+        similarity = memory[index] @ memory.T  # b×N
+        similarity.scatter_(1, index[:, None], -torch.inf)
+        nearest = similarity.topk(contrast.k_pos, 1).indices  # b×k
+        # the largest of log p + Gumbel noise are draws without replacement
+        gumbel = torch.stack([_gumbel(seed, len(memory), memory.device) for seed in seeds])  # b×N
+        positive = (similarity / contrast.tau_p + gumbel).gather(1, nearest)  # b×k
+        positives = nearest.gather(1, positive.topk(contrast.n_pos, 1).indices)  # b×n_pos
+        negative = (similarity / contrast.tau_n).nan_to_num(nan=-torch.inf) + gumbel  # b×N   (−∞ / ∞ is NaN: i itself)
+        negative.scatter_(1, nearest, -torch.inf).scatter_(1, index[:, None], -torch.inf)
+        return positives, negative.topk(min(contrast.negatives, others), 1).indices
+
+    @torch.no_grad()
     def update(self, index, video, audio):
         """v̄_i ← normalise(m·v̄_i + (1 − m)·v_i), ā_i likewise, section 1 [A]; the cost does not depend on N.
 
@@ -92,6 +117,12 @@ class MemoryBank(torch.nn.Module):
             "agreement_mean": mean.item(),
             "agreement_std": std.item(),
         }
+
+
+def _gumbel(seed, n, device):
+    """n draws of the standard Gumbel distribution."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return -torch.empty(n, device=device).exponential_(generator=generator).log()
 
 
 def _first_occurrence(index):

@@ -13,12 +13,15 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
+from . import temporal_tasks
+
 
 class Output(NamedTuple):
     video: torch.Tensor  # B×D, unit embeddings v_i
     audio: torch.Tensor  # B×D, unit embeddings a_i
     video_features: torch.Tensor  # B×8·width
     audio_features: torch.Tensor  # B×8·width
+    temporal: dict  # task → logits
 
 
 class R2Plus1DBlock(nn.Module):
@@ -137,17 +140,19 @@ def video_network(name, width, depth):
 
 
 class AudioVisual(nn.Module):
-    """Both encoders and both heads.
+    """Both encoders, both heads, and those of the temporal tasks.
 
-    model: config.Model. The networks are drawn from torch's global generator: seed it first.
+    model: config.Model; tasks: {task: classes}, of temporal_tasks.classes. The networks are drawn from torch's global generator: seed it first.
     """
 
-    def __init__(self, model):
+    def __init__(self, model, tasks=()):
         super().__init__()
         self.video_model = video_network(model.video, model.width, model.depth)
         self.audio_model = AudioNet(model.width)
         self.video_proj = Head(self.video_model.dim, model.embedding, model.head_norm)
         self.audio_proj = Head(self.audio_model.dim, model.embedding, model.head_norm)
+        dims = {"video": self.video_model.dim, "audio": self.audio_model.dim}
+        self.temporal = temporal_tasks.Heads(dims, dict(tasks))
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Conv3d)):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")  # [C]
@@ -169,9 +174,9 @@ class AudioVisual(nn.Module):
         return self.encode_video(clips) if modality == "video" else self.encode_audio(clips)
 
     def forward(self, video, audio):
-        """Normalised float clips, B×3×T×S×S and B×1×frames×bins → Output."""
+        """Normalised float clips, B×3×T×S×S and B×1×frames×bins → Output. With two moments, a video's clips stand side by side."""
         (v, video_features), (a, audio_features) = self.encode_video(video), self.encode_audio(audio)
-        return Output(v, a, video_features, audio_features)
+        return Output(v, a, video_features, audio_features, self.temporal(video_features, audio_features))
 
 
 class ModelError(Exception):

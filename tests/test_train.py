@@ -96,7 +96,7 @@ def test_another_seed_gives_another_network(whole):
 
 @pytest.mark.parametrize("draws", ["iid", "epoch"])
 def test_killed_at_a_random_step_and_resumed_it_ends_in_the_same_bits(whole, draws, tmp_path):
-    root, out, _ = whole
+    root, _out, _ = whole
     settings = (*ROBUST, f"optim.draws={draws}", "log.checkpoint_minutes=0")
     reference = tmp_path / "reference"
     run(root, reference, *settings)

@@ -1,0 +1,279 @@
+"""Settings: what is given wins over what is packaged, and what is wrong is said in one line."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from avid import config
+from avid.config import ConfigError
+
+PACKAGED = sorted(path.stem for path in config.PACKAGED.glob("*.yaml"))
+SETTINGS = {key: (default, help) for key, default, help in config.settings()}
+
+
+def get(cfg, key):
+    for part in key.split("."):
+        cfg = getattr(cfg, part)
+    return cfg
+
+
+def complaint(*overrides, name="toy", base=None):
+    with pytest.raises(ConfigError) as caught:
+        config.load(name, overrides, base)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert len(text) < 300
+    return text
+
+
+# ---------------------------------------------------------------------------------------------------------------- loading
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_packaged_configurations_load(name):
+    assert config.load(name) == config.load(f"{name}.yaml") == config.load(config.PACKAGED / f"{name}.yaml")
+    assert config.load(name).out == f"runs/{name}"
+
+
+def test_layers_win_in_order(tmp_path):
+    """Defaults, then a base, then a file, then overrides, the later one of two."""
+    file = tmp_path / "mine.yaml"
+    file.write_text("optim: {lr: 0.2, epochs: 7}\nseed: 5\n")
+    base = {"optim": {"lr": 0.1, "batch_size": 3, "epochs": 6}}
+    cfg = config.load(file, ["seed=8", "video.fps=12", "seed=9"], base)
+    assert (cfg.optim.batch_size, cfg.optim.lr, cfg.optim.epochs, cfg.seed, cfg.video.fps) == (3, 0.2, 7, 9, 12.0)
+    assert cfg.bank.momentum == config.Bank().momentum
+    assert cfg.out == "runs/mine"
+    assert config.load(None, base=base).out == "runs/eval"
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("data.root=/data/with space/a=b:c", "/data/with space/a=b:c"),
+        ("data.split=1", "1"),
+        ("out=7", "7"),
+        ("bank.num_negatives=all", "all"),
+        ("bank.num_negatives=64", 64),
+        ("optim.lr=1e-3", 1e-3),
+        ("optim.lr=1", 1.0),
+        ("optim.compile=yes", True),
+        ("video.jitter=[0,0,0,0]", [0.0] * 4),
+        ("optim.milestones=[]", []),
+        ("audio={mels: 0}", 0),
+    ],
+)
+def test_overrides_become_what_their_setting_is(override, value):
+    key = "audio.mels" if override.startswith("audio") else override.partition("=")[0]
+    found = get(config.load("toy", [override]), key)
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_saved_and_loaded_it_is_the_same(tmp_path, name):
+    cfg = config.load(
+        name, ["bank.num_negatives=all", "data.root=/a b/ü", "out=some/where", "seed=3", "video.jitter=[0,0.1,0,0]"]
+    )
+    config.save(cfg, tmp_path / "config.yaml")
+    assert config.load(tmp_path / "config.yaml") == cfg
+    assert config.load(None, base=dataclasses.asdict(cfg)) == cfg
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "config.yaml"
+    config.save(config.load("toy", ["seed=1"]), path)
+
+    def interrupted(cfg, part):
+        Path(part).write_text("see")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(config.OmegaConf, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        config.save(config.load("toy", ["seed=2"]), path)
+    assert config.load(path).seed == 1
+
+
+def test_flat_names_every_setting():
+    assert config.flat(dataclasses.asdict(config.Config())) == {key: default for key, (default, _) in SETTINGS.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------------- faults
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("optim.lrr=1", "optim.lr"),
+        ("optim.learning_rate=1", None),
+        ("data.nam=toy", "data.name"),
+        ("lr=1", "optim.lr"),
+        ("temperature=0.1", "loss.temperature"),
+        ("optim.temperature=0.1", "loss.temperature"),
+        ("optim.batchsize=3", "optim.batch_size"),
+        ("bank.negatives=3", "bank.num_negatives"),
+        ("dat.name=toy", "data"),
+        ("zzz=1", None),
+    ],
+)
+def test_a_wrong_key_names_the_nearest_right_one(wrong, right):
+    text = complaint(wrong)
+    given = "dat" if wrong.startswith("dat.") else wrong.partition("=")[0]  # no such group
+    assert text.startswith(f"unknown setting {given};")
+    if right:
+        assert text.endswith(f"; did you mean {right}?")
+    elif wrong.startswith("zzz"):
+        assert text.endswith("; --help lists them all")
+
+
+@pytest.mark.parametrize(
+    ("override", "found", "expected"),
+    [
+        ("optim.lr=fast", "fast", "a number, such as 0.0002"),
+        ("optim.lr=", "None", "a number"),
+        ("optim.lr=[1]", "[1]", "a number"),
+        ("optim.epochs=1.5", "1.5", "a whole number, such as 200"),
+        ("optim.epochs=many", "many", "a whole number"),
+        ("seed=null", "None", "a whole number"),
+        ("optim.compile=maybe", "maybe", "true or false, such as false"),
+        ("video.jitter=3", "3", "a list, such as [0.4, 0.4, 0.4, 0.2]"),
+        ("video.jitter=[0,0,x,0]", "[0, 0, 'x', 0]", "a list"),
+        ("video.frames.x=3", "{'x': 3}", "a whole number"),
+        ("data.root=null", "None", "a text, such as data"),
+        ("bank.num_negatives=true", "True", "a whole number"),
+    ],
+)
+def test_a_wrong_type(override, found, expected):
+    key = "video.frames" if override.startswith("video.frames") else override.partition("=")[0]
+    assert complaint(override).startswith(f"wrong value for {key}: {found}; expected {expected}")
+
+
+@pytest.mark.parametrize(
+    "override",
+    """data.name=imagenet model.video=resnet model.head_norm=layer loss.estimator=best optim.draws=some optim.schedule=linear
+    optim.amp=fp8 bank.num_negatives=0 bank.num_negatives=most bank.momentum=1.5 optim.lr=-1 optim.lr=nan optim.lr=.inf optim.epochs=0
+    optim.batch_size=0 optim.weight_decay=-1 optim.milestones=[2] optim.gamma=-1 seed=-1 seed=99999999999999999999 data.workers=-1
+    data.max_bad_share=2 video.flip=1.1 video.crop_area=[0.5] video.crop_area=[0.5,0.1] video.crop_area=[0.5,2] video.crop_ratio=[0,1]
+    video.jitter=[0.1,0.1,0.1] video.jitter=[0.1,0.1,0.1,0.6] video.jitter=[2,0,0,0] video.jitter=[.nan,0,0,0] video.fps=0 video.frames=0
+    audio.seconds=0.01 audio.frames_per_s=7 audio.volume=1 audio.mels=300 audio.mels=-1 eval.crop=0 eval.crop=1.5 eval.clips=0
+    eval.settle_batches=-1 loss.temperature=0 loss.w_min=-0.1 loss.soft=1.1 loss.kappa=0 weights.xid=-1 toy.train=0 toy.faulty=1.1
+    log.every_steps=0 log.check_videos=0 log.checkpoint_minutes=-1""".split(),
+)
+def test_a_wrong_value(override):
+    key = override.partition("=")[0]
+    assert re.fullmatch(rf"wrong value for {key}: .+; expected .+", complaint(override))
+
+
+@pytest.mark.parametrize("override", ["data=3", "data=", "data=[1]", "optim=fast"])
+def test_a_group_is_no_setting(override):
+    group = override.partition("=")[0]
+    first = {"data": "data.name", "optim": "optim.epochs"}[group]
+    assert complaint(override) == f"{group} is not a setting but a group of them, such as {first}"
+
+
+@pytest.mark.parametrize("override", ["lr", "=3", "", "optim.lr"])
+def test_what_is_not_key_and_value(override):
+    assert complaint(override) == f"{override} is no setting; write key=value, --help lists the keys"
+
+
+@pytest.mark.parametrize("override", ["data.root=[", "data.root={a", "video.jitter=[1,2"])
+def test_an_override_that_is_no_yaml(override):
+    assert complaint("seed=1", override).startswith(f"cannot read {override}: ")
+
+
+def test_an_interpolation_that_leads_nowhere():
+    assert complaint("data.root=${nowhere}").startswith("wrong value for data.root: ")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"data: {name: toy\n", "cannot read FILE: "),
+        (b"optim:\n\tlr: 3\n", "cannot read FILE: "),
+        (b"seed: 1\nseed: 2\n", "cannot read FILE: "),
+        (b"\xff\xfe\x00", "cannot read FILE: "),
+        (b"- seed\n- optim\n", "cannot read FILE: expected lines of the form key: value"),
+        (b"data: toy\n", "data is not a setting but a group of them, such as data.name"),
+        (b"optim: {lrr: 1}\n", "unknown setting optim.lrr; did you mean optim.lr?"),
+        (b"optim: {lr: fast}\n", "wrong value for optim.lr: fast; expected a number, such as 0.0002"),
+        (b"3: 4\n", "unknown setting 3; --help lists them all"),
+    ],
+)
+def test_a_broken_file(tmp_path, content, expected):
+    file = tmp_path / "mine.yaml"
+    file.write_bytes(content)
+    assert complaint(name=file).startswith(expected.replace("FILE", str(file)))
+
+
+def test_an_empty_file_changes_nothing(tmp_path):
+    (tmp_path / "mine.yaml").write_text("# nothing\n")
+    assert dataclasses.replace(config.load(tmp_path / "mine.yaml"), out="") == config.Config()
+
+
+@pytest.mark.parametrize("name", ["nowhere", "nowhere.yaml", "/nowhere/mine.yaml", "."])
+def test_a_missing_file_names_the_packaged_ones(name):
+    assert complaint(name=name) == f"no configuration {name}: neither a file nor one of {', '.join(PACKAGED)}"
+
+
+# ------------------------------------------------------------------------------------------------------ help, command line
+
+
+def test_every_setting_says_what_it_is():
+    """Numbers with their source, or for what is no matter of the method with their unit."""
+    units = r"\b(s|Hz|pixels|videos|frames a second|share|minutes|steps|epochs|processes|everything random)\b"
+    for key, (default, help) in SETTINGS.items():
+        assert len(help) >= 5, key
+        assert re.search(r"\[[PAFC][\]:;]", help) or isinstance(default, str) or re.search(units, help), key
+
+
+def test_method_settings_name_their_source():
+    for key, (_, help) in SETTINGS.items():
+        if key.partition(".")[0] in ("video", "audio", "model", "bank", "loss", "weights", "optim"):
+            assert re.search(r"\[[PAFC][\]:;]", help) or re.search(r"robust: .* \[F\]", help), key
+
+
+def test_help_lists_every_setting_with_its_default(capsys):
+    with pytest.raises(SystemExit) as caught:
+        config.command_line("What it does.", ["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert "What it does." in text
+    for key, (default, help) in SETTINGS.items():
+        assert re.search(rf"^  {re.escape(key)}={re.escape(str(default).replace(' ', ''))} +{re.escape(help)}$", text, re.M), key
+    for name in PACKAGED:
+        assert name in text
+
+
+def test_options_and_settings_in_any_order():
+    cfg = config.command_line("", ["seed=4", "--cfg", "toy", "optim.lr=1", "--out", "there", "optim.epochs=2"])
+    assert (cfg.seed, cfg.optim.lr, cfg.out, cfg.optim.epochs) == (4, 1.0, "there", 2)
+    arguments = config.evaluation_parser("").parse_args(["seed=4", "--ckpt", "random", "eval.clips=3"])
+    assert arguments.overrides == ["seed=4", "eval.clips=3"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["data=3"], ["optim.lrr=1"], ["--cfg", "nowhere"], ["seed=x"], ["data.root=["], ["nonsense"]]
+)
+def test_a_mistake_ends_the_program_with_one_line(capsys, arguments):
+    with pytest.raises(SystemExit) as caught:
+        config.command_line("", arguments)
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert re.fullmatch(r"error: .+\n", err)
+
+
+def test_train_answers_a_mistake_at_once():
+    """Without importing torch, which takes seconds."""
+    train = Path(__file__).parents[1] / "train.py"
+    command = [sys.executable, "-X", "importtime", str(train), "optim.lrr=1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "error: unknown setting optim.lrr; did you mean optim.lr?" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not re.search(r"\| +torch\b", done.stderr)
