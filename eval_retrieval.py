@@ -72,8 +72,8 @@ def by_class(query, key, query_y, key_y):
 
 
 def draw(subject, task, found, table, gallery, gallery_table, nearest):
-    """A contact sheet of evenly spaced queries and what each found."""
-    some = np.linspace(0, len(nearest) - 1, min(SHOWN, len(nearest))).astype(int)
+    """A contact sheet of some queries, drawn by the seed, and what each found."""
+    some = np.random.default_rng(subject.cfg.seed).permutation(len(nearest))[:SHOWN]
     queries = datasets.take(table, found.index[some])
     finds = [datasets.take(gallery_table, gallery.index[nearest[q]]) for q in some]
     path = subject.out / f"retrieval-{task}-{subject.cfg.data.name}.png"

@@ -29,6 +29,6 @@ setup(
     ],
     extras_require={
         "dev": ["pytest>=8,<10", "ruff>=0.12"],
-        "prepare": ["imageio-ffmpeg>=0.5,<0.9"],  # brings ffmpeg for `python -m avid.data prepare`; tested: 0.8.1, ffmpeg 9.0
+        "prepare": ["imageio-ffmpeg>=0.6,<0.9"],  # brings ffmpeg for `python -m avid.data prepare`; tested: 0.8.1, ffmpeg 9.0
     },
 )

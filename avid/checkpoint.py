@@ -6,6 +6,7 @@ Out: the same, after any interruption.
 
 import hashlib
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -30,11 +31,18 @@ def save(path, state):
 def load(path, device="cpu"):
     """The dict saved at `path`. Raises CheckpointError where the file is missing or is no checkpoint."""
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"no checkpoint {path}") from None
-    except Exception as error:  # torch.load has no exception of its own
-        raise CheckpointError(f"cannot read the checkpoint {path}: {str(error).splitlines()[0]}") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read the checkpoint {path}: {error.strerror}") from error
+    except Exception as error:  # torch.load has no exception of its own, and its advice is to trust the file
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        fault = f"it asks for {asked[1]}, and no code is run from a file" if asked else "it is damaged, cut off or something else"
+        raise CheckpointError(f"cannot read the checkpoint {path}: {fault}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"cannot read the checkpoint {path}: it holds a {type(state).__name__}, not a dict")
+    return state
 
 
 def file_hash(path):

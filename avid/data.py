@@ -77,12 +77,10 @@ class Clips(torch.utils.data.Dataset):
 
     def read(self, index, rng):
         """The clips of one video: M×…, as the module says."""
-        table, audio = self.table, self.cfg.audio
+        table = self.table
         path = table.root / table.paths[index]
-        media = Media(path, self.modalities, table.start_s[index], table.end_s[index])
-        try:
-            edge_s = audio.n_fft / 2 / audio.rate_hz if "audio" in self.modalities else 0.0  # no window reaches past the sound
-            first_s, last_s = media.first_s + edge_s, media.last_s - edge_s
+        with Media(path, self.modalities, table.start_s[index], table.end_s[index]) as media:
+            first_s, last_s = self.usable(media)
             if self.training:
                 clips, labels = temporal_tasks.plan(first_s, last_s, self.length_s, self.cfg.temporal, rng)
                 item = {name: torch.tensor(label) for name, label in labels.items()} | self.draws(len(clips), rng)
@@ -93,8 +91,11 @@ class Clips(torch.utils.data.Dataset):
             if "audio" in self.modalities:
                 item["audio"] = torch.stack([self.loudness(media, clip, rng) for clip in clips])
             return item
-        finally:
-            media.close()
+
+    def usable(self, media):
+        """Where clips may lie, s: no window of a spectrogram reaches past the sound."""
+        edge_s = self.cfg.audio.n_fft / 2 / self.cfg.audio.rate_hz if "audio" in self.modalities else 0.0
+        return media.first_s + edge_s, media.last_s - edge_s
 
     def draws(self, clips, rng):
         """What the augmentations on the device do to each clip: flip and grey M, jitter M×4, mask M×4 (columns, bins: start, end)."""

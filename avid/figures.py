@@ -1,15 +1,21 @@
 """The pictures: training curves, what retrieval found, how weights tell faulty pairs from true ones.
 
 In: a run's metrics.jsonl, tables of files, or arrays. Out: PNG files.
+
+    python -m avid.figures weights runs/faulty            the weights of faulty pairs and of true ones, and their AUROC
+    python -m avid.figures tasks --cfg toy_temporal       clips as the temporal tasks take them, with their labels
 """
 
+import argparse
+import dataclasses
 import json
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+from sklearn.metrics import roc_auc_score
 
-from . import data, temporal_tasks
+from . import checkpoint, config, data, datasets, evaluation, losses, memory_bank, temporal_tasks, toy
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -101,3 +107,81 @@ def tell(axis, table, row, modality, cfg, colour):
         axis.imshow(clip["video"][0, :, clip["video"].shape[2] // 2].permute(1, 2, 0))
     else:
         axis.imshow(clip["audio"][0, 0].T, origin="lower", aspect="auto", cmap="magma")
+
+
+def weights(run, path):
+    """Histograms of agreement and weight of a toy run's training pairs, the planted faulty ones apart; → AUROC, true against faulty.
+
+    The truth is the manifest's column `faulty`, which training never sees. Raises DataError where no pair is faulty.
+    """
+    saved = checkpoint.load(Path(run) / "last.pt")
+    cfg = config.load(None, base=saved["config"])
+    bank = memory_bank.MemoryBank(len(saved["bank"]["agreement"]), cfg.model.embedding, cfg.bank.momentum, cfg.seed)
+    bank.load_state_dict(saved["bank"])
+    folder = toy.write(cfg.data.root, cfg.toy, cfg.seed, 1)
+    table = datasets.load(dataclasses.replace(cfg.data, root=str(folder)), "train")
+    faulty = np.array(table.columns["faulty"]) == "1"
+    if not faulty.any():
+        raise datasets.DataError(f"{table.name} has no faulty pairs; train with toy.faulty=0.3")
+    w_min = cfg.loss.w_min if cfg.loss.w_min < 1 else 0.25
+    mean, std = bank.agreement_mean_std()
+    weight = losses.faulty_positive_weights(bank.agreement, mean, std, w_min, cfg.loss.delta, cfg.loss.kappa).numpy()
+    auroc = float(roc_auc_score(~faulty, weight))
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    for axis, values, title in zip(axes, (bank.agreement.numpy(), weight), ("agreement of the memories", "weight"), strict=True):
+        bins = np.linspace(values.min(), values.max(), 30)
+        for part, name, colour in ((~faulty, "true pairs", "tab:blue"), (faulty, "faulty pairs", "tab:red")):
+            axis.hist(values[part], bins, alpha=0.6, density=True, label=f"{name} ({part.sum()})", color=colour)
+        axis.set(xlabel=title, yticks=[])
+        axis.legend(fontsize=8)
+    figure.suptitle(f"{run}: AUROC {auroc:.3f}", fontsize=10)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return auroc
+
+
+def tasks(cfg, path, row=0, draws=6):
+    """Pairs of clips as the temporal tasks take them from one training video, with their labels: pictures and spectrograms."""
+    train, _ = next(evaluation.tables(cfg))
+    clips, rng = data.Clips(train, cfg, training=False), np.random.default_rng(cfg.seed)
+    figure, axes = plt.subplots(2 * draws, 2, figsize=(11, 1.9 * draws), layout="constrained")
+    with data.Media(train.root / train.paths[row]) as media:
+        for draw in range(draws):
+            labels = {"order": None}
+            while labels["order"] != draw % 3:  # as many of each order
+                pair, labels = temporal_tasks.plan(*clips.usable(media), clips.length_s, cfg.temporal, rng)
+            for column, clip in enumerate(pair):
+                picture, sound = axes[2 * draw, column], axes[2 * draw + 1, column]
+                frames = clips.picture(media, clip, rng)  # 3×T×S×S
+                picture.imshow(frames.permute(2, 1, 3, 0).flatten(1, 2))  # S×T·S×3
+                sound.imshow(clips.loudness(media, clip, rng)[0].T, origin="lower", aspect="auto", cmap="magma")
+                end_s, way = clip.start_s + clip.speed * clips.length_s, "backward" if clip.backward else "forward"
+                picture.set_title(f"{clip.speed}×, {way}: {clip.start_s:.1f} to {end_s:.1f} s", fontsize=9)
+                for axis in (picture, sound):
+                    axis.set(xticks=[], yticks=[])
+            axes[2 * draw, 0].set_ylabel(f"order:\n{temporal_tasks.ORDERS[draw % 3]}", fontsize=9)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m avid.figures", description=__doc__, formatter_class=config.Help)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("weights", help="weights of faulty and of true pairs")
+    command.add_argument("run", help="folder of a run with toy.faulty above 0")
+    command = commands.add_parser("tasks", help="clips of the temporal tasks")
+    command.add_argument("--cfg", default="toy_temporal", help="configuration (default: toy_temporal)")
+    command.add_argument("--out", default="tasks.png", help="picture to write (default: tasks.png)")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    arguments = parser.parse_args(argv)
+    with evaluation.plain_errors():
+        if arguments.command == "weights":
+            path = Path(arguments.run) / "weights.png"
+            print(f"AUROC of true against faulty pairs: {weights(arguments.run, path):.3f}; written: {path}")
+        else:
+            tasks(config.load(arguments.cfg, arguments.overrides), arguments.out)
+            print(f"written: {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -142,10 +142,8 @@ class Media:
                     return placed
 
     def _seek(self, time_s):
-        for at_s in (
-            time_s,
-            0.0,
-        ):  # not every container can be asked for a time before its beginning, where others have a lead-in
+        # not every container can be asked for a time before its beginning, where others have a lead-in
+        for at_s in (time_s, 0.0):
             try:
                 return self.container.seek(int((at_s + self.origin_s) / self.stream.time_base), stream=self.stream)
             except av.FFmpegError:
@@ -155,7 +153,7 @@ class Media:
     def _place(self, start_s, seconds, sought):
         """The sound from here on, placed by its time stamps in the interval, mixed to mono. None: this place is too late."""
         source_hz = self.stream.rate
-        planes = av.AudioResampler(format="fltp", rate=source_hz)  # for sounds of another sample format
+        planes = av.AudioResampler(format="fltp", rate=source_hz)  # for sounds of another sample format or rate
         placed, at = np.zeros(round(seconds * source_hz), np.float32), None
         for frame in self.container.decode(self.stream):
             if frame.time is not None:
@@ -175,7 +173,8 @@ class Media:
             if at + frame.samples <= 0:  # still warming up
                 at += frame.samples
                 continue
-            for part in (frame,) if frame.format.name == "fltp" else planes.resample(frame):
+            plain = frame.format.name == "fltp" and frame.sample_rate == source_hz
+            for part in (frame,) if plain else planes.resample(frame):
                 samples = part.to_ndarray()  # channels×n
                 samples = samples.mean(0) if len(samples) > 1 else samples[0]  # n
                 left, right = max(at, 0), min(at + len(samples), len(placed))
@@ -185,6 +184,12 @@ class Media:
         if (at is None or at <= 0) and start_s + seconds < self.promised_s:
             raise MediaError("the file is cut off")
         return placed
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
 
     def close(self):
         if self.container is not None:

@@ -15,7 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
@@ -229,9 +229,11 @@ def encode(ffmpeg, source, target, small):
             picture, sound = container.streams.best("video"), container.streams.best("audio")
             picture = f"0:{picture.index}" if picture is not None and target.endswith(".mp4") else None
             sound = f"0:{sound.index}" if sound is not None else None
+            origin_s = (container.start_time or 0) / av.time_base  # where its clock begins
         if not picture and not sound:
             return "neither picture nor sound", False
-        if reason := _run(_command(ffmpeg, ["-i", source], picture, sound, small, part)):
+        inputs = ["-copyts", "-i", source, "-output_ts_offset", f"{-origin_s:.6f}"]
+        if reason := _run(_command(ffmpeg, inputs, picture, sound, small, part)):
             return reason, False
         Media(part, [name for name, stream in (("video", picture), ("audio", sound)) if stream]).close()
         os.replace(part, target)
@@ -252,7 +254,7 @@ def _command(ffmpeg, inputs, picture, sound, small, out):
         width, height = (f"max(2,trunc(min({side},{small.short_side})/2)*2)" for side in ("iw", "ih"))
         command += ["-map", picture, "-vf", f"scale=w='if(gt(iw,ih),-2,{width})':h='if(gt(iw,ih),{height},-2)'"]
         # every frame keeps its own time, on a clock of 90 kHz instead of the frame rate's; without B frames nothing is reordered
-        command += ["-enc_time_base", "1:90000", "-c:v", "libx264", "-threads", "1", "-bf", "0"]
+        command += ["-fps_mode", "vfr", "-enc_time_base", "1:90000", "-c:v", "libx264", "-threads", "1", "-bf", "0"]
         command += ["-g", str(small.keyint), "-crf", "20", "-pix_fmt", "yuv420p"]
     if sound:
         command += ["-map", sound, "-c:a", "aac", "-b:a", "64k", "-ac", "1", "-ar", str(small.audio_rate)]
@@ -270,25 +272,24 @@ def _run(command):
 
 
 def _ffmpeg(dst, small):
-    """The program's path, on PATH or else imageio-ffmpeg's, tried out on a tenth of a second."""
-    path = shutil.which("ffmpeg")
-    if not path:
-        try:
-            import imageio_ffmpeg
+    """The first of PATH's and imageio-ffmpeg's program that encodes a tenth of a second as asked."""
+    paths = [path] if (path := shutil.which("ffmpeg")) else []
+    with suppress(ImportError, RuntimeError):  # it is not installed, or holds no program for this machine
+        import imageio_ffmpeg
 
-            path = imageio_ffmpeg.get_ffmpeg_exe()
-        except (ImportError, RuntimeError):
-            raise DataError("no ffmpeg on PATH: install it, or: pip install imageio-ffmpeg") from None
+        paths.append(imageio_ffmpeg.get_ffmpeg_exe())
     inputs = ["-f", "lavfi", "-i", "testsrc=duration=0.1", "-f", "lavfi", "-i", "sine=duration=0.1"]
-    trial = dst / f"trial{PART}"
-    try:
-        if reason := _run(_command(path, inputs, "0:0", "1:0", small, str(trial))):
-            raise DataError(
-                f"{path} cannot encode this way; put another one, with libx264 and aac, on PATH, or change the settings: {reason}"
-            )
-    finally:
-        trial.unlink(missing_ok=True)
-    return path
+    trial, complaints = dst / f"trial{PART}", []
+    for path in paths:
+        try:
+            reason = _run(_command(path, inputs, "0:0", "1:0", small, str(trial)))
+        finally:
+            trial.unlink(missing_ok=True)
+        if not reason:
+            return path
+        complaints.append(f"{path} cannot encode this way: {reason}")
+    why = "; ".join(complaints) or "no ffmpeg on PATH"
+    raise DataError(f"{why}. Install ffmpeg 5.1 or newer, with libx264 and aac, or: pip install imageio-ffmpeg")
 
 
 def _same_settings(path, small):

@@ -314,3 +314,51 @@ def test_a_single_candidate_costs_nothing(estimator):
     w = world()
     w = SimpleNamespace(**{name: x[:1].detach() for name, x in vars(w).items()})
     assert robust_xid(w, 0.5, estimator).tolist() == [0]
+
+
+# ------------------------------------------------------------------------------- contrast with several positives, section 7
+
+
+def reference_contrast(x, usual, positives, negatives, temperature):
+    """The equation of section 7, written with loops in float64."""
+    x, usual, positives, negatives = (t.detach().double() for t in (x, usual, positives, negatives))
+    values = []
+    for i in range(len(x)):
+        against = sum(math.exp(x[i] @ n / temperature) for n in negatives[i])
+        terms = [math.exp(x[i] @ p / temperature) for p in (usual[i], *positives[i])]
+        values.append(-sum(math.log(term / (term + against)) for term in terms) / len(terms))
+    return torch.tensor(values, dtype=torch.double)
+
+
+@pytest.mark.parametrize("n_pos", [0, 1, 4])
+@pytest.mark.parametrize("rows", [1, 7])
+def test_contrast_is_the_equation(n_pos, rows):
+    generator = torch.Generator().manual_seed(0)
+    x, usual = (F.normalize(torch.randn(rows, 8, generator=generator), dim=1) for _ in range(2))
+    positives, negatives = (F.normalize(torch.randn(rows, n, 8, generator=generator), dim=2) for n in (n_pos, 20))
+    loss = losses.contrast(x, usual, positives, negatives, 0.07)
+    torch.testing.assert_close(loss.double(), reference_contrast(x, usual, positives, negatives, 0.07), atol=1e-5, rtol=1e-5)
+
+
+def test_contrast_teaches_both_clips_and_no_memory():
+    x, usual, near, far = (
+        torch.randn(shape, dtype=torch.double, requires_grad=True) for shape in ((3, 4), (3, 4), (3, 2, 4), (3, 5, 4))
+    )
+    loss = losses.contrast(x.float(), usual.float(), near.float(), far.float(), 0.5).sum()
+    loss.backward()
+    assert near.grad is None and far.grad is None
+    for tensor in (x, usual):
+        for at in ((0, 0), (2, 3)):
+            step = torch.zeros_like(tensor)
+            step[at] = 1e-4
+            up, down = (
+                reference_contrast(*(t + s * step if t is tensor else t for t in (x, usual, near, far)), 0.5).sum()
+                for s in (1, -1)
+            )
+            assert tensor.grad[at].item() == pytest.approx(((up - down) / 2e-4).item(), abs=1e-4)
+
+
+def test_contrast_of_far_apart_logits_is_finite():
+    ones = F.normalize(torch.ones(2, 4), dim=1)
+    loss = losses.contrast(ones, -ones, ones[:, None], ones[:, None], 0.001)
+    assert loss.isfinite().all()

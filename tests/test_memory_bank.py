@@ -1,11 +1,14 @@
 """The bank against plain loops and sets: what it holds, whom it draws, and that its running sums stay right."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from avid import config
 from avid.memory_bank import MemoryBank
 
 
@@ -214,3 +217,64 @@ def test_a_step_on_cuda_draws_the_same_and_never_waits_for_the_device():
     assert torch.allclose(bank.video.cpu(), host.video, atol=1e-6)
     for name, x in vars(host.candidates(index, 128, 5)).items():
         assert torch.equal(getattr(c, name).cpu(), x), name
+
+
+# -------------------------------------------------------------------------------------------- neighbourhoods, section 7
+
+
+def neighbourhoods(bank, contrast, draws, instance=3, modality="audio"):
+    index = torch.full((draws,), instance)
+    return bank.neighbourhood(modality, index, contrast, range(draws))
+
+
+def test_positives_are_drawn_by_similarity_from_the_nearest_and_negatives_from_the_rest():
+    """Chi-square of many first draws against exp(sim/τ), and nothing that must not be drawn."""
+    bank = MemoryBank(12, 4, 0.5, seed=0)
+    contrast = config.Contrast(n_pos=1, k_pos=4, tau_p=0.5, negatives=1, tau_n=0.5)
+    draws = 4000
+    positives, negatives = neighbourhoods(bank, contrast, draws)
+    similarity = (bank.audio @ bank.audio[3]).double()
+    similarity[3] = -math.inf
+    nearest = similarity.topk(4).indices
+    rest = torch.tensor([i for i in range(12) if i != 3 and i not in nearest])
+    for drawn, among, tau in ((positives[:, 0], nearest, 0.5), (negatives[:, 0], rest, 0.5)):
+        assert set(drawn.tolist()) <= set(among.tolist())
+        expected = draws * (similarity[among] / tau).softmax(0)
+        counts = torch.bincount(drawn, minlength=12)[among]
+        chi_square = ((counts - expected) ** 2 / expected).sum().item()
+        assert chi_square < 30  # 3 and 6 degrees of freedom: p < 1e-4
+
+
+def test_neighbours_are_drawn_without_replacement_and_are_apart():
+    bank = MemoryBank(40, 8, 0.5, seed=1)
+    positives, negatives = neighbourhoods(bank, config.Contrast(n_pos=3, k_pos=6, negatives=20), 200)
+    assert positives.shape == (200, 3) and negatives.shape == (200, 20)
+    for near, far in zip(positives.tolist(), negatives.tolist(), strict=True):
+        assert len({*near, *far, 3}) == 24
+
+
+def test_uniform_negatives_are_uniform_and_harder_ones_are_nearer():
+    bank = MemoryBank(60, 8, 0.5, seed=2)
+    similarity = bank.audio @ bank.audio[3]
+    uniform, hard = (neighbourhoods(bank, config.Contrast(k_pos=4, negatives=5, tau_n=tau), 2000)[1] for tau in (math.inf, 0.1))
+    counts = torch.bincount(uniform.flatten(), minlength=60)
+    drawn = counts[counts > 0].double()
+    assert len(drawn) == 60 - 4 - 1
+    assert ((drawn - drawn.mean()) ** 2 / drawn.mean()).sum() < 110  # chi-square, 54 degrees of freedom: p < 1e-4
+    assert similarity[hard].mean() > similarity[uniform].mean() + 0.1
+
+
+def test_a_row_draws_the_same_wherever_it_stands():
+    bank = MemoryBank(40, 8, 0.5, seed=1)
+    contrast = config.Contrast(n_pos=2, k_pos=6, negatives=10)
+    together = bank.neighbourhood("video", torch.tensor([3, 5]), contrast, [11, 12])
+    alone = bank.neighbourhood("video", torch.tensor([5]), contrast, [12])
+    assert all(torch.equal(x[1:], y) for x, y in zip(together, alone, strict=True))
+
+
+def test_no_extra_positives_and_a_small_bank():
+    bank = MemoryBank(8, 4, 0.5, seed=1)
+    positives, negatives = neighbourhoods(bank, config.Contrast(n_pos=0, k_pos=0, negatives=100), 3)
+    assert positives.shape == (3, 0) and sorted(negatives[0].tolist()) == [0, 1, 2, 4, 5, 6, 7]
+    with pytest.raises(ValueError, match="lower it"):
+        neighbourhoods(bank, config.Contrast(k_pos=7), 1)

@@ -325,6 +325,7 @@ def test_an_ffmpeg_that_cannot_encode_is_found_before_the_first_file(folder, tmp
     (tmp_path / "ffmpeg").write_text('#!/bin/sh\necho "Unknown encoder libx264" >&2\nexit 8\n')
     (tmp_path / "ffmpeg").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     assert run("prepare", folder, tmp_path / "out") == 2
     assert "Unknown encoder libx264" in capsys.readouterr().err and not left_over(tmp_path / "out")
 
@@ -333,7 +334,10 @@ def test_without_ffmpeg_one_line_says_how_to_get_it(folder, tmp_path, monkeypatc
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     assert run("prepare", folder, tmp_path / "out") == 2
-    assert capsys.readouterr().err == "error: no ffmpeg on PATH: install it, or: pip install imageio-ffmpeg\n"
+    assert (
+        capsys.readouterr().err
+        == "error: no ffmpeg on PATH. Install ffmpeg 5.1 or newer, with libx264 and aac, or: pip install imageio-ffmpeg\n"
+    )
 
 
 def test_help_answers_without_the_heavy_imports():

@@ -1,0 +1,584 @@
+"""Clips out of files: what is drawn depends on (seed, step, place) alone, what cannot be read is named and replaced."""
+
+import dataclasses
+import itertools
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import chirps, numbers, tone, write_media
+
+from avid import config, data, datasets
+from avid.data import Clips, Draws, augment, central_crop, collate, hue_rotation, mask, random_crop, to_device
+from avid.media import Media
+from avid.temporal_tasks import Clip
+
+FPS = 25
+WHOLE = {"size": 64, "crop_area": [1.0, 1.0], "crop_ratio": [1.0, 1.0]}  # frames stay as they are, their numbers can be read
+
+
+def settings(video=(), audio=(), temporal=(), clips=3, seed=0):
+    return config.Config(
+        seed=seed,
+        video=config.Video(**{"frames": 4, "fps": 8.0, "size": 32, **dict(video)}),
+        audio=config.Audio(**{"seconds": 0.5, "rate_hz": 16000, "frames_per_s": 50, "n_fft": 256, "mels": 16, **dict(audio)}),
+        temporal=config.Temporal(**dict(temporal)),
+        eval=config.Eval(clips=clips, crop=1.0),
+    )
+
+
+def folder_table(root):
+    return datasets.load(config.Data(name="folder", root=str(root)), "train")
+
+
+def good(path, seconds=4.0, **content):
+    frame_s = np.arange(round(seconds * FPS)) / FPS
+    wave = content.pop("wave", tone(500, seconds, 16000))
+    return write_media(path, frame_s=frame_s, wave=wave, rate_hz=16000, **content)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """Six videos of 4 s, good ones."""
+    root = tmp_path_factory.mktemp("good")
+    for k in range(6):
+        good(root / f"{k}.mp4", wave=tone(300 + 150 * k, 4.0, 16000))
+    return folder_table(root)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """Of six files the odd ones cannot be used, each for another reason."""
+    root = tmp_path_factory.mktemp("mixed")
+    for k in (0, 2, 4):
+        good(root / f"{k}.mp4")
+    (root / "1.mp4").write_bytes(b"no video")
+    write_media(root / "3.mp4", frame_s=np.arange(50) / FPS)
+    write_media(root / "5.mp4", wave=tone(500, 2.0, 16000), rate_hz=16000)
+    return folder_table(root)
+
+
+REASONS = {1: "cannot be opened: Invalid data found when processing input", 3: "no sound", 5: "no picture"}
+
+
+def same(one, other):
+    """Whether two items are the same bits."""
+    if one.keys() != other.keys():
+        return False
+    return all(torch.equal(v, other[k]) if torch.is_tensor(v) else v == other[k] for k, v in one.items())
+
+
+def shown(video):
+    """The numbers of a clip's frames, 3×T×64×64."""
+    return numbers(video.permute(1, 2, 3, 0).numpy())
+
+
+# --------------------------------------------------------------------------------------------------------- training clips
+
+
+def test_the_draw_decides_every_bit(table):
+    cfg = settings(temporal={"moments": 2, "speeds": [1, 2], "reverse": True}, audio={"mask_time": 0.2, "mask_frequency": 0.2})
+    clips = Clips(table, cfg, training=True)
+    item = clips[2, (3, 10, 4)]
+    assert same(item, clips[2, (3, 10, 4)])
+    assert same(item, Clips(table, cfg, training=True)[2, (3, 10, 4)])
+    others = [clips[2, (3, 10, 5)], clips[2, (3, 11, 4)]]
+    others.append(Clips(table, dataclasses.replace(cfg, seed=1), training=True)[2, (3, 10, 4)])
+    for other in others:
+        for name in ("video", "audio", "jitter", "mask"):
+            assert not torch.equal(item[name], other[name]), name
+
+
+@pytest.mark.parametrize("moments", [1, 2])
+def test_shapes_and_types_of_an_item(table, moments):
+    item = Clips(table, settings(temporal={"moments": moments}), training=True)[0, (3, 0, 0)]
+    found = {name: (tuple(x.shape), x.dtype) for name, x in item.items() if torch.is_tensor(x)}
+    assert found["video"] == ((moments, 3, 4, 32, 32), torch.uint8)
+    assert found["audio"] == ((moments, 1, 25, 16), torch.float32)
+    assert found["flip"] == ((moments,), torch.bool)
+    assert found["jitter"] == ((moments, 4), torch.float32)
+    assert item["index"] == 0
+    assert item["failures"] == []
+
+
+def test_one_modality_alone(table):
+    for modality, other in (("video", "audio"), ("audio", "video")):
+        item = Clips(table, settings(), training=True, modalities=(modality,))[0, (3, 0, 0)]
+        assert modality in item
+        assert other not in item
+
+
+@pytest.mark.parametrize("how", ["epoch", "iid"])
+def test_batches_do_not_depend_on_the_number_of_workers(table, how):
+    def batches(workers):
+        draws = Draws(len(table), 4, how, seed=0, first_step=0, last_step=3)
+        return list(data.loader(Clips(table, settings(), training=True), workers, batch_sampler=draws))
+
+    alone, helped = batches(0), batches(1)
+    assert len(alone) == len(helped) == 3
+    assert all(same(one, other) for one, other in zip(alone, helped, strict=True))
+
+
+def test_clips_start_anywhere_in_the_video(table):
+    clips = Clips(table, settings(video=WHOLE), training=True)
+    first = [shown(clips[0, (3, k, 0)]["video"][0])[0] for k in range(40)]
+    assert min(first) < 15
+    assert max(first) > 75
+    assert max(first) <= 100 - 0.5 * FPS + 2  # half a second has to follow
+
+
+def test_frames_are_evenly_spaced_whatever_the_files_rate(table):
+    """8 frames a second out of 25: a step of 3.125 frames."""
+    clips = Clips(table, settings(video={**WHOLE, "frames": 12}), training=True)
+    for k in range(5):
+        steps = np.diff(shown(clips[0, (3, k, 0)]["video"][0]))
+        assert set(steps) <= {3, 4}
+        assert steps.sum() == pytest.approx(11 * 3.125, abs=1)
+
+
+def test_the_volume_changes_all_columns_alike(table):
+    loud = Clips(table, settings(audio={"volume": 0.5}), training=True)
+    plain = Clips(table, settings(audio={"volume": 0.0}), training=True)
+    gains = []
+    for k in range(30):
+        gain = loud[0, (3, k, 0)]["audio"] - plain[0, (3, k, 0)]["audio"]
+        gains.append(gain[..., 3].median().item())
+        torch.testing.assert_close(gain[..., 2:5], torch.full_like(gain[..., 2:5], gains[-1]), atol=1e-3, rtol=0)
+    assert 20 * np.log10(0.5) <= min(gains) < -3
+    assert 1.5 < max(gains) <= 20 * np.log10(1.5)
+
+
+def test_sound_is_never_taken_from_beyond_its_end(table):
+    """No window of a clip reaches into the silence before and after."""
+    clips = Clips(table, settings(), training=True)
+    for k in range(30):
+        audio = clips[0, (3, k, 0)]["audio"][0, 0]
+        assert audio.amax(1).min() > -60
+
+
+# ------------------------------------------------------------------------------------------------------- picture and sound
+
+
+def test_picture_and_sound_of_a_clip_share_their_middle(tmp_path):
+    """A chirp sounds while frame 50 is shown: at the middle of the clip both are, though the sound is shorter."""
+    good(tmp_path / "a.mp4", wave=chirps([2.0], 4.0, 16000))
+    cfg = settings(video={**WHOLE, "frames": 25, "fps": 25.0}, audio={"seconds": 0.5}, clips=1)
+    clips = Clips(folder_table(tmp_path), cfg, training=False)
+    item = clips[0]
+    assert shown(item["video"][0]) == list(range(38, 63))  # 1 s around 2 s
+    loudness = item["audio"][0, 0].amax(1)
+    assert 12 <= loudness.argmax() <= 15  # 25 columns around 2 s; the chirp lasts three of them
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("speed", [1, 2, 4])
+def test_speed_and_direction(tmp_path, speed, backward):
+    """Frames are taken speed times further apart, columns too; backwards both come in the other order."""
+    wave = tone(500, 4.0, 16000)
+    wave[:, :16000] = wave[:, 32000:] = 0.0  # it sounds from 1 s to 2 s
+    path = good(tmp_path / "a.mp4", wave=wave)
+    cfg = settings(video={**WHOLE, "frames": 8, "fps": 12.5}, audio={"seconds": 0.64})
+    clips = Clips(folder_table(tmp_path), cfg, training=False)
+    media, rng = Media(path), np.random.default_rng(0)
+    clip = Clip(0.9, speed, backward)
+    frames = shown(clips.picture(media, clip, rng))
+    expected = [int((0.9 + (k + 0.5) * speed / 12.5) * FPS + 1e-6) for k in range(8)]
+    assert frames == (expected[::-1] if backward else expected)
+    column_s = 0.9 + (np.arange(32) + 0.5) * speed / 50
+    loudness = clips.loudness(media, clip, rng)[0].amax(1).numpy()[:: -1 if backward else 1]
+    sounds = (column_s > 1.04) & (column_s < 1.96)
+    silent = (column_s < 0.96) | (column_s > 2.04)
+    assert sounds.any()
+    assert silent.any()
+    assert loudness[sounds].min() > -10
+    assert loudness[silent].max() < -35
+
+
+def test_a_short_video_starts_again_and_its_sound_ends_in_silence(tmp_path):
+    good(tmp_path / "a.mp4", seconds=0.6)
+    cfg = settings(video={**WHOLE, "frames": 25, "fps": 25.0}, audio={"seconds": 1.0}, clips=1)
+    for training in (False, True):
+        clips = Clips(folder_table(tmp_path), cfg, training=training)
+        item = clips[(0, (3, 0, 0)) if training else 0]
+        frames = shown(item["video"][0])
+        assert len(frames) == 25
+        assert np.diff(frames).tolist().count(1) >= 22
+        assert max(frames) == 14
+        assert min(frames) == 0
+        sound = item["audio"][0, 0].amax(1)
+        assert sound[:25].min() > -60
+        assert sound[33:].max() == -100.0
+
+
+def test_a_table_may_name_a_part_of_the_file(table):
+    part = datasets.take(table, [0, 1])
+    part.start_s[:], part.end_s[:] = 1.0, 2.0
+    cfg = settings(video=WHOLE)
+    for k in range(10):
+        frames = shown(Clips(part, cfg, training=True)[0, (3, k, 0)]["video"][0])
+        assert 25 <= min(frames)
+        assert max(frames) < 50
+    part.start_s[:], part.end_s[:] = 7.0, 9.0
+    item = Clips(part, cfg, training=False)[0]
+    assert item["failures"] == [(0, "picture and sound, or the asked part, do not overlap in time")]
+
+
+# ------------------------------------------------------------------------------------------------------- evaluation clips
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 10])
+def test_evaluation_clips_are_evenly_spaced_over_the_whole_video(table, count):
+    clips = Clips(table, settings(video={**WHOLE, "frames": 8, "fps": 16.0}), training=False, clips=count)
+    item = clips[1]
+    assert item["video"].shape == (count, 3, 8, 64, 64)
+    assert item["audio"].shape == (count, 1, 25, 16)
+    assert not {"flip", "jitter", "mask"} & item.keys()
+    first = np.array([shown(clip)[0] for clip in item["video"]])
+    edge_s = 0.5 * 256 / 16000
+    last = (4.0 - 0.5 - 2 * edge_s) * FPS
+    expected = [last / 2] if count == 1 else np.linspace(0, last, count)
+    assert np.abs(first - (np.array(expected) + (0.5 / 16 + edge_s) * FPS)).max() <= 1.01
+    assert same(item, clips[1])  # nothing is random
+
+
+def test_evaluation_takes_the_central_square(tmp_path):
+    good(tmp_path / "a.mp4")
+    cfg = dataclasses.replace(settings(video={"size": 32}), eval=config.Eval(clips=1, crop=0.5))
+    video = Clips(folder_table(tmp_path), cfg, training=False)[0]["video"][0]
+    whole = Clips(folder_table(tmp_path), settings(video={"size": 64}, clips=1), training=False)[0]["video"][0]
+    assert torch.equal(video, whole[..., 16:48, 16:48])
+
+
+# ------------------------------------------------------------------------------------------------------- unusable files
+
+
+def test_a_file_that_cannot_be_used_is_replaced_and_named(mixed):
+    clips = Clips(mixed, settings(), training=True)
+    for index in range(6):
+        item = clips[index, (3, 1, index)]
+        assert item["index"] in (0, 2, 4)
+        assert item["video"].shape == (1, 3, 4, 32, 32)
+        tried = [at for at, _ in item["failures"]]
+        if index in REASONS:
+            assert tried[0] == index
+        else:
+            assert item["index"] == index
+        assert all(reason == REASONS[at] for at, reason in item["failures"])
+        assert same(item, clips[index, (3, 1, index)])  # the replacement is drawn, too
+
+
+def test_replacements_are_drawn_from_all_files(mixed):
+    clips = Clips(mixed, settings(), training=True)
+    assert {clips[1, (3, step, 0)]["index"] for step in range(25)} == {0, 2, 4}
+
+
+def test_an_unusable_file_has_no_evaluation_clips(mixed):
+    clips = Clips(mixed, settings(), training=False)
+    for index, reason in REASONS.items():
+        assert clips[index] == {"index": index, "failures": [(index, reason)]}
+    assert "video" in clips[0]
+
+
+def test_too_many_unusable_files_in_a_row_end_it(tmp_path):
+    for k in range(3):
+        (tmp_path / f"{k}.mp4").write_bytes(b"no video")
+    clips = Clips(folder_table(tmp_path), settings(), training=True)
+    with pytest.raises(RuntimeError) as caught:
+        clips[0, (3, 0, 0)]
+    text = str(caught.value)
+    assert "\n" not in text
+    assert text.startswith("20 files in a row cannot be used, the last one " + str(tmp_path))
+    assert REASONS[1] in text
+    assert "python -m avid.data check" in text
+
+
+def test_batches_of_evaluation_leave_unusable_files_out(mixed):
+    batches = list(data.loader(Clips(mixed, settings(), training=False), 0, batch_size=2))
+    assert [batch["index"].tolist() for batch in batches] == [[0], [2], [4]]
+    assert [batch["failures"] for batch in batches] == [[(k, REASONS[k])] for k in (1, 3, 5)]
+    assert [tuple(batch["video"].shape) for batch in batches] == [(1, 3, 3, 4, 32, 32)] * 3
+
+
+def test_a_batch_of_unusable_files_has_only_failures():
+    assert collate([{"index": 1, "failures": [(1, "no sound")]}, {"index": 3, "failures": [(3, "no picture")]}]) == {
+        "failures": [(1, "no sound"), (3, "no picture")]
+    }
+
+
+def test_a_batch_keeps_items_in_order_and_all_failures():
+    items = [
+        {"index": 4, "failures": [(1, "x"), (2, "y")], "video": torch.full((1, 2), 4.0), "flip": torch.tensor([True])},
+        {"index": 0, "failures": [], "video": torch.zeros(1, 2), "flip": torch.tensor([False])},
+        {"index": 5, "failures": [(2, "y")], "video": torch.full((1, 2), 5.0), "flip": torch.tensor([True])},
+    ]
+    batch = collate(items)
+    assert batch["index"].tolist() == [4, 0, 5]
+    assert batch["video"][:, 0, 0].tolist() == [4.0, 0.0, 5.0]
+    assert batch["flip"].tolist() == [[True], [False], [True]]
+    assert batch["failures"] == [(1, "x"), (2, "y"), (2, "y")]
+
+
+def test_real_files_of_a_folder(real_media):
+    """Two real videos can be used; those without sound, and the damaged one, are named."""
+    table = folder_table(real_media)
+    names = [path.rpartition("/")[2] for path in table.paths]
+    assert sorted(names) == ["corrupted.mp4", "flipping_a_pancake.mkv", "nasa_13013.mp4", "part_0.mp4", "video_90.mov"]
+    failures, used = {}, []
+    for batch in data.loader(Clips(table, settings(clips=2), training=False), 0, batch_size=2):
+        failures |= {names[at]: reason for at, reason in batch["failures"]}
+        used += [names[at] for at in batch.get("index", torch.tensor([])).tolist()]
+        if "video" in batch:
+            assert batch["video"].float().std() > 10
+            assert batch["audio"].std() > 3
+    assert failures == dict.fromkeys(["corrupted.mp4", "part_0.mp4", "video_90.mov"], "no sound")
+    assert sorted(used) == ["flipping_a_pancake.mkv", "nasa_13013.mp4"]
+    replaced = Clips(table, settings(), training=True)[names.index("part_0.mp4"), (3, 0, 0)]
+    assert names[replaced["index"]] in used
+    assert (names.index("part_0.mp4"), "no sound") in replaced["failures"]
+
+
+# ------------------------------------------------------------------------------------------------------------------ draws
+
+
+def batches_of(draws):
+    return [[index for index, _ in batch] for batch in draws]
+
+
+def test_an_epoch_is_a_permutation():
+    draws = Draws(12, 4, "epoch", seed=0, first_step=0, last_step=9)
+    assert len(draws) == 9
+    epochs = np.array(batches_of(draws)).reshape(3, 12)
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(12))
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_an_epoch_leaves_out_what_fills_no_batch():
+    epochs = np.array(batches_of(Draws(11, 4, "epoch", seed=0, first_step=0, last_step=40))).reshape(20, 8)
+    assert all(len(set(epoch)) == 8 for epoch in epochs)
+    assert set(epochs.flatten()) == set(range(11))  # others each time
+
+
+def test_iid_draws_are_independent():
+    """Every instance is equally likely at every place; a batch holds repetitions as often as chance has it."""
+    batches = np.array(batches_of(Draws(20, 10, "iid", seed=0, first_step=0, last_step=2000)))
+    assert np.bincount(batches.flatten(), minlength=20) == pytest.approx(1000, abs=150)
+    distinct = np.mean([len(set(batch)) for batch in batches])
+    assert distinct == pytest.approx(20 * (1 - (19 / 20) ** 10), abs=0.1)
+
+
+@pytest.mark.parametrize("how", ["epoch", "iid"])
+def test_resuming_at_a_step_continues_the_sequence(how):
+    whole = list(Draws(10, 3, how, seed=5, first_step=0, last_step=12))
+    for step in (1, 3, 7, 11):
+        assert list(Draws(10, 3, how, seed=5, first_step=step, last_step=12)) == whole[step:]
+    assert whole != list(Draws(10, 3, how, seed=6, first_step=0, last_step=12))
+
+
+@pytest.mark.parametrize("how", ["epoch", "iid"])
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_the_ranks_shares_are_the_global_batch(how, world):
+    whole = list(Draws(30, 12, how, seed=0, first_step=2, last_step=8))
+    shares = [list(Draws(30, 12, how, seed=0, first_step=2, last_step=8, rank=rank, world=world)) for rank in range(world)]
+    assert [list(itertools.chain(*parts)) for parts in zip(*shares, strict=True)] == whole
+    assert {len(batch) for share in shares for batch in share} == {12 // world}
+
+
+def test_every_draw_is_used_once():
+    draws = Counter(draw for batch in Draws(10, 5, "iid", seed=0, first_step=0, last_step=20) for _, draw in batch)
+    assert len(draws) == 100
+    assert set(draws.values()) == {1}
+
+
+def test_a_batch_larger_than_the_data_set_is_refused():
+    with pytest.raises(ValueError, match=r"a batch of 8 is larger than the data set of 7 videos; lower optim.batch_size"):
+        Draws(7, 8, "epoch", 0, 0, 1)
+    assert len(next(iter(Draws(7, 7, "epoch", 0, 0, 1)))) == 7
+
+
+# -------------------------------------------------------------------------------------------------------------- cropping
+
+
+def test_a_random_crop_has_the_asked_area_and_shape():
+    rng, crops = np.random.default_rng(0), []
+    for _ in range(2000):
+        top, left, height, width = random_crop(120, 160, (0.2, 0.6), (0.75, 1.3333), rng)
+        assert 0 <= top <= 120 - height
+        assert 0 <= left <= 160 - width
+        crops.append((height * width / (120 * 160), width / height, (top + height / 2) / 120, (left + width / 2) / 160))
+    area, ratio, y, x = np.array(crops).T
+    assert 0.19 < area.min() < 0.22
+    assert 0.58 < area.max() < 0.61
+    assert 0.73 < ratio.min() < 0.78
+    assert 1.28 < ratio.max() < 1.36
+    assert np.log(ratio).mean() == pytest.approx(0, abs=0.02)
+    assert y.mean() == pytest.approx(0.5, abs=0.02)
+    assert x.mean() == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_crop_that_does_not_fit_becomes_the_central_square():
+    assert random_crop(10, 1000, (0.9, 1.0), (1.0, 1.0), np.random.default_rng(0)) == (0, 495, 10, 10)
+
+
+@pytest.mark.parametrize(
+    "height, width, share, expected", [(120, 160, 1.0, (0, 20, 120, 120)), (8, 4, 0.5, (3, 1, 2, 2)), (3, 3, 0.1, (1, 1, 1, 1))]
+)
+def test_the_central_crop(height, width, share, expected):
+    assert central_crop(height, width, share) == expected
+
+
+# ----------------------------------------------------------------------------------------------------------- on the device
+
+
+def videos(batch=3, seed=0):
+    return torch.rand(batch, 3, 2, 5, 6, generator=torch.Generator().manual_seed(seed))
+
+
+def off(batch=3):
+    """No flip, no jitter, no grey."""
+    return {
+        "flip": torch.zeros(batch, dtype=torch.bool),
+        "jitter": torch.zeros(batch, 4),
+        "grey": torch.zeros(batch, dtype=torch.bool),
+    }
+
+
+def jitter(*strengths):
+    return torch.tensor([strengths]).expand(3, 4)
+
+
+def test_without_jitter_and_flip_nothing_changes():
+    torch.testing.assert_close(augment(videos(), **off()), videos(), atol=1e-6, rtol=0)
+
+
+def test_a_flip_mirrors_some_clips_from_left_to_right():
+    flip = torch.tensor([True, False, True])
+    flipped = augment(videos(), **{**off(), "flip": flip})
+    torch.testing.assert_close(flipped[flip], videos()[flip].flip(-1), atol=1e-6, rtol=0)
+    torch.testing.assert_close(flipped[~flip], videos()[~flip], atol=1e-6, rtol=0)
+
+
+def test_all_frames_of_a_clip_are_changed_alike():
+    still = videos()[:, :, :1].expand(-1, -1, 4, -1, -1).contiguous()
+    strong = torch.tensor([[0.3, -0.2, 0.4, 0.1], [-0.4, 0.4, -0.4, -0.2], [0.1, 0.1, 0.1, 0.5]])
+    changed = augment(still, **{**off(), "flip": torch.tensor([True, False, True]), "jitter": strong})
+    torch.testing.assert_close(changed, changed[:, :, :1].expand_as(changed))
+    assert not torch.allclose(changed, still, atol=0.01)
+    for k in range(3):  # a clip of a batch is what it is alone
+        alone = augment(still[k : k + 1], torch.tensor([k != 1]), strong[k : k + 1], torch.tensor([False]))
+        torch.testing.assert_close(changed[k : k + 1], alone)
+
+
+def test_values_stay_between_0_and_1():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        strong = torch.rand(3, 4, generator=generator) * 2 - 1
+        changed = augment(videos(), **{**off(), "jitter": strong * torch.tensor([1, 1, 1, 0.5])})
+        assert changed.min() >= 0
+        assert changed.max() <= 1
+
+
+def test_brightness_contrast_and_saturation_in_plain_numbers():
+    """As torchvision has them: brightness scales, contrast and saturation blend with the mean grey and with the grey."""
+    x = videos() * 0.5
+    luma = (x * torch.tensor([0.299, 0.587, 0.114])[:, None, None, None]).sum(1, keepdim=True)
+    mean = luma.mean((1, 2, 3, 4), keepdim=True)
+    for strengths, expected in (
+        ((0.3, 0, 0, 0), 1.3 * x),
+        ((0, 0.4, 0, 0), 1.4 * (x - mean) + mean),
+        ((0, -1.0, 0, 0), mean.expand_as(x)),
+        ((0, 0, 0.4, 0), 1.4 * x - 0.4 * luma),
+        ((0, 0, -1.0, 0), luma.expand_as(x)),
+    ):
+        changed = augment(x.clone(), **{**off(), "jitter": jitter(*map(float, strengths))})
+        torch.testing.assert_close(changed, expected.clamp(0, 1), atol=1e-5, rtol=0)
+
+
+def test_grey_takes_all_colour_away():
+    grey = torch.tensor([True, False, False])
+    changed = augment(videos(), **{**off(), "grey": grey})
+    torch.testing.assert_close(changed[0], changed[0].mean(0, keepdim=True).expand_as(changed[0]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(changed[1:], videos()[1:], atol=1e-6, rtol=0)
+
+
+def test_the_hue_turns_about_the_grey_axis():
+    turns = torch.tensor([0.0, 1 / 3, -1 / 3, 0.17, 1.0])
+    matrices = hue_rotation(turns)
+    torch.testing.assert_close(matrices @ torch.ones(3), torch.ones(5, 3))  # grey stays grey
+    torch.testing.assert_close(matrices @ matrices.mT, torch.eye(3).expand(5, 3, 3), atol=1e-6, rtol=0)  # a rotation
+    torch.testing.assert_close(matrices[0], torch.eye(3))
+    torch.testing.assert_close(matrices[4], torch.eye(3), atol=1e-5, rtol=0)
+    red, green, blue = torch.eye(3)
+    torch.testing.assert_close(matrices[1] @ red, green, atol=1e-6, rtol=0)  # a third of the circle
+    torch.testing.assert_close(matrices[2] @ red, blue, atol=1e-6, rtol=0)
+    grey = torch.full((3, 3, 2, 5, 6), 0.4)
+    torch.testing.assert_close(augment(grey.clone(), **{**off(), "jitter": jitter(0.0, 0.0, 0.0, 0.3)}), grey)
+
+
+def test_masks_cover_their_share_of_columns_and_bins():
+    audio = torch.randn(3, 1, 20, 10) + 5
+    shares = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.25, 0.5, 0.0, 0.0], [0.0, 0.1, 0.6, 0.8]])
+    masked = mask(audio, shares)
+    zero = masked == 0
+    assert torch.equal(masked[0], audio[0])
+    assert zero[1, 0, 5:10].all()
+    assert zero[1].sum() == 5 * 10
+    assert zero[2, 0, :2].all()
+    assert zero[2, 0, :, 6:8].all()
+    assert zero[2].sum() == 2 * 10 + 20 * 2 - 4
+    assert torch.equal(masked[~zero], audio[~zero])
+
+
+def test_masks_are_drawn_as_wide_as_asked(table):
+    clips = Clips(table, settings(audio={"mask_time": 0.2, "mask_frequency": 0.4}), training=True)
+    rng = np.random.default_rng(0)
+    shares = torch.cat([clips.draws(2, rng)["mask"] for _ in range(500)])
+    width = shares[:, 1::2] - shares[:, ::2]
+    assert shares.min() >= 0
+    assert shares.max() <= 1
+    assert width[:, 0].max() == pytest.approx(0.2, abs=0.01)
+    assert width[:, 1].max() == pytest.approx(0.4, abs=0.02)
+    assert width.min() >= 0
+    none = Clips(table, settings(), training=True).draws(2, rng)["mask"]
+    assert torch.equal(none[:, 1::2], none[:, ::2])
+
+
+def test_augmentations_are_drawn_as_often_as_asked(table):
+    clips = Clips(table, settings(video={"flip": 0.3, "grey": 0.2, "jitter": [0.4, 0.3, 0.2, 0.1]}), training=True)
+    rng = np.random.default_rng(0)
+    draws = [clips.draws(2, rng) for _ in range(1000)]
+    flip, grey, strengths = (torch.cat([draw[name] for draw in draws]) for name in ("flip", "grey", "jitter"))
+    assert flip.float().mean().item() == pytest.approx(0.3, abs=0.04)
+    assert grey.float().mean().item() == pytest.approx(0.2, abs=0.04)
+    np.testing.assert_allclose(strengths.abs().amax(0), [0.4, 0.3, 0.2, 0.1], rtol=0.02)
+    np.testing.assert_allclose(strengths.mean(0), 0, atol=0.02)
+
+
+def test_on_the_device_clips_stand_in_one_row_and_are_normalised():
+    video = (
+        torch.arange(256, dtype=torch.uint8).repeat(2 * 2 * 3 * 2 * 3 * 4 // 32)[: 2 * 2 * 3 * 2 * 3 * 4].view(2, 2, 3, 2, 3, 4)
+    )
+    audio = torch.linspace(-100, 0, 2 * 2 * 5 * 6).view(2, 2, 1, 5, 6)
+    batch = to_device({"video": video, "audio": audio, "index": torch.tensor([7, 9]), "failures": []}, torch.device("cpu"))
+    assert batch["video"].shape == (4, 3, 2, 3, 4)
+    assert batch["audio"].shape == (4, 1, 5, 6)
+    assert batch["index"].tolist() == [7, 9]
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    for clip in range(4):
+        for channel in range(3):
+            expected = (video[clip // 2, clip % 2, channel].numpy() / 255 - mean[channel]) / std[channel]
+            np.testing.assert_allclose(batch["video"][clip, channel], expected, atol=1e-5)
+    np.testing.assert_allclose(batch["audio"], (audio.flatten(0, 1) + 50) / 20, atol=1e-5)
+
+
+def test_on_the_device_training_batches_are_augmented(table):
+    items = [Clips(table, settings(temporal={"moments": 2}), training=True)[k, (3, 0, k)] for k in range(3)]
+    draws = SimpleNamespace(**{name: torch.cat([item[name] for item in items]) for name in ("flip", "jitter", "grey")})
+    plain = torch.cat([item["video"] for item in items]).float() / 255
+    batch = to_device(collate(items), torch.device("cpu"))
+    mean, std = torch.tensor(data.PIXEL_MEAN)[:, None, None, None], torch.tensor(data.PIXEL_STD)[:, None, None, None]
+    expected = (augment(plain, draws.flip, draws.jitter, draws.grey) - mean) / std
+    torch.testing.assert_close(batch["video"], expected)
+    assert batch["video"].shape == (6, 3, 4, 32, 32)

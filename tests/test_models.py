@@ -1,0 +1,234 @@
+"""The networks against the checkpoints released with AVID-CMA, and against what docs/method.md section 8 says of them."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+
+from avid import config, models
+
+RELEASED = {  # {name in a released checkpoint: shape}
+    name: ast.literal_eval(shape)
+    for name, shape in (
+        line.split(" ", 1)
+        for line in (Path(__file__).parent / "avid_checkpoint_keys.txt").read_text().splitlines()
+        if not line.startswith("#")
+    )
+}
+SMALL = {"width": 8, "depth": 1, "embedding": 16}
+TASKS = {"speed_video": 4, "direction_audio": 2, "order_video": 3, "order_cross": 3}
+
+
+def network(tasks=(), seed=0, **model):
+    torch.manual_seed(seed)
+    return models.AudioVisual(config.Model(**{**SMALL, **model}), tasks)
+
+
+def clips(batch=4, frames=8, size=32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, 3, frames, size, size, generator=generator), torch.randn(batch, 1, 40, 32, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def released():
+    """The network of the default configuration."""
+    torch.manual_seed(0)
+    return models.AudioVisual(config.Model())
+
+
+# --------------------------------------------------------------------------------------------------- released checkpoints
+
+
+def test_names_and_shapes_are_those_of_the_released_checkpoints(released):
+    mine = {f"module.{name}": tuple(tensor.shape) for name, tensor in released.state_dict().items()}
+    assert mine == RELEASED
+
+
+def test_a_released_checkpoint_loads(released):
+    generator = torch.Generator().manual_seed(1)
+    state = {name: torch.randn(shape, generator=generator) for name, shape in RELEASED.items() if shape}
+    state |= {name: torch.tensor(7) for name, shape in RELEASED.items() if not shape}
+    models.load(released, {"model": state, "epoch": 400}, "AVID.pth.tar")
+    for name, tensor in released.state_dict().items():
+        assert torch.equal(tensor, state[f"module.{name}"]), name
+
+
+def test_an_own_checkpoint_loads():
+    one, other = network(seed=1), network(seed=2)
+    models.load(other, {"network": one.state_dict()}, "last.pt")
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_what_does_not_fit_is_named():
+    state = network().state_dict()
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    into = network(seed=0)
+    wrong = dict(state)
+    wrong["video_proj.projection.4.weight"] = torch.zeros(3, 3)
+    wrong["classifier.weight"] = wrong.pop("audio_model.conv1.0.weight")
+    with pytest.raises(models.ModelError) as caught:
+        models.load(into, {"network": wrong}, "some.pt")
+    text = str(caught.value)
+    assert "\n" not in text
+    for part in (
+        "some.pt",
+        "1 missing: audio_model.conv1.0.weight",
+        "1 left over: classifier.weight",
+        "1 of another shape: video_proj.projection.4.weight",
+    ):
+        assert part in text
+    assert all(torch.equal(tensor, before[name]) for name, tensor in into.state_dict().items())  # untouched
+    with pytest.raises(models.ModelError, match=r"some.pt holds neither .* only step, bank"):
+        models.load(into, {"step": 1, "bank": {}}, "some.pt")
+
+
+# ----------------------------------------------------------------------------------------------------------- architecture
+
+
+def test_the_video_network_halves_time_and_space_as_described(released):
+    """Stem and pooling quarter the space, stages 2 to 4 halve time and space: 8 frames of 64² become 1×2×2, of 512 channels."""
+    shapes = []
+    hooks = [
+        getattr(released.video_model, name).register_forward_hook(
+            lambda module, inputs, output: shapes.append(tuple(output.shape[1:]))
+        )
+        for name in ("conv1", "conv2x", "conv3x", "conv4x", "conv5x")
+    ]
+    with torch.no_grad():
+        embedding, features = released.eval().encode_video(torch.randn(1, 3, 8, 64, 64))
+    for hook in hooks:
+        hook.remove()
+    assert shapes == [(64, 8, 16, 16), (64, 8, 16, 16), (128, 4, 8, 8), (256, 2, 4, 4), (512, 1, 2, 2)]
+    assert (embedding.shape, features.shape) == ((1, 128), (1, 512))
+
+
+def test_the_audio_network_halves_five_times_but_the_last_block(released):
+    shapes = []
+    hooks = [
+        getattr(released.audio_model, name).register_forward_hook(
+            lambda module, inputs, output: shapes.append(tuple(output.shape[1:]))
+        )
+        for name in ("conv1", "block1", "block2", "block3", "block4")
+    ]
+    with torch.no_grad():
+        embedding, features = released.eval().encode_audio(torch.randn(1, 1, 200, 80))
+    for hook in hooks:
+        hook.remove()
+    assert shapes == [(64, 100, 40), (64, 50, 20), (128, 25, 10), (256, 13, 5), (512, 13, 5)]
+    assert (embedding.shape, features.shape) == ((1, 128), (1, 512))
+
+
+def test_a_block_adds_its_input():
+    """y = ReLU(BN(F(x) + shortcut(x))): with F = 0 the normalised shortcut is left."""
+    block = models.R2Plus1DBlock(4, 4, stride=1).train()
+    torch.nn.init.zeros_(block.tmp_conv2.weight)
+    x = torch.randn(2, 4, 3, 5, 5)
+    normal = (x - x.mean((0, 2, 3, 4), keepdim=True)) / x.std((0, 2, 3, 4), keepdim=True, correction=0)
+    torch.testing.assert_close(block(x), normal.clamp_min(0), atol=1e-4, rtol=1e-4)
+    wider = models.R2Plus1DBlock(4, 6, stride=2)
+    assert wider(x).shape == (2, 6, 2, 3, 3)
+    assert wider.res_conv.weight.shape == (6, 4, 1, 1, 1)
+
+
+@pytest.mark.parametrize("width", [4, 16])
+@pytest.mark.parametrize("depth", [1, 3])
+def test_width_and_depth(width, depth):
+    model = network(width=width, depth=depth, embedding=10)
+    assert len(model.video_model.conv3x) == depth
+    output = model(*clips())
+    assert output.video_features.shape == output.audio_features.shape == (4, 8 * width)
+    assert output.video.shape == output.audio.shape == (4, 10)
+
+
+@pytest.mark.parametrize("backbone", config.BACKBONES)
+def test_every_backbone_gives_features_and_embeddings(backbone):
+    model = network(video=backbone).eval()
+    video, audio = clips(batch=2, frames=16, size=64)
+    with torch.no_grad():
+        output = model(video, audio)
+    assert output.video_features.shape == (2, model.video_model.dim)
+    assert output.video.shape == output.audio.shape == (2, 16)
+    assert torch.isfinite(output.video).all()
+    assert not torch.allclose(output.video_features[0], output.video_features[1])
+
+
+# ------------------------------------------------------------------------------------------------------------- embeddings
+
+
+@pytest.mark.parametrize("head_norm", ["none", "batch"])
+@pytest.mark.parametrize("training", [True, False])
+def test_embeddings_have_unit_length(head_norm, training):
+    output = network(head_norm=head_norm).train(training)(*clips())
+    for embedding in (output.video, output.audio):
+        torch.testing.assert_close(embedding.norm(dim=1), torch.ones(4))
+        assert embedding.dtype == torch.float32
+
+
+def test_embeddings_have_unit_length_under_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        output = network()(*clips())
+    for embedding, features in ((output.video, output.video_features), (output.audio, output.audio_features)):
+        assert embedding.dtype == features.dtype == torch.float32
+        torch.testing.assert_close(embedding.norm(dim=1), torch.ones(4), atol=1e-5, rtol=0)
+
+
+def test_batch_norm_in_the_heads_takes_the_common_direction_away():
+    """Embeddings of an untrained network without it all point the same way."""
+
+    def mean_cosine(head_norm):
+        v = network(head_norm=head_norm).train()(*clips(batch=16)).video.detach()
+        return ((v @ v.T).sum() - 16) / (16 * 15)
+
+    assert mean_cosine("none") > 0.8
+    assert abs(mean_cosine("batch")) < 0.2
+
+
+def test_batch_norm_stands_behind_each_layer_the_last_one_without_scale_and_shift():
+    names = [name for name, _ in network(head_norm="batch").video_proj.named_parameters()]
+    assert names == [f"projection.{at}.{what}" for at, what in ((0, "weight"), (1, "weight"), (1, "bias"))] + [
+        f"projection.{at}.{what}" for at, what in ((3, "weight"), (4, "weight"), (4, "bias"), (6, "weight"))
+    ]
+
+
+def test_one_clip_does_not_depend_on_the_others_when_evaluated():
+    model, (video, audio) = network(head_norm="batch").eval(), clips()
+    together, alone = model(video, audio), model(video[2:3], audio[2:3])
+    torch.testing.assert_close(together.video[2:3], alone.video, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(together.audio[2:3], alone.audio, atol=1e-5, rtol=1e-4)
+
+
+def test_encode_is_each_half_of_forward():
+    model, (video, audio) = network().eval(), clips()
+    output = model(video, audio)
+    for modality, x, embedding, features in (
+        ("video", video, output.video, output.video_features),
+        ("audio", audio, output.audio, output.audio_features),
+    ):
+        assert torch.equal(model.encode(modality, x)[0], embedding)
+        assert torch.equal(model.encode(modality, x)[1], features)
+
+
+@pytest.mark.parametrize("head_norm", ["none", "batch"])
+@pytest.mark.parametrize("tasks", [{}, TASKS], ids=["without tasks", "with tasks"])
+def test_the_gradient_reaches_every_parameter(head_norm, tasks):
+    model = network(tasks, head_norm=head_norm).train()
+    output = model(*clips(batch=8))
+    torch.manual_seed(1)
+    sum((x * torch.randn_like(x)).sum() for x in (output.video, output.audio, *output.temporal.values())).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_the_temporal_heads_give_logits_of_their_classes():
+    output = network(TASKS)(*clips(batch=6))
+    shapes = {task: tuple(logits.shape) for task, logits in output.temporal.items()}
+    assert shapes == {"speed_video": (6, 4), "direction_audio": (6, 2), "order_video": (3, 3), "order_cross": (6, 3)}
+
+
+def test_the_seed_decides_the_network():
+    one, same, other = (network(seed=seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not torch.equal(one["video_model.conv1.0.weight"], other["video_model.conv1.0.weight"])
