@@ -38,8 +38,7 @@ def main(arguments):
     results = {task: [] for task in tasks}
     for train_table, table in evaluation.tables(subject.cfg):
         print(f"{train_table.report()}\n{table.report()}")
-        if subject.name == "random":
-            evaluation.settle(subject.network, train_table, subject.cfg, subject.device, modalities)
+        evaluation.settle(subject, train_table, modalities)
         found = evaluation.features(subject, table, modalities)
         for task in tasks:
             if task == "cross":

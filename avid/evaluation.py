@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from sklearn.svm import LinearSVC
 from tqdm import tqdm
 
 from . import checkpoint, config, data, datasets, models, temporal_tasks, toy
@@ -212,16 +213,20 @@ def features(subject, table, modalities=data.MODALITIES):
 
 
 @torch.no_grad()
-def settle(network, table, cfg, device, modalities=data.MODALITIES):
-    """Set the batch-norm statistics of an untrained network from data: without it features vanish, and the floor looks lower
-    than it is [C]."""
-    draws = data.Draws(len(table.paths), min(cfg.optim.batch_size, len(table.paths)), "iid", cfg.seed, 0, cfg.eval.settle_batches)
+def settle(subject, table, modalities=data.MODALITIES):
+    """Set the batch-norm statistics of an untrained network from data: without it features vanish, and the floor looks lower than
+    it is [C]. Nothing happens to a trained network, or to one that is settled."""
+    cfg, network = subject.cfg, subject.network
+    if subject.name != "random" or "settled" in subject.hash:
+        return
+    draws = data.Draws(len(table), min(cfg.optim.batch_size, len(table)), "iid", cfg.seed, 0, cfg.eval.settle_batches)
     network.train()
     for batch in data.loader(data.Clips(table, cfg, True, modalities), cfg.data.workers, batch_sampler=draws):
-        batch = data.to_device(batch, device)
+        batch = data.to_device(batch, subject.device)
         for modality in modalities:
             network.encode(modality, batch[modality])
     network.eval()
+    subject.hash += f", settled on {table.name}"
 
 
 @torch.no_grad()
@@ -246,30 +251,60 @@ def confusions(network, table, cfg, device, draws=2):
     return {task: count.numpy() for task, count in counts.items()}
 
 
-def linear_probe(train_x, train_y, test_x, test_y, seed, strengths=(0.01, 0.1, 1.0, 10.0)):
-    """L2-regularised multinomial logistic regression on frozen features (docs/method.md section 10).
+CLASSIFIERS = {  # of standardised features; C is the inverse of the L2 penalty
+    "linear": lambda C: LogisticRegression(C=C, max_iter=1000),
+    "svm": lambda C: LinearSVC(C=C),
+}
+STRENGTHS = {"linear": (0.01, 0.1, 1.0, 10.0), "svm": (1e-4, 1e-3, 1e-2, 0.1, 1.0)}
 
-    train_x n×K×F, train_y n; test_x m×K×F, test_y m. Every clip of a training video is a sample; the regularisation is chosen on a
-    fifth of the training videos. → {top1, top5: of videos, softmax averaged over clips; clip_top1; C; classes × classes confusion}
+
+def linear_probe(train_x, train_y, test_x, test_y, seed, classifier="linear", C=None):
+    """A linear classifier on frozen, standardised features (docs/method.md section 10).
+
+    train_x n×K×F, train_y n; test_x m×K×F, test_y m; classifier: linear (multinomial logistic regression) or svm (one against
+    the rest). Every clip of a training video is a sample. C: None, the best of STRENGTHS on a fifth of the training videos.
+    → {top1, top5: of videos, the clips' softmax or margins averaged; clip_top1: of clips, in percent; C}
     """
-    order = np.random.default_rng(seed).permutation(len(train_x))
-    held, kept = order[: len(order) // 5], order[len(order) // 5 :]
 
     def fit(rows, C):
         x = train_x[rows].reshape(-1, train_x.shape[-1])
-        classifier = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=1000))
-        return classifier.fit(x, np.repeat(train_y[rows], train_x.shape[1]))
+        return make_pipeline(StandardScaler(), CLASSIFIERS[classifier](C)).fit(x, np.repeat(train_y[rows], train_x.shape[1]))
 
-    def probabilities(classifier, x):
-        return classifier.predict_proba(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:2], -1)  # m×K×classes
+    def scores(fitted, x):
+        """m×K×classes."""
+        flat = x.reshape(-1, x.shape[-1])
+        values = fitted.predict_proba(flat) if classifier == "linear" else fitted.decision_function(flat)
+        if values.ndim == 1:  # margins of two classes
+            values = np.stack([-values, values], 1)
+        return values.reshape(*x.shape[:2], -1)
 
-    def score(classifier, x, y):
-        return (classifier.classes_[probabilities(classifier, x).mean(1).argmax(1)] == y).mean()
+    everyone = np.random.default_rng(seed).permutation(len(train_x))
+    if C is None:
+        held, kept = np.split(everyone, [len(everyone) // 5])
 
-    best = max(strengths, key=lambda C: score(fit(kept, C), train_x[held], train_y[held]))
-    classifier = fit(order, best)
-    clip = probabilities(classifier, test_x)
-    return {**accuracies(clip, test_y, classifier.classes_), "C": best}
+        def held_out_accuracy(C):
+            fitted = fit(kept, C)
+            return accuracies(scores(fitted, train_x[held]), train_y[held], fitted.classes_)["top1"]
+
+        C = max(STRENGTHS[classifier], key=held_out_accuracy)
+    fitted = fit(everyone, C)
+    return {**accuracies(scores(fitted, test_x), test_y, fitted.classes_), "C": C}
+
+
+def few_shot(train_x, train_y, test_x, test_y, seed, shots=(1, 5, 20), draws=20):
+    """A linear SVM from a few labelled videos a class, all clips of each: {"k-shot top1": mean, "k-shot std": over the draws}, percent.
+
+    Arguments as linear_probe's. Of a class with fewer videos, all are taken. The SVM's C is 1e-3 [C]: nothing is left to choose it on.
+    """
+    results = {}
+    for k in shots:
+        top1 = []
+        for draw in range(draws):
+            order = np.random.default_rng((seed, k, draw)).permutation(len(train_y))
+            few = np.concatenate([order[train_y[order] == label][:k] for label in np.unique(train_y)])
+            top1.append(linear_probe(train_x[few], train_y[few], test_x, test_y, seed, "svm", C=1e-3)["top1"])
+        results |= {f"{k}-shot top1": np.mean(top1).item(), f"{k}-shot std": np.std(top1).item()}
+    return results
 
 
 def accuracies(scores, labels, classes):

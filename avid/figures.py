@@ -109,13 +109,13 @@ def tell(axis, table, row, modality, cfg, colour):
         axis.imshow(clip["audio"][0, 0].T, origin="lower", aspect="auto", cmap="magma")
 
 
-def weights(run, path):
+def weights(run, path, root=None):
     """Histograms of agreement and weight of a toy run's training pairs, the planted faulty ones apart; → AUROC, true against faulty.
 
     The truth is the manifest's column `faulty`, which training never sees. Raises DataError where no pair is faulty.
     """
     saved = checkpoint.load(Path(run) / "last.pt")
-    cfg = config.load(None, base=saved["config"])
+    cfg = config.load(None, [f"data.root={root}"] if root else [], base=saved["config"])
     bank = memory_bank.MemoryBank(len(saved["bank"]["agreement"]), cfg.model.embedding, cfg.bank.momentum, cfg.seed)
     bank.load_state_dict(saved["bank"])
     folder = toy.write(cfg.data.root, cfg.toy, cfg.seed, 1)

@@ -232,6 +232,7 @@ def encode(ffmpeg, source, target, small):
             origin_s = (container.start_time or 0) / av.time_base  # where its clock begins
         if not picture and not sound:
             return "neither picture nor sound", False
+        # times as they are in the file, less this origin: some versions of ffmpeg would begin with a codec's run-in instead
         inputs = ["-copyts", "-i", source, "-output_ts_offset", f"{-origin_s:.6f}"]
         if reason := _run(_command(ffmpeg, inputs, picture, sound, small, part)):
             return reason, False

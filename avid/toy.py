@@ -23,13 +23,13 @@ import av
 import numpy as np
 from tqdm import tqdm
 
-WORLD = 3  # counts the changes of what this file draws: each makes a new folder
+WORLD = 4  # counts the changes of what this file draws: each makes a new folder
 TEMPO = {"slide": 0.95, "bounce": 1.35, "spin": 1.9, "pulse": 2.7}  # motion: events a second, a factor √2 apart
 TEMPO_JITTER = 0.1
 PITCH_HZ = 220.0  # lowest pitch; the highest is an octave above
 TONE_DB, ROOM_DB, ROOM = 14, 10, (0.1, 0.9)
 AFTERIMAGE = 0.5  # opacity that a thing leaves behind
-WEAR = 0.55  # share of its contrast that a texture loses over the video
+WEAR = 0.5  # share of its contrast that a texture loses over the video
 WHISTLE, WHISTLE_HZ, WHISTLE_OCTAVES = 0.25, 6000.0, 1.5  # the room's: loudness, first pitch, fall over the video
 LEAD_S = 1.0  # the world runs this long before the first frame, so that trails and sounds have a past
 AAC_RATES_HZ = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
@@ -225,7 +225,7 @@ def _decay(track, t, tau_s):
 
 def _colour(rng, light):
     """A colour (3,) of any hue with lightness `light` in 0 … 1."""
-    hue, saturation = rng.uniform(), rng.uniform(0.05, 0.5)
+    hue, saturation = rng.uniform(), rng.uniform(0.05, 0.4)
     pure = np.clip(np.abs((hue * 6 + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
     colour = 1 + saturation * (pure - 1)
     colour = colour * (light / (colour @ [0.3, 0.59, 0.11]))
@@ -240,8 +240,8 @@ def _background(size, rng):
     first = np.sin(2 * np.pi * f * (np.cos(a) * x + np.sin(a) * y) + b)
     second = np.sin(2 * np.pi * g * (np.cos(b) * x + np.sin(b) * y) + a)
     pattern = (first * second if rng.uniform() < 0.5 else first)[..., None]
-    light = rng.uniform(0.3, 0.7)
-    near = light + rng.uniform(-0.08, 0.08)
+    light = rng.uniform(0.4, 0.6)
+    near = light + rng.uniform(-0.05, 0.05)
     return (_colour(rng, light) * (1 + pattern) + _colour(rng, near) * (1 - pattern)) / 2
 
 
@@ -249,7 +249,7 @@ def picture(kind, track, toy, rng):
     """Frames (T, S, S, 3) uint8 of a thing of `kind` on `track`."""
     size, lead = toy.size, int(LEAD_S * toy.fps)
     t = np.arange(-lead, round(toy.seconds * toy.fps)) / toy.fps
-    radius = rng.uniform(0.30, 0.40) * size
+    radius = rng.uniform(0.34, 0.42) * size
     background = _background(size, rng)
     lights = rng.permutation([rng.uniform(0.02, 0.2), rng.uniform(0.8, 0.98)])
     one, other = (_colour(rng, light) for light in lights)
@@ -273,7 +273,7 @@ def picture(kind, track, toy, rng):
     row = np.clip(cos * dy - sin * dx + fine / 2, 0, fine - 1).astype(np.int32)
     thing = sprite[row * fine + column]  # T×S×S×2
     fresh = np.minimum(1 - WEAR * t / toy.seconds, 1).astype(np.float32)  # order can be told: textures wear off
-    flash = 0.4 * _decay(track, t, 0.09).astype(np.float32)
+    flash = 0.3 * _decay(track, t, 0.09).astype(np.float32)
 
     frames = np.empty((len(t), size, size, 3), np.uint8)
     keep = np.float32(np.exp(-1 / (toy.fps * 0.22)))

@@ -52,11 +52,21 @@ def numbers(frames):
 
 
 def write_media(
-    path, frame_s=(), wave=None, rate_hz=48000, sound_from_s=0.0, codecs=("libx264", "aac"), encoder=None, size=SIDE, **muxer
+    path,
+    frame_s=(),
+    wave=None,
+    rate_hz=48000,
+    sound_from_s=0.0,
+    gap_s=(0.0, 0.0),
+    codecs=("libx264", "aac"),
+    encoder=None,
+    size=SIDE,
+    **muxer,
 ):
     """Write the frames 0, 1, … shown at times frame_s, and a sound, channels×n, that begins at sound_from_s.
 
-    Media have the times that they are given, and the container begins with the earlier one. encoder: options of the video codec.
+    Media have the times that they are given, and the container begins with the earlier one. Between the times gap_s the file has
+    no packets of sound. encoder: options of the video codec; muxer: of the container.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", options=muxer) as file:
@@ -86,7 +96,8 @@ def write_media(
                 packets += sound.encode(part)
             packets += sound.encode(None)
         for packet in sorted(packets, key=lambda packet: packet.dts * packet.time_base):
-            file.mux(packet)
+            if packet.stream.type == "video" or not gap_s[0] <= packet.pts * packet.time_base < gap_s[1]:
+                file.mux(packet)
     return path
 
 

@@ -148,7 +148,7 @@ def test_channels_are_averaged(media_file, channels):
 def test_what_was_read_before_does_not_matter(media_file, name):
     """Two clips of a file are read in any order, after its end too."""
     codecs = {"a.avi": ("mpeg4", "pcm_s16le"), "a.mpg": ("mpeg2video", "mp2")}.get(name, ("libx264", "aac"))
-    wave = chirps([0.05, 0.9, 1.8], 2.0, 48000)
+    wave = chirps([0.05, 0.9, 1.8], 2.0, 48000) + 0.2 * tone(600, 2.0, 48000)
     path = media_file(name, frame_s=TWO_SECONDS, wave=wave, codecs=codecs)
     alone = {start_s: Media(path).sound(start_s, 4800, 16000) for start_s in (0.0, 0.1, 0.8, 1.7)}
     media = Media(path)
@@ -223,6 +223,17 @@ def test_before_and_after_the_sound_is_silence(media_file, name):
     assert loud[71:169].all()
     assert not loud[175:].any()
     assert np.abs(wave[28000:]).max() == 0.0
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+def test_what_follows_a_gap_in_the_sound_keeps_its_time(media_file, name):
+    wave = 0.3 * tone(400, 3.0, 48000) + chirps([0.5, 2.2], 3.0, 48000)
+    media = Media(media_file(name, wave=wave, gap_s=(1.0, 1.6)), ("audio",))
+    whole = media.sound(0.0, 48000, 16000)
+    assert chirp_time(whole[:12000], 16000) == pytest.approx(0.5, abs=MS)
+    assert 2.0 + chirp_time(whole[32000:], 16000) == pytest.approx(2.2, abs=MS)
+    assert np.abs(whole[17000:24500]).max() == 0.0  # silence from 1.06 s to 1.53 s
+    assert heard_at(media, 2.2, 16000) == pytest.approx(2.2, abs=MS)
 
 
 def test_sound_that_ends_early_ends_the_usable_part(media_file):
