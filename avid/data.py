@@ -8,6 +8,11 @@ M is the number of clips a video. Every random choice is a function of (seed, st
 not depend on workers, ranks or interruptions.
 """
 
+if __name__ == "__main__":  # python -m avid.data check|prepare; before the heavy imports: --help answers at once
+    from .prepare import main
+
+    main()
+
 import signal
 
 import numpy as np
@@ -250,8 +255,3 @@ def hue_rotation(turn):
     eye = torch.eye(3, device=turn.device)
     return angle.cos() * eye + angle.sin() * cross + (1 - angle.cos()) / 3
 
-
-if __name__ == "__main__":
-    from .prepare import main
-
-    main()
