@@ -15,7 +15,6 @@ import dataclasses
 import json
 import math
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -30,7 +29,8 @@ from tqdm import tqdm
 from avid import checkpoint, data, datasets, distributed, evaluation, figures, losses, memory_bank, models, temporal_tasks, toy
 
 COLLAPSED = 0.95  # mean cosine within a bank that calls for a warning
-MAY_CHANGE = ("out", "data.root", "data.workers", "data.max_bad_share", "log", "eval", "optim.epochs")  # when resuming
+# when resuming
+MAY_CHANGE = ("out", "data.root", "data.workers", "data.max_bad_share", "log", "eval", "finetune", "optim.epochs")
 
 
 def main(cfg):
@@ -66,8 +66,8 @@ def main(cfg):
         len(train_table.paths), cfg.optim.batch_size, cfg.optim.draws, cfg.seed, first_step, last_step, place.rank, place.world
     )
     batches = data.loader(data.Clips(train_table, cfg, training=True), cfg.data.workers, batch_sampler=draws)
-    bad_files = BadFiles(train_table, cfg.data.max_bad_share)
-    stop = StopSignal()
+    bad_files = data.BadFiles(train_table, cfg.data.max_bad_share)
+    stop = distributed.StopSignal()
 
     # ------------------------------------------------------------------------------------------------------------ loop
     bar = tqdm(total=last_step, initial=first_step, unit="step", disable=place.rank > 0, dynamic_ncols=True)
@@ -128,12 +128,14 @@ def main(cfg):
             saved_at = time.perf_counter()
         if leave:
             bar.close()
-            say(place, f"stopped by {stop.asked or 'another rank'} after step {done}, saved; the same command goes on from here")
+            distributed.say(
+                place, f"stopped by {stop.asked or 'another rank'} after step {done}, saved; the same command goes on from here"
+            )
             sys.exit(stop.exit_code)
     bar.close()
     bad_files.report()
     run.draw_curves()
-    say(place, f"{last_step} steps done: {out / 'last.pt'}; now: python eval_linear.py --ckpt {out / 'last.pt'}")
+    distributed.say(place, f"{last_step} steps done: {out / 'last.pt'}; now: python eval_linear.py --ckpt {out / 'last.pt'}")
     distributed.end()
 
 
@@ -150,11 +152,11 @@ def tables(cfg, place):
             distributed.wait()  # the others go on and find it written
     source = dataclasses.replace(cfg.data, root=str(folder)) if cfg.data.name == "toy" else cfg.data
     train_table = datasets.load(source, cfg.data.split or "train")
-    say(place, train_table.report())
+    distributed.say(place, train_table.report())
     if not cfg.log.check_epochs:
         return train_table, None
     held_out = datasets.load(source, datasets.EVALUATION_SPLIT[source.name])
-    say(place, f"{held_out.report()}, for the checks (log.check_epochs=0: none)")
+    distributed.say(place, f"{held_out.report()}, for the checks (log.check_epochs=0: none)")
     few = np.linspace(0, len(held_out) - 1, min(len(held_out), cfg.log.check_videos)).astype(int)
     return train_table, datasets.take(held_out, few)
 
@@ -292,7 +294,7 @@ class Run:
             part.load_state_dict(saved[name])
         if self.place.rank == 0:
             os.truncate(self.metrics, saved["metrics_bytes"])  # what was logged after the checkpoint comes again
-        say(self.place, f"resuming {self.out} after step {saved['step']}")
+        distributed.say(self.place, f"resuming {self.out} after step {saved['step']}")
         return saved["step"]
 
     def save(self, step):
@@ -310,48 +312,6 @@ class Run:
     def draw_curves(self):
         if self.place.rank == 0:
             figures.curves(self.metrics, self.out / "curves.png")
-
-
-class BadFiles:
-    """Files that could not be used: each named once; too many of them end the run."""
-
-    def __init__(self, table, max_share):
-        self.table, self.max_share = table, max_share
-        self.reasons, self.drawn, self.failed = {}, 0, 0
-
-    def count(self, failures, used):
-        self.drawn, self.failed = self.drawn + used + len(failures), self.failed + len(failures)
-        for index, reason in failures:
-            if index not in self.reasons:
-                self.reasons[index] = reason
-                tqdm.write(f"skipped {self.table.root / self.table.paths[index]}: {reason}")
-        if self.drawn >= 100 and self.failed > self.max_share * self.drawn:
-            config.stop(
-                f"{self.failed} of {self.drawn} files drawn could not be used, more than data.max_bad_share = {self.max_share}; "
-                "the lines above name them"
-            )
-
-    def report(self):
-        if self.reasons:
-            print(f"{len(self.reasons)} files could not be used and were replaced by others; the log names each once")
-
-
-class StopSignal:
-    """Remembers SIGTERM or Ctrl-C until the step is done; a second one ends at once."""
-
-    def __init__(self):
-        self.asked, self.exit_code = "", 128 + signal.SIGTERM
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.remember)
-
-    def remember(self, number, _):
-        self.asked, self.exit_code = signal.Signals(number).name, 128 + number
-        signal.signal(number, signal.SIG_DFL)
-
-
-def say(place, text):
-    if place.rank == 0:
-        tqdm.write(text)
 
 
 if __name__ == "__main__":

@@ -148,6 +148,18 @@ class Optim:
 
 
 @dataclass
+class Finetune:
+    epochs: int = setting(160, "passes over the labelled videos, one clip each, by the whole network [A: 16 of 10 clips]")
+    warmup_epochs: int = setting(50, "passes before them that train the classifier alone [A: 5 of 10 clips]")
+    batch_size: int = setting(64, "clips a step over all ranks [A; of 32 frames: 32]")
+    lr: float = setting(1e-4, "learning rate of Adam [A]")
+    weight_decay: float = setting(0.0, "L2 penalty of Adam [A]")
+    milestones: list[float] = setting([0.375, 0.625, 0.875], "shares of the epochs after which lr is multiplied by gamma [A]")
+    gamma: float = setting(0.3, "factor at the milestones [A]")
+    dropout: float = setting(0.5, "probability that a feature is dropped before the classifier [A]")
+
+
+@dataclass
 class Log:
     every_steps: int = setting(20, "steps between two lines of metrics.jsonl")
     check_epochs: int = setting(5, "epochs between two checks on held-out videos; 0: none")
@@ -188,6 +200,7 @@ class Config:
     contrast: Contrast = field(default_factory=Contrast)
     weights: Weights = field(default_factory=Weights)
     optim: Optim = field(default_factory=Optim)
+    finetune: Finetune = field(default_factory=Finetune)
     log: Log = field(default_factory=Log)
     eval: Eval = field(default_factory=Eval)
     toy: Toy = field(default_factory=Toy)
@@ -329,14 +342,15 @@ def _check(cfg):
     for key in (
         "contrast.temperature contrast.tau_p contrast.tau_n contrast.negatives optim.epochs optim.batch_size optim.lr eval.clips eval.batch_size video.frames video.fps video.size audio.seconds "
         "audio.rate_hz audio.frames_per_s audio.n_fft model.width model.depth model.embedding loss.temperature loss.tau_s "
-        "loss.tau_t loss.kappa toy.train toy.test toy.seconds toy.size toy.fps toy.rate_hz log.every_steps log.check_videos"
+        "loss.tau_t loss.kappa toy.train toy.test toy.seconds toy.size toy.fps toy.rate_hz log.every_steps log.check_videos "
+        "finetune.epochs finetune.batch_size finetune.lr"
     ).split():
         require(lambda v: v > 0, key, "more than 0")
     for key in "data.max_bad_share video.flip video.grey audio.mask_time audio.mask_frequency bank.momentum loss.w_min loss.soft toy.faulty".split():
         require(lambda v: 0 <= v <= 1, key, "0 to 1")
     for key in (
         "seed contrast.n_pos contrast.k_pos data.workers loss.warmup_epochs optim.warmup_epochs optim.weight_decay optim.gamma optim.clip_grad log.check_epochs "
-        "log.checkpoint_minutes eval.settle_batches audio.mels"
+        "log.checkpoint_minutes eval.settle_batches audio.mels finetune.warmup_epochs finetune.weight_decay finetune.gamma"
     ).split() + [f"weights.{f.name}" for f in dataclasses.fields(Weights)]:
         require(lambda v: 0 <= v < 2**63, key, "0 or more")
     require(lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1, "video.crop_area", "[least, largest], shares of the frame")
@@ -346,7 +360,9 @@ def _check(cfg):
         "video.jitter",
         "four of 0 to 1, the last at most 0.5",
     )
-    require(lambda v: all(0 <= x <= 1 for x in v), "optim.milestones", "shares of the run, 0 to 1")
+    for key in ("optim.milestones", "finetune.milestones"):
+        require(lambda v: all(0 <= x <= 1 for x in v), key, "shares of the run, 0 to 1")
+    require(lambda v: 0 <= v < 1, "finetune.dropout", "0 or more, less than 1")
     require(lambda v: 0 < v <= 1, "eval.crop", "a share of the short side, more than 0 and at most 1")
     require(lambda v: 0 <= v < 1, "audio.volume", "0 or more, less than 1")
     require(lambda v: v >= cfg.audio.n_fft / cfg.audio.rate_hz, "audio.seconds", "at least a window, audio.n_fft / audio.rate_hz")

@@ -18,6 +18,7 @@ import signal
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as TF
+from tqdm import tqdm
 
 from . import temporal_tasks
 from .media import MODALITIES, Media, MediaError, spectrogram
@@ -200,6 +201,31 @@ def loader(dataset, workers, batch_sampler=None, batch_size=None):
     )
 
 
+class BadFiles:
+    """Files that training could not use: each named once; too many of them raise MediaError."""
+
+    def __init__(self, table, max_share):
+        self.table, self.max_share = table, max_share
+        self.reasons, self.drawn, self.failed = {}, 0, 0
+
+    def count(self, failures, used):
+        """failures: (index, reason) of a batch's replaced files; used: its number of instances."""
+        self.drawn, self.failed = self.drawn + used + len(failures), self.failed + len(failures)
+        for index, reason in failures:
+            if index not in self.reasons:
+                self.reasons[index] = reason
+                tqdm.write(f"skipped {self.table.root / self.table.paths[index]}: {reason}")
+        if self.drawn >= 100 and self.failed > self.max_share * self.drawn:
+            raise MediaError(
+                f"{self.failed} of {self.drawn} files drawn could not be used, more than data.max_bad_share = {self.max_share}; "
+                "the lines above name them"
+            )
+
+    def report(self):
+        if self.reasons:
+            tqdm.write(f"{len(self.reasons)} files could not be used and were replaced by others; the log names each once")
+
+
 # ------------------------------------------------------------------------------------------- on the device
 
 
@@ -254,4 +280,3 @@ def hue_rotation(turn):
     cross = turn.new_tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / 3**0.5
     eye = torch.eye(3, device=turn.device)
     return angle.cos() * eye + angle.sin() * cross + (1 - angle.cos()) / 3
-

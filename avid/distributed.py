@@ -1,10 +1,11 @@
-"""One process or many: torchrun's set-up, gathering over ranks, and who talks.
+"""One process or many: torchrun's set-up, gathering over ranks, who talks, and when all of them leave.
 
 In: the environment variables that torchrun sets; without them there is one process.
 Out: `start()` tells rank, world size and device; the rest works alike for one and many.
 """
 
 import os
+import signal
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as dist_grad
 from torch import nn
+from tqdm import tqdm
 
 
 class Place(NamedTuple):
@@ -64,15 +66,47 @@ def total(x):
 def any_rank(flag):
     """True where `flag` is true on at least one rank; goes by the CPU, so that no GPU has to wait."""
     if world_size() == 1:
-        return flag
-    votes = torch.tensor(int(flag))
+        return bool(flag)
+    votes = torch.tensor(int(bool(flag)))
     dist.all_reduce(votes)
     return bool(votes)
+
+
+def gather_objects(x):
+    """What all ranks hold, anything that can be pickled, as a list in the order of ranks."""
+    if world_size() == 1:
+        return [x]
+    everyone = [None] * world_size()
+    dist.all_gather_object(everyone, x)
+    return everyone
 
 
 def wait():
     """Until all ranks are here."""
     any_rank(False)
+
+
+def say(place, text):
+    """A line from rank 0, above the progress bar."""
+    if place.rank == 0:
+        tqdm.write(text)
+
+
+class StopSignal:
+    """Remembers SIGTERM or Ctrl-C until the step is done; a second one ends at once."""
+
+    def __init__(self):
+        self.asked, self.exit_code = "", 128 + signal.SIGTERM
+        self.before = {number: signal.signal(number, self.remember) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def remember(self, number, _):
+        self.asked, self.exit_code = signal.Signals(number).name, 128 + number
+        signal.signal(number, signal.SIG_DFL)
+
+    def release(self):
+        """From here on signals do again what they did before."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 class BatchNormOverRanks(nn.modules.batchnorm._BatchNorm):

@@ -19,7 +19,6 @@ import torchaudio
 MODALITIES = ("video", "audio")
 QUIETEST = 1e-10  # power of -100 dB: what silence becomes
 WARM_UP_S = 0.15  # sound that a decoder needs before it is right
-BEGINNING_S = -1.0
 RESAMPLER_S = 0.01  # more than the resampler's reach
 
 decord.logging.set_level(decord.logging.QUIET)  # what cannot be decoded is a MediaError
@@ -130,7 +129,7 @@ class Media:
 
     def _decode(self, start_s, seconds):
         """The sound of an interval at the file's own rate, from a place before it on or else from the file's beginning."""
-        for from_s in (start_s - WARM_UP_S, BEGINNING_S):
+        for from_s in (start_s - WARM_UP_S, 0.0):
             self._seek(from_s)
             try:
                 placed = self._place(start_s, seconds, sought=from_s > 0)

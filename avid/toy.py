@@ -23,7 +23,7 @@ import av
 import numpy as np
 from tqdm import tqdm
 
-WORLD = 4  # counts the changes of what this file draws: each makes a new folder
+WORLD = 5  # counts the changes of what this file draws: each makes a new folder
 TEMPO = {"slide": 0.95, "bounce": 1.35, "spin": 1.9, "pulse": 2.7}  # motion: events a second, a factor √2 apart
 TEMPO_JITTER = 0.1
 PITCH_HZ = 220.0  # lowest pitch; the highest is an octave above
@@ -331,11 +331,10 @@ def music(toy, rng):
 
 
 def noise(toy, rng):
-    """Samples (N,) float32: coloured noise that swells and ebbs."""
+    """Samples (N,) float32: a rumble that swells and ebbs."""
     count = round(toy.seconds * toy.rate_hz)
-    wave = rng.standard_normal(count, dtype=np.float32)
-    colour = rng.uniform(-0.9, 0.9)
-    wave[1:] += np.float32(colour) * wave[:-1]
+    spectrum = np.fft.rfft(rng.standard_normal(count, dtype=np.float32))
+    wave = np.fft.irfft(spectrum / (1 + np.fft.rfftfreq(count, 1 / toy.rate_hz) / rng.uniform(50, 200)), count)
     swell = 1 + 0.8 * np.sin(2 * np.pi * (rng.uniform(0.1, 0.6) * np.arange(count) / toy.rate_hz + rng.uniform()))
     return _record((wave * swell).astype(np.float32), rng, toy)
 

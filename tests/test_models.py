@@ -119,6 +119,15 @@ def test_the_audio_network_halves_five_times_but_the_last_block(released):
     assert (embedding.shape, features.shape) == ((1, 128), (1, 512))
 
 
+@pytest.mark.parametrize("modality, last", [("video", "conv5x"), ("audio", "block4")])
+def test_features_are_the_largest_values_over_time_and_space(modality, last):
+    model, maps = network().eval(), []
+    getattr(getattr(model, f"{modality}_model"), last).register_forward_hook(lambda module, inputs, output: maps.append(output))
+    _, features = model.encode(modality, dict(zip(("video", "audio"), clips(size=64), strict=True))[modality])
+    assert maps[0][0, 0].numel() > 1
+    torch.testing.assert_close(features, maps[0].flatten(2).max(2).values)
+
+
 def test_a_block_adds_its_input():
     """y = ReLU(BN(F(x) + shortcut(x))): with F = 0 the normalised shortcut is left."""
     block = models.R2Plus1DBlock(4, 4, stride=1).train()

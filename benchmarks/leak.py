@@ -1,0 +1,66 @@
+"""Can the temporal tasks be solved without looking at what happens? Train them on videos in which nothing does.
+
+    python benchmarks/leak.py [--root data/still] [--epochs 10] [key=value …]
+
+Writes still pictures with steady noise as mp4 files, of the toy's size and by its encoder, trains `toy_temporal` on them, and prints
+the held-out accuracy of every task beside chance and its 99.9 % band. What is above the band was read from codec artefacts,
+padding, or the place in the file.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from avid import config, temporal_tasks, toy
+
+DRAWS = 2  # evaluation.confusions asks about every held-out video so often
+
+
+def write(root, world, count=300):
+    """Still videos below root/train and root/test: one of the toy's frames, and white noise."""
+    for i in tqdm(range(count), desc=f"writing {root}", unit="video"):
+        path = root / ("test" if i % 3 == 0 else "train") / f"{i:05d}.mp4"
+        if path.exists():
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rng = np.random.default_rng((7, i))
+        motion, kind = list(toy.TEMPO)[i % 4], list(toy.KINDS)[i % 10]
+        frame = toy.picture(kind, toy.course(motion, toy.TEMPO[motion], world.seconds, rng), world, rng)[0]
+        wave = rng.uniform(0.05, 0.2) * rng.standard_normal(round(world.seconds * world.rate_hz))
+        frames = np.broadcast_to(frame, (round(world.seconds * world.fps), *frame.shape))
+        part = path.with_suffix(".part")
+        toy.encode(part, np.ascontiguousarray(frames), np.clip(wave, -1, 1).astype(np.float32), world)
+        part.replace(path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=config.Help)
+    parser.add_argument("--root", type=Path, default=Path("data/still"), help="default: data/still")
+    parser.add_argument("--epochs", type=int, default=10, help="default: 10")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    arguments = parser.parse_args()
+    cfg = config.load("toy_temporal", arguments.overrides)
+    write(arguments.root, cfg.toy)
+    out = Path("runs/leak")
+    settings = ["data.name=folder", f"data.root={arguments.root}", f"optim.epochs={arguments.epochs}", f"out={out}"]
+    settings += [f"log.check_epochs={arguments.epochs}", *arguments.overrides]
+    subprocess.run([sys.executable, "train.py", "--cfg", "toy_temporal", *settings], check=True)
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    answers = DRAWS * len(list((arguments.root / "test").iterdir()))
+    print(f"{'task':18s} {'held out':>9s} {'chance':>8s}   99.9 % band")
+    for task, number in temporal_tasks.classes(cfg).items():
+        share = 1 / number
+        clips = answers * (1 if task in ("order_video", "order_audio") else 2)  # two clips, or two pairs, a video
+        band = 3.3 * 100 * np.sqrt(share * (1 - share) / clips)
+        accuracy = last[f"held-out {task} %"]
+        verdict = "LEAK" if accuracy > 100 * share + band else "nothing to read"
+        print(f"{task:18s} {accuracy:8.1f}% {100 * share:7.1f}%   ± {band:.1f}   {verdict}")
+
+
+if __name__ == "__main__":
+    main()
