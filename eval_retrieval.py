@@ -1,21 +1,24 @@
 """What the features find: the nearest videos by picture, by sound, and from one to the other.
 
-    python eval_retrieval.py --ckpt runs/toy/last.pt                  all three tasks, with a contact sheet each
+    python eval_retrieval.py --ckpt runs/toy/last.pt                  what it finds, with a contact sheet each
     python eval_retrieval.py --ckpt random --task cross               the floor: an untrained network
+    python eval_retrieval.py --ckpt runs/toy/last.pt --task fingerprint
 
 video, audio   evaluation videos query the training videos by their features: is one of the k nearest of the query's class?
 cross          among the evaluation videos, by embeddings: does a picture find its own sound, or one of its class, and the
                other way?
+fingerprint    distorted copies of the evaluation videos, each of 13 distortions at 3 strengths: does a copy find its original?
+               only where asked for: it reads the files some 40 times
 """
 
 from avid import config
 
-TASKS = ("video", "audio", "cross")
+TASKS = ("video", "audio", "cross", "fingerprint")
 
 
 def command_line(argv=None):
     arguments = config.evaluation_parser(__doc__)
-    arguments.add_argument("--task", choices=TASKS, help="default: all that the data set allows")
+    arguments.add_argument("--task", choices=TASKS, help="default: all that the data set allows but fingerprint")
     return arguments.parse_args(argv)
 
 
@@ -24,7 +27,7 @@ if __name__ == "__main__":  # before the heavy imports: --help and a wrong argum
 
 import numpy as np
 
-from avid import datasets, evaluation, figures
+from avid import datasets, evaluation, figures, fingerprint
 
 RANKS = (1, 5, 10, 20)
 SHOWN = 6  # queries on a contact sheet, and videos found by each
@@ -34,11 +37,14 @@ def main(arguments):
     subject = evaluation.subject(arguments)
     held = evaluation.modalities_of(subject.cfg)
     tasks = [arguments.task] if arguments.task else [*held] + ["cross"] * (len(held) == 2)
-    modalities = held if "cross" in tasks else tuple(tasks)
+    modalities = held if arguments.task in (None, "cross", "fingerprint") else (arguments.task,)
     results = {task: [] for task in tasks}
     for train_table, table in evaluation.tables(subject.cfg):
         print(f"{train_table.report()}\n{table.report()}")
         evaluation.settle(subject, train_table, modalities)
+        if arguments.task == "fingerprint":
+            results["fingerprint"].append(fingerprint.measure(subject, table, modalities, RANKS))
+            continue
         found = evaluation.features(subject, table, modalities)
         for task in tasks:
             if task == "cross":
@@ -60,7 +66,14 @@ def main(arguments):
         row = {"task": task, "label": subject.cfg.data.label, **results[task][0], **mean, "divisions": results[task]}
         row = evaluation.write_result(subject, f"retrieval-{task}", row)
         print(f"{task}: {row['videos']} queries, {row['gallery_videos']} videos to find")
-        evaluation.print_table([{"R@k, %": name, "": row[name]} for name in recalls], ("R@k, %", ""))
+        if task == "fingerprint":
+            lines = list(fingerprint.rows(row))
+            evaluation.print_table(lines, lines[0])
+            path = subject.out / f"retrieval-{task}-{row['data']}.png"
+            fingerprint.draw(path, row)
+            print(f"written: {path}")
+        else:
+            evaluation.print_table([{"R@k, %": name, "": row[name]} for name in recalls], ("R@k, %", ""))
 
 
 def by_class(query, key, query_y, key_y):

@@ -29,8 +29,16 @@ from tqdm import tqdm
 from avid import checkpoint, data, datasets, distributed, evaluation, figures, losses, memory_bank, models, temporal_tasks, toy
 
 COLLAPSED = 0.95  # mean cosine within a bank that calls for a warning
-# when resuming
-MAY_CHANGE = ("out", "data.root", "data.workers", "data.max_bad_share", "log", "eval", "finetune", "optim.epochs")
+MAY_CHANGE = (
+    "out",
+    "data.root",
+    "data.workers",
+    "data.max_bad_share",
+    "log",
+    "eval",
+    "finetune",
+    "optim.epochs",
+)  # when resuming
 
 
 def main(cfg):
@@ -46,7 +54,12 @@ def main(cfg):
         network = distributed.sync_batch_norm(network, place.device)
     model = torch.compile(network) if cfg.optim.compile else network
     if place.world > 1:
-        model = DistributedDataParallel(model, device_ids=[place.device] if place.device.type == "cuda" else None)
+        weights = cfg.weights  # a head that no term uses has no gradient
+        model = DistributedDataParallel(
+            model,
+            device_ids=[place.device] if place.device.type == "cuda" else None,
+            find_unused_parameters=not (weights.xid or weights.contrast_va or weights.contrast_av),
+        )
     bank = memory_bank.MemoryBank(len(train_table.paths), cfg.model.embedding, cfg.bank.momentum, cfg.seed)
     bank.to(place.device)
 
@@ -72,7 +85,7 @@ def main(cfg):
     # ------------------------------------------------------------------------------------------------------------ loop
     bar = tqdm(total=last_step, initial=first_step, unit="step", disable=place.rank > 0, dynamic_ncols=True)
     model.train()
-    waited, since, saved_at = 0.0, time.perf_counter(), time.perf_counter()
+    waited, logged, since, saved_at = 0.0, first_step, time.perf_counter(), time.perf_counter()
     batches = iter(batches)
     for step in range(first_step, last_step):
         before = time.perf_counter()
@@ -96,32 +109,32 @@ def main(cfg):
             torch.nn.utils.clip_grad_norm_(network.parameters(), cfg.optim.clip_grad)
         scaler.step(optimizer)
         scaler.update()
-        video, audio = (
-            x.view(len(batch["index"]), -1, x.shape[1]).mean(1) for x in (output.video, output.audio)
-        )  # of both moments
+        per_video = (len(batch["index"]), cfg.temporal.moments, -1)
+        video, audio = output.video.view(per_video).mean(1), output.audio.view(per_video).mean(1)  # b×D
         bank.update(*(distributed.gather(x) for x in (batch["index"], video, audio)))
 
         # ---------------------------------------------------------------------------------------- log, check, save, stop
         bar.update()
         done = step + 1
         if done % cfg.log.every_steps == 0 or done == last_step:
-            elapsed, since = time.perf_counter() - since, time.perf_counter()
+            elapsed = time.perf_counter() - since
             line = {name: distributed.total(term).item() / place.world for name, term in {"loss": loss, **terms}.items()}
             if not math.isfinite(line["loss"]):
                 raise FloatingPointError(f"the loss is {line['loss']} at step {done}; try a lower optim.lr or optim.amp=none")
-            steps = cfg.log.every_steps
             line |= {name: value.item() for name, value in accuracies.items()}
-            line |= {"lr": lr, "clips_per_s": steps * cfg.optim.batch_size / elapsed, "data_wait": waited / elapsed}
+            videos = (done - logged) * cfg.optim.batch_size
+            line |= {"lr": lr, "clips_per_s": videos * cfg.temporal.moments / elapsed, "data_wait": waited / elapsed}
             run.log(done, done / epoch_steps, bad_files=len(bad_files.reasons), **line)
             bar.set_postfix_str(
                 f"epoch {done / epoch_steps:.1f}, loss {line['loss']:.3f}, {line['clips_per_s']:.0f} clips/s, "
                 f"data wait {line['data_wait']:.0%}"
             )
-            waited = 0.0
+            waited, logged, since = 0.0, done, time.perf_counter()
         epoch_ends = done % epoch_steps == 0
         if cfg.log.check_epochs and epoch_ends and (done // epoch_steps % cfg.log.check_epochs == 0 or done == last_step):
             run.log(done, done / epoch_steps, **check(network, bank, held_out, cfg, place))
             run.draw_curves()
+            since = time.perf_counter()  # clips/s are those of training
         leave = distributed.any_rank(stop.asked)
         if epoch_ends or leave or done == last_step or time.perf_counter() - saved_at > 60 * cfg.log.checkpoint_minutes:
             run.save(done)

@@ -24,7 +24,7 @@ DATA_SETS += ("ucf101", "hmdb51", "esc50")
 BACKBONES = ("avid", "r2plus1d_18", "r3d_18", "s3d")
 
 
-class ConfigError(Exception):
+class ConfigError(ValueError):
     """A setting that cannot be used; the message is one line that says which and what to do."""
 
 

@@ -21,6 +21,7 @@ import torchvision.transforms.v2.functional as TF
 from tqdm import tqdm
 
 from . import temporal_tasks
+from .config import ConfigError
 from .media import MODALITIES, Media, MediaError, spectrogram
 
 PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
@@ -76,7 +77,7 @@ class Clips(torch.utils.data.Dataset):
             if not self.training:
                 return {"index": index, "failures": failures}
             index = int(rng.integers(len(self)))
-        raise RuntimeError(
+        raise MediaError(
             f"{TRIES} files in a row cannot be used, the last one {self.table.root / self.table.paths[failures[-1][0]]}: "
             f"{failures[-1][1]}; check the folder with: python -m avid.data check"
         )
@@ -91,12 +92,16 @@ class Clips(torch.utils.data.Dataset):
                 clips, labels = temporal_tasks.plan(first_s, last_s, self.length_s, self.cfg.temporal, rng)
                 item = {name: torch.tensor(label) for name, label in labels.items()} | self.draws(len(clips), rng)
             else:
-                clips, item = temporal_tasks.evenly(first_s, last_s, self.length_s, self.clips), {}
+                clips, item = self.evenly(first_s, last_s), {}
             if "video" in self.modalities:
                 item["video"] = torch.stack([self.picture(media, clip, rng) for clip in clips])
             if "audio" in self.modalities:
                 item["audio"] = torch.stack([self.loudness(media, clip, rng) for clip in clips])
             return item
+
+    def evenly(self, first_s, last_s):
+        """The clips of evaluation."""
+        return temporal_tasks.evenly(first_s, last_s, self.length_s, self.clips)
 
     def usable(self, media):
         """Where clips may lie, s: no window of a spectrogram reaches past the sound."""
@@ -150,7 +155,9 @@ class Draws(torch.utils.data.Sampler):
 
     def __init__(self, n, batch_size, how, seed, first_step, last_step, rank=0, world=1):
         if batch_size > n:
-            raise ValueError(f"a batch of {batch_size} is larger than the data set of {n} videos; lower optim.batch_size")
+            raise ConfigError(f"a batch of {batch_size} is larger than the data set of {n} videos; lower optim.batch_size")
+        if batch_size % world:
+            raise ConfigError(f"optim.batch_size = {batch_size} clips cannot be shared evenly by {world} processes")
         self.n, self.batch_size, self.how, self.seed = n, batch_size, how, seed
         self.steps = range(first_step, last_step)
         self.mine = range(rank * batch_size // world, (rank + 1) * batch_size // world)

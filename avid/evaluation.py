@@ -50,13 +50,26 @@ class Subject:
         }
 
 
+USERS = (
+    config.ConfigError,
+    checkpoint.CheckpointError,
+    models.ModelError,
+    datasets.DataError,
+    data.MediaError,
+    FloatingPointError,
+)
+
+
 @contextlib.contextmanager
 def plain_errors():
     """What the user can mend ends the program with one line and exit code 2, without a traceback."""
     try:
         yield
-    except (config.ConfigError, checkpoint.CheckpointError, models.ModelError, datasets.DataError, data.MediaError) as error:
-        config.stop(error)
+    except USERS as error:
+        message = str(error)
+        if message.startswith("Caught "):  # in a decoding process: the last line is the message
+            message = message.strip().splitlines()[-1].partition(": ")[2]
+        config.stop(message)
 
 
 def subject(arguments):

@@ -257,15 +257,17 @@ def columns(audio):
     return round(audio.seconds * audio.frames_per_s)
 
 
-def spectrogram(media, start_s, audio, speed=1):
+def spectrogram(media, start_s, audio, speed=1, distort=None):
     """Log spectrogram of the sound from start_s on, dB: 1×F×bins, float32; `audio`: config.Audio.
 
     Column k is centred on start_s + (k + ½)·speed / frames_per_s: at speed s the hop is s times longer, the window and so the
-    pitch are the same (docs/method.md section 6).
+    pitch are the same (docs/method.md section 6). distort: what is done to the sound before, float32 N → N.
     """
-    hop = audio.rate_hz // audio.frames_per_s * speed
+    hop = round(audio.rate_hz // audio.frames_per_s * speed)
     samples = (columns(audio) - 1) * hop + audio.n_fft
     waveform = torch.from_numpy(media.sound(start_s + (hop - audio.n_fft) / 2 / audio.rate_hz, samples, audio.rate_hz))
+    if distort:
+        waveform = distort(waveform)
     window = hann(audio.n_fft)
     spectrum = torch.stft(waveform, audio.n_fft, hop, window=window, center=False, return_complex=True).T  # F×257
     power = (spectrum.real.square() + spectrum.imag.square()) / window.square().sum()

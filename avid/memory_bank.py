@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from .config import ConfigError
+
 
 @dataclass
 class Candidates:
@@ -65,12 +67,12 @@ class MemoryBank(torch.nn.Module):
         draw does not depend on the rank that makes it. -> positives b×n_pos, drawn without replacement from the k_pos nearest
         to the instance's own memory with probability ∝ exp(sim/τ_p); negatives b×n, without replacement from the others with
         probability ∝ exp(sim/τ_n), n = contrast.negatives or as many as there are. The instance itself is neither.
-        ValueError where the bank has no negatives left.
+        ConfigError where the bank has no negatives left.
         """
         memory = self.video if modality == "video" else self.audio
         others = len(memory) - contrast.k_pos - 1
         if others < 1:
-            raise ValueError(f"contrast.k_pos = {contrast.k_pos} leaves no negatives among {len(memory)} videos; lower it")
+            raise ConfigError(f"contrast.k_pos = {contrast.k_pos} leaves no negatives among {len(memory)} videos; lower it")
         similarity = memory[index] @ memory.T  # b×N
         similarity.scatter_(1, index[:, None], -torch.inf)
         nearest = similarity.topk(contrast.k_pos, 1).indices  # b×k

@@ -23,6 +23,8 @@ import av
 import numpy as np
 from tqdm import tqdm
 
+from .config import ConfigError
+
 WORLD = 5  # counts the changes of what this file draws: each makes a new folder
 TEMPO = {"slide": 0.95, "bounce": 1.35, "spin": 1.9, "pulse": 2.7}  # motion: events a second, a factor √2 apart
 TEMPO_JITTER = 0.1
@@ -421,12 +423,12 @@ def write(root, toy, seed, workers, progress=True):
     """Write the toy world below `root` unless it is there; returns its folder, which holds manifest.csv.
 
     The folder's name holds a hash of everything that decides its content. An interrupted writing goes on where it stopped.
-    `workers`: processes; 0 or 1: this one alone. Raises ValueError for settings that the files cannot hold.
+    `workers`: processes; 0 or 1: this one alone. Raises ConfigError for settings that the files cannot hold.
     """
     if toy.size % 2:
-        raise ValueError(f"toy.size is {toy.size}, but H.264 needs an even number: use {toy.size + 1}")
+        raise ConfigError(f"toy.size is {toy.size}, but H.264 needs an even number: use {toy.size + 1}")
     if toy.rate_hz not in AAC_RATES_HZ:
-        raise ValueError(f"toy.rate_hz is {toy.rate_hz}, but AAC needs one of {', '.join(map(str, AAC_RATES_HZ))}")
+        raise ConfigError(f"toy.rate_hz is {toy.rate_hz}, but AAC needs one of {', '.join(map(str, AAC_RATES_HZ))}")
     content = json.dumps([WORLD, seed, dataclasses.asdict(toy)], sort_keys=True)
     name = f"toy-{toy.train}+{toy.test}-{toy.seconds:g}s-{toy.size}px-faulty{toy.faulty:g}-seed{seed}"
     folder = Path(root) / f"{name}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"

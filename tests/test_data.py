@@ -12,7 +12,7 @@ from conftest import chirps, numbers, tone, write_media
 
 from avid import config, data, datasets
 from avid.data import Clips, Draws, augment, central_crop, collate, hue_rotation, mask, random_crop, to_device
-from avid.media import Media
+from avid.media import Media, MediaError
 from avid.temporal_tasks import Clip
 
 FPS = 25
@@ -285,7 +285,7 @@ def test_too_many_unusable_files_in_a_row_end_it(tmp_path):
     for k in range(3):
         (tmp_path / f"{k}.mp4").write_bytes(b"no video")
     clips = Clips(folder_table(tmp_path), settings(), training=True)
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises(MediaError) as caught:
         clips[0, (3, 0, 0)]
     text = str(caught.value)
     assert "\n" not in text

@@ -1,0 +1,165 @@
+"""Fingerprinting: does a distorted copy of a video find its original? docs/method.md section 10.
+
+In: a network, and the table of videos that are both the gallery and, distorted, the queries.
+Out: R@k of the copies by their picture, by their sound and by both, as one flat dict; a picture of R@1 against strength.
+"""
+
+import copy
+import dataclasses
+import functools
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from . import config, data, datasets, evaluation, temporal_tasks
+from .distortions import DISTORTIONS, Distortion
+from .figures import plt
+from .media import spectrogram
+
+SPEED = Distortion("both", (1.25, 1.5, 2.0), "times as fast, same pitch", lambda clip, *_: clip)  # the rest: Copies.evenly
+PROTOCOL = {**DISTORTIONS, "speed": SPEED}
+COLOURS = {"video": "tab:blue", "audio": "tab:orange", "joint": "black"}
+
+
+class Copies(data.Clips):
+    """One distorted copy of each of a table's videos: the pictures, or the sounds, of its evaluation clips.
+
+    Random choices are a function of (seed, index): the same for all clips of a copy.
+    """
+
+    def __init__(self, table, cfg, modality, name, strength):
+        """modality: video or audio; name, strength: of PROTOCOL."""
+        super().__init__(table, cfg, training=False, modalities=(modality,))
+        self.distort, self.strength = PROTOCOL[name].distort, strength
+        self.speed = strength if name == "speed" else 1
+
+    def evenly(self, first_s, last_s):
+        """Of a copy that is played faster: a clip covers more of the original."""
+        clips = temporal_tasks.evenly(first_s, last_s, self.speed * self.length_s, self.clips)
+        return [dataclasses.replace(clip, speed=self.speed) for clip in clips]
+
+    def picture(self, media, clip, rng):
+        return self.distort(super().picture(media, clip, rng), self.strength, copy.deepcopy(rng))
+
+    def loudness(self, media, clip, rng):
+        audio = self.cfg.audio
+
+        def distort(wave):
+            return self.distort(wave, audio.rate_hz, self.strength, copy.deepcopy(rng))
+
+        return spectrogram(media, self.start_of(clip, audio.seconds), audio, clip.speed, distort)
+
+
+def measure(subject, table, modalities, ks):
+    """R@k, percent, of every distortion at every strength: {"crop 0.9 joint instance R@1": …}, by class where all have one.
+
+    subject: evaluation.Subject; table: datasets.Table. The gallery is the n videos that can be read, the queries their copies. A
+    distortion of one modality leaves the other as it is; joint features are both, of unit length each, one behind the other [C].
+    Besides: videos and gallery_videos, n; skipped: videos that cannot be read; unread_copies: of a video, distortion and strength.
+    Raises ConfigError, MediaError.
+    """
+    if "audio" in modalities:
+        check(subject.cfg.audio)
+    clean = {modality: evaluation.features(subject, table, (modality,)) for modality in modalities}
+    index = functools.reduce(np.intersect1d, [found.index for found in clean.values()])  # n
+    if not len(index):
+        raise data.MediaError(f"no file of {table.name} has both a picture and a sound that can be used")
+    gallery = {m: found.video_level("features", m)[np.isin(found.index, index)] for m, found in clean.items()}  # n×F each
+    originals = datasets.take(table, index)
+    matches, labels = {"instance": np.equal}, originals.labels
+    if labels.ndim == 1 and (labels >= 0).all():
+        matches["class"] = lambda query, found: labels[query] == labels[found]
+
+    recalls, unread = {}, 0
+    kinds = {name: kind for name, kind in PROTOCOL.items() if kind.modality in (*modalities, "both")}
+    for name, strength in (bar := tqdm([(name, s) for name, kind in kinds.items() for s in kind.strengths], leave=False)):
+        bar.set_description(f"{name} {strength:g}")
+        query = dict(gallery)
+        for modality in modalities if name == "speed" else (kinds[name].modality,):
+            query[modality] = encode(subject, Copies(originals, subject.cfg, modality, name, strength))
+        read = np.flatnonzero(np.isfinite(np.hstack([*query.values()])).all(1))  # places in the gallery of the copies to be had
+        unread += len(originals) - len(read)
+        query, key = with_joint(query), with_joint(gallery)
+        for what in key:
+            found = evaluation.nearest(query[what][read], key[what], max(ks))
+            for by, match in matches.items():
+                recall = evaluation.recall(found, lambda q, f, read=read, match=match: match(read[q], f), ks)
+                recalls |= {f"{name} {strength:g} {what} {by} {k}": value for k, value in recall.items()}
+    counts = {"videos": len(originals), "gallery_videos": len(originals), "skipped": len(table) - len(originals)}
+    return {**counts, "unread_copies": unread, **recalls}
+
+
+def check(audio):
+    """Whether every distortion can be had of such sounds (config.Audio). Raises ConfigError."""
+    for kind in DISTORTIONS.values():
+        for strength in kind.strengths if kind.modality == "audio" else ():
+            try:
+                kind.distort(torch.zeros(1000), audio.rate_hz, strength, np.random.default_rng(0))
+            except ValueError as error:
+                raise config.ConfigError(f"fingerprinting cannot be done with audio.rate_hz={audio.rate_hz}: {error}") from None
+
+
+@torch.no_grad()
+def encode(subject, copies):
+    """Features of copies, the mean over their clips: n×F float32, unit rows; NaN where a copy cannot be read."""
+    cfg, device, (modality,) = subject.cfg, subject.device, copies.modalities
+    dim = subject.network.get_submodule(f"{modality}_model").dim
+    found = np.full((len(copies), dim), np.nan, np.float32)
+    for batch in data.loader(copies, cfg.data.workers, batch_size=max(1, cfg.eval.batch_size // copies.clips)):
+        for row, reason in batch["failures"]:
+            tqdm.write(f"skipped a copy of {copies.table.root / copies.table.paths[row]}: {reason}")
+        if "index" in batch:
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and cfg.optim.amp != "none"):
+                _, features = subject.network.encode(modality, data.to_device(batch, device)[modality])  # B·K×F
+            features = features.float().view(len(batch["index"]), copies.clips, -1).mean(1)
+            found[batch["index"].numpy()] = F.normalize(features, dim=1).cpu().numpy()
+    return found
+
+
+def with_joint(features):
+    """{video n×F, audio n×F} and, where there are both, joint n×2F."""
+    return {**features, "joint": np.hstack([*features.values()])} if len(features) > 1 else features
+
+
+def rows(result):
+    """R@1 of `measure`'s result as rows of a table, one a distortion and strength."""
+    for name, kind in PROTOCOL.items():
+        for strength in kind.strengths:
+            at = f"{name} {strength:g} "
+            recalls = {key.removeprefix(at): value for key, value in result.items() if key.startswith(at) and key.endswith("R@1")}
+            if recalls:
+                yield {"distortion": name, "strength": f"{strength:g}", **recalls}
+
+
+def draw(path, result):
+    """A panel a distortion, R@1 by instance against strength: distortions of the picture above, those of the sound below."""
+    panels = {}
+    for row in rows(result):
+        panels.setdefault(row["distortion"], []).append(row)
+    lines = [[name for name in panels if PROTOCOL[name].modality == modality] for modality in data.MODALITIES]
+    lines = [line for line in lines if line]
+    lines[0].append("speed")
+    size = {"figsize": (1.9 * len(lines[0]), 2.3 * len(lines) + 0.3), "layout": "constrained", "squeeze": False, "sharey": True}
+    figure, axes = plt.subplots(len(lines), len(lines[0]), **size)
+    places = {name: axis for line, part in zip(lines, axes, strict=True) for name, axis in zip(line, part, strict=False)}
+    for axis in set(axes.flat) - set(places.values()):
+        axis.set_axis_off()
+    for name, axis in places.items():
+        for what, colour in COLOURS.items():
+            values = [row[f"{what} instance R@1"] for row in panels[name] if f"{what} instance R@1" in row]
+            as_it_was = what not in ("joint", PROTOCOL[name].modality) and name != "speed"
+            if values:
+                axis.plot(values, ":" if as_it_was else "o-", color=colour, label=what, markersize=4, linewidth=1.3)
+        axis.set_xticks(range(len(panels[name])), [row["strength"] for row in panels[name]], fontsize=8)
+        axis.set(ylim=(-4, 104), xlim=(-0.3, len(panels[name]) - 0.7))
+        axis.set_title(name.replace("_", "-"), fontsize=10)
+        axis.set_xlabel(PROTOCOL[name].unit, fontsize=7)
+        axis.grid(alpha=0.3)
+    for line in axes:
+        line[0].set_ylabel("R@1, %", fontsize=9)
+    handles = {line.get_label(): line for line in axes[0, -1].get_lines()}  # of speed, where nothing is as it was
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3, fontsize=9)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

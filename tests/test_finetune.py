@@ -1,0 +1,252 @@
+"""Fine-tuning on a toy world that is written within a second. Run as a script it fine-tunes, for the tests that need processes."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script: this folder's parent holds avid
+from avid import config, data, datasets, distributed, evaluation, finetune, models, toy
+
+TINY = (
+    "toy.train=20 toy.test=6 toy.seconds=1 toy.size=32 data.workers=0 video.size=32 video.frames=4 audio.seconds=0.5 audio.mels=32 "
+    "model.width=4 model.depth=1 model.embedding=16 eval.clips=2 eval.batch_size=20 finetune.batch_size=10 finetune.epochs=4 "
+    "finetune.warmup_epochs=2 finetune.lr=1e-3 log.checkpoint_minutes=0 log.every_steps=1"
+).split()
+
+
+def subject_of(*overrides):
+    """An untrained network under the tiny settings."""
+    cfg = config.load("toy", [*TINY, *overrides])
+    torch.manual_seed(cfg.seed)
+    network = models.AudioVisual(cfg.model).eval()
+    return evaluation.Subject(network, cfg, torch.device("cpu"), "random", "untrained, seed 0", Path("."))
+
+
+def tables_of(subject, root):
+    folder = toy.write(root, subject.cfg.toy, subject.cfg.seed, 1, progress=False)
+    source = dataclasses.replace(subject.cfg.data, root=str(folder))
+    return datasets.load(source, "train"), datasets.load(source, "test")
+
+
+def script(root, out, *overrides):
+    subject = subject_of(*overrides)
+    finetune.finetune(subject, *tables_of(subject, root), "video", out)
+    distributed.end()
+
+
+def process(root, out, *overrides, ranks=1):
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    command = [sys.executable, *launcher, __file__, str(root), str(out), *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def saved(out, modality="video"):
+    return torch.load(out / f"finetune-{modality}-toy-train.pt", weights_only=True)
+
+
+def assert_same(a, b):
+    """Bit for bit, through nested dicts and lists."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        a, b = list(a.values()), list(b.values())
+    if isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for pair in zip(a, b, strict=True):
+            assert_same(*pair)
+    else:
+        assert torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+@pytest.fixture(autouse=True)
+def as_found():
+    """One thread, as in the processes, and signal handlers as they were."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run: the toy's folder, the run's, what it returned, the subject."""
+    torch.set_num_threads(1)
+    root, out = tmp_path_factory.mktemp("world"), tmp_path_factory.mktemp("whole")
+    subject = subject_of()
+    before = {name: x.clone() for name, x in subject.network.state_dict().items()}
+    result = finetune.finetune(subject, *tables_of(subject, root), "video", out)
+    assert_same(subject.network.state_dict(), before)  # the next division starts from the same network
+    return root, out, result, subject
+
+
+@pytest.mark.parametrize("modality", data.MODALITIES)
+def test_it_learns_the_training_videos(whole, modality, tmp_path):
+    root = whole[0]
+    epochs = {"video": 25, "audio": 12}[modality]
+    plain = "video.crop_area=[0.9,1]", "video.jitter=[0,0,0,0]", "log.checkpoint_minutes=10"
+    subject = subject_of("finetune.lr=1e-2", f"finetune.epochs={epochs}", "finetune.dropout=0.2", *plain)
+    train, _ = tables_of(subject, root)
+    result = finetune.finetune(subject, train, train, modality, tmp_path)
+    assert result["top1"] >= 60 and result["clip_top1"] >= 50  # chance: 10
+    assert result["top5"] >= result["top1"]
+    assert (result["videos"], result["train_videos"], result["skipped"]) == (20, 20, 0)
+
+
+def test_the_warm_up_moves_the_linear_layer_alone(whole, tmp_path):
+    """… of the encoder only the statistics of batch norm follow the data."""
+    root, _, _, subject = whole
+    cfg = dataclasses.replace(subject.cfg, finetune=dataclasses.replace(subject.cfg.finetune, epochs=1, warmup_epochs=3))
+    states = {}
+
+    def keep(path, state):
+        states[state["step"]] = {name: x.clone() for name, x in state["classifier"].items()}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune.checkpoint, "save", keep)
+        finetune.finetune(dataclasses.replace(subject, cfg=cfg), *tables_of(subject, root), "video", tmp_path)
+    start = subject.network.video_model.state_dict()
+    moved = {
+        step: {name for name in start if not torch.equal(state[f"encoder.{name}"], start[name])} for step, state in states.items()
+    }
+    parameters = {name for name, _ in subject.network.video_model.named_parameters()}
+    assert list(states) == list(range(1, 9))
+    assert not moved[6] & parameters and any("running_mean" in name for name in moved[6])
+    assert moved[7] >= parameters
+    assert not torch.equal(states[1]["linear.weight"], states[6]["linear.weight"])
+
+
+def test_the_learning_rate_falls_at_the_milestones(whole, tmp_path):
+    root, _, _, _ = whole
+    subject = subject_of("finetune.milestones=[0.25,0.5]", "finetune.gamma=0.1", "finetune.warmup_epochs=1")
+    rates = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune.checkpoint, "save", lambda path, state: rates.append(state["optimizer"]["param_groups"][0]["lr"]))
+        finetune.finetune(subject, *tables_of(subject, root), "video", tmp_path)
+    assert rates == pytest.approx([1e-3] * 4 + [1e-4] * 2 + [1e-5] * 4)  # 2 steps an epoch, the warm-up first
+
+
+def test_dropout_is_a_function_of_seed_and_step():
+    a, b, c = (finetune.dropout(0.3, (400, 50), *key) for key in ((0, 1), (0, 1), (0, 2)))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert set(a.unique().tolist()) == {0.0, pytest.approx(1 / 0.7)}
+    assert a.mean().item() == pytest.approx(1, abs=0.03)
+    assert torch.equal(finetune.dropout(0.0, (4, 5), 0, 1), torch.ones(4, 5))
+
+
+def test_a_finished_run_is_only_tested(whole):
+    root, out, result, subject = whole
+    before = (out / "finetune-video-toy-train.pt").stat().st_mtime_ns
+    assert finetune.finetune(subject, *tables_of(subject, root), "video", out) == result
+    assert (out / "finetune-video-toy-train.pt").stat().st_mtime_ns == before
+
+
+def test_clips_are_plain_whatever_the_checkpoint_was_trained_with(whole, tmp_path):
+    """Of a network that learned speeds, directions and orders the same clips are taken as of any other."""
+    root, out, result, _ = whole
+    subject = subject_of("temporal={moments: 2, speeds: [1, 2], reverse: true}")
+    assert finetune.finetune(subject, *tables_of(subject, root), "video", tmp_path) == result
+    assert_same(saved(tmp_path), saved(out))
+
+
+def test_killed_and_resumed_it_ends_in_the_same_bits(whole, tmp_path):
+    root, out, result, subject = whole
+    file = tmp_path / "finetune-video-toy-train.pt"
+    running = process(root, tmp_path)
+    deadline = time.monotonic() + 120
+    while not file.exists():
+        assert running.poll() is None and time.monotonic() < deadline, running.stdout.read()
+        time.sleep(0.005)
+    time.sleep(0.1)  # some steps on: within the warm-up, after it, or while it saves
+    running.send_signal(signal.SIGKILL)
+    running.communicate()
+    assert saved(tmp_path)["step"] < 12
+    assert finetune.finetune(subject, *tables_of(subject, root), "video", tmp_path) == result
+    assert_same(saved(tmp_path), saved(out))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_step_saves_and_leaves(whole, number, tmp_path, capsys):
+    root, out, result, subject = whole
+    tables = tables_of(subject, root)
+    count, steps = data.BadFiles.count, []
+
+    def signalled(*arguments):  # within the fifth step, the first of the whole network
+        steps.append(1)
+        if len(steps) == 5:
+            signal.raise_signal(number)
+        return count(*arguments)
+
+    slow = dataclasses.replace(subject, cfg=dataclasses.replace(subject.cfg, log=config.Log()))  # no checkpoint else
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as left:
+        patch.setattr(data.BadFiles, "count", signalled)
+        finetune.finetune(slow, *tables, "video", tmp_path)
+    assert left.value.code == 128 + number
+    assert "after step 5, saved; the same command goes on from here" in capsys.readouterr().out
+    assert saved(tmp_path)["step"] == 5
+    assert finetune.finetune(slow, *tables, "video", tmp_path) == result
+    assert_same(saved(tmp_path), saved(out))
+
+
+def test_two_processes_are_one(whole, tmp_path):
+    root, out, _, _ = whole
+    running = process(root, tmp_path, ranks=2)
+    text = running.communicate(timeout=200)[0]
+    assert running.returncode == 0, text[-3000:]
+    one, two = saved(out)["classifier"], saved(tmp_path)["classifier"]
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_bad_files_are_named_replaced_and_counted(whole, tmp_path, capsys):
+    """… and still counted when the run is finished and only tested again."""
+    root, _, _, subject = whole
+    train, test = (dataclasses.replace(t, paths=list(t.paths)) for t in tables_of(subject, root))
+    for table in (train, test):
+        (table.root / "broken.mp4").write_text("no video")
+        table.paths[3] = "broken.mp4"
+    cfg = dataclasses.replace(subject.cfg, data=dataclasses.replace(subject.cfg.data, max_bad_share=0.5))
+    first = finetune.finetune(dataclasses.replace(subject, cfg=cfg), train, test, "video", tmp_path)
+    assert (first["videos"], first["train_videos"], first["skipped"]) == (5, 19, 2)
+    assert capsys.readouterr().out.count(f"skipped {train.root / 'broken.mp4'}: ") == 2  # once of each table
+    assert finetune.finetune(dataclasses.replace(subject, cfg=cfg), train, test, "video", tmp_path) == first
+
+
+def test_too_many_bad_files_end_it(whole, tmp_path):
+    root, _, _, subject = whole
+    train, test = tables_of(subject, root)
+    (train.root / "broken.mp4").write_text("no video")
+    train = dataclasses.replace(train, paths=["broken.mp4"] * 5 + train.paths[5:])
+    with pytest.raises(data.MediaError, match="data.max_bad_share = 0.1; the lines above name them"):
+        finetune.finetune(subject, train, test, "video", tmp_path)
+
+
+def test_what_cannot_be_used_is_said_before_training(whole, tmp_path):
+    root, out, _, subject = whole
+    train, test = tables_of(subject, root)
+    nothing = dataclasses.replace(test, labels=np.full(len(test), -1))
+    with pytest.raises(datasets.DataError, match="6 of 6 files have no class"):
+        finetune.finetune(subject, train, nothing, "video", tmp_path)
+    with pytest.raises(config.ConfigError, match=r"finetune.batch_size: 21; expected at most 20"):
+        finetune.finetune(subject_of("finetune.batch_size=21"), train, test, "video", tmp_path)
+    with pytest.raises(config.ConfigError, match=r"finetune.lr was 0.001 and is 0.5\); choose another --out"):
+        finetune.finetune(subject_of("finetune.lr=0.5"), train, test, "video", out)
+    with pytest.raises(config.ConfigError, match="videos was"):
+        finetune.finetune(subject, datasets.take(train, slice(1, None)), test, "video", out)
+    with pytest.raises(config.ConfigError, match="the loss is nan at step .; try a lower finetune.lr"):
+        finetune.finetune(subject_of("finetune.lr=1e38"), train, test, "video", tmp_path)
+
+
+if __name__ == "__main__":
+    script(*sys.argv[1:])
