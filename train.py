@@ -144,6 +144,7 @@ def main(cfg):
             distributed.say(
                 place, f"stopped by {stop.asked or 'another rank'} after step {done}, saved; the same command goes on from here"
             )
+            distributed.end()
             sys.exit(stop.exit_code)
     bar.close()
     bad_files.report()

@@ -246,7 +246,7 @@ def to_device(batch, device):
         mean, std = video.new_tensor(PIXEL_MEAN), video.new_tensor(PIXEL_STD)
         batch["video"] = (video - mean[:, None, None, None]) / std[:, None, None, None]
     if "audio" in batch:
-        audio = (batch["audio"].flatten(0, 1) - DB_MEAN) / DB_STD
+        audio = (batch["audio"].flatten(0, 1).float() - DB_MEAN) / DB_STD
         batch["audio"] = mask(audio, batch["mask"].flatten(0, 1)) if "mask" in batch else audio
     return batch
 

@@ -43,7 +43,7 @@ def h264(video, crf, rng):
     frames = np.pad(video.permute(1, 2, 3, 0).numpy(), ((0, 0), (0, video.shape[2] % 2), (0, video.shape[3] % 2), (0, 0)), "edge")
     encoder, decoder = av.CodecContext.create("libx264", "w"), av.CodecContext.create("h264", "r")
     encoder.height, encoder.width = frames.shape[1:3]  # even: colour has half the resolution
-    encoder.pix_fmt, encoder.time_base, encoder.options = "yuv420p", Fraction(1, 16), {"crf": str(crf)}
+    encoder.pix_fmt, encoder.time_base, encoder.options = "yuv420p", Fraction(1, 16), {"crf": str(crf), "mbtree": "0"}
     encoder.thread_count = decoder.thread_count = 1
     packets = []
     for k, image in enumerate(frames):

@@ -6,6 +6,7 @@ Out: `start()` tells rank, world size and device; the rest works alike for one a
 
 import os
 import signal
+import time
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -34,7 +35,10 @@ def start():
 
 
 def end():
+    """Leave the other ranks."""
     if dist.is_initialized():
+        # Gloo's thread needs the interpreter to let go of the last message, and torch joins that thread without giving way
+        time.sleep(0.5)
         dist.destroy_process_group()
 
 

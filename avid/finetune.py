@@ -43,7 +43,8 @@ def finetune(subject, train_table, test_table, modality, out):
     `finetune.*`; the clips are plain ones of `video.*` and `audio.*`. A stopped run goes on from its checkpoint, on a CPU to the same
     bits; a finished one is only tested. SIGTERM and Ctrl-C end the step, save and leave.
     → {top1, top5: of test videos, the softmax averaged over eval.clips clips; clip_top1: of clips, in percent; videos, train_videos:
-    how many were used; skipped: how many of both could not be}. Raises DataError, MediaError, ConfigError, CheckpointError.
+    how many were used; skipped: how many of both could not be}. Raises DataError, MediaError, ConfigError, CheckpointError,
+    FloatingPointError.
     """
     place = distributed.start()
     cfg = dataclasses.replace(subject.cfg, temporal=config.Temporal())  # plain: one clip a video, at its own speed, forwards
@@ -116,7 +117,7 @@ def finetune(subject, train_table, test_table, modality, out):
         if done % cfg.log.every_steps == 0 or done == last_step:
             mean = distributed.total(loss).item() / place.world
             if not math.isfinite(mean):
-                raise config.ConfigError(f"the loss is {mean} at step {done}; try a lower finetune.lr or optim.amp=none")
+                raise FloatingPointError(f"the loss is {mean} at step {done}; try a lower finetune.lr or optim.amp=none")
             bar.set_postfix_str(f"epoch {epoch:.1f}, loss {mean:.3f}")
         leave = distributed.any_rank(stop.asked)
         long_ago = time.perf_counter() - saved_at > 60 * cfg.log.checkpoint_minutes

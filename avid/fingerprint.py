@@ -80,6 +80,8 @@ def measure(subject, table, modalities, ks):
         for modality in modalities if name == "speed" else (kinds[name].modality,):
             query[modality] = encode(subject, Copies(originals, subject.cfg, modality, name, strength))
         read = np.flatnonzero(np.isfinite(np.hstack([*query.values()])).all(1))  # places in the gallery of the copies to be had
+        if not len(read):
+            raise data.MediaError(f"none of the copies of {table.name} can be used: {name} {strength:g}")
         unread += len(originals) - len(read)
         query, key = with_joint(query), with_joint(gallery)
         for what in key:
@@ -128,16 +130,16 @@ def rows(result):
     for name, kind in PROTOCOL.items():
         for strength in kind.strengths:
             at = f"{name} {strength:g} "
-            recalls = {key.removeprefix(at): value for key, value in result.items() if key.startswith(at) and key.endswith("R@1")}
+            recalls = {key[len(at) : -len(" R@1")]: x for key, x in result.items() if key.startswith(at) and key.endswith(" R@1")}
             if recalls:
-                yield {"distortion": name, "strength": f"{strength:g}", **recalls}
+                yield {"R@1, %": name, "strength": f"{strength:g}", **recalls}
 
 
 def draw(path, result):
     """A panel a distortion, R@1 by instance against strength: distortions of the picture above, those of the sound below."""
     panels = {}
     for row in rows(result):
-        panels.setdefault(row["distortion"], []).append(row)
+        panels.setdefault(row["R@1, %"], []).append(row)
     lines = [[name for name in panels if PROTOCOL[name].modality == modality] for modality in data.MODALITIES]
     lines = [line for line in lines if line]
     lines[0].append("speed")
@@ -148,7 +150,7 @@ def draw(path, result):
         axis.set_axis_off()
     for name, axis in places.items():
         for what, colour in COLOURS.items():
-            values = [row[f"{what} instance R@1"] for row in panels[name] if f"{what} instance R@1" in row]
+            values = [row[f"{what} instance"] for row in panels[name] if f"{what} instance" in row]
             as_it_was = what not in ("joint", PROTOCOL[name].modality) and name != "speed"
             if values:
                 axis.plot(values, ":" if as_it_was else "o-", color=colour, label=what, markersize=4, linewidth=1.3)
@@ -159,7 +161,7 @@ def draw(path, result):
         axis.grid(alpha=0.3)
     for line in axes:
         line[0].set_ylabel("R@1, %", fontsize=9)
-    handles = {line.get_label(): line for line in axes[0, -1].get_lines()}  # of speed, where nothing is as it was
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3, fontsize=9)
+    legend = {"title": "dotted: not distorted" if len(lines) > 1 else None, "title_fontsize": 8, "fontsize": 9, "ncols": 3}
+    figure.legend(handles=places["speed"].get_lines(), loc="outside upper center", **legend)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -128,4 +128,4 @@ def _similarity(x, memories, temperature, bias):
 
 def _exclude(valid):
     """0 where valid, −inf elsewhere: C (bool) -> C."""
-    return torch.zeros_like(valid, dtype=torch.float32).masked_fill(~valid, -math.inf)
+    return torch.zeros_like(valid, dtype=torch.get_default_dtype()).masked_fill(~valid, -math.inf)

@@ -11,11 +11,14 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
+import threading
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from fractions import Fraction
 from functools import partial
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple
 
@@ -439,6 +442,13 @@ def write(root, toy, seed, workers, progress=True):
     return folder
 
 
+def _end_with_parent():
+    """A worker's beginning: Ctrl-C is its parent's to answer, and when that has gone, even killed, it ends too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process().sentinel
+    threading.Thread(target=lambda: (wait([parent]), os._exit(1)), daemon=True).start()
+
+
 def _write_all(folder, toy, seed, workers, progress):
     rows = table(toy, seed)
     for split in ("train", "test"):
@@ -452,7 +462,7 @@ def _write_all(folder, toy, seed, workers, progress):
                 bar.update()
         elif todo:
             # the platform's own way, as DataLoader's workers: to spawn would import the calling script's torch in every process
-            pool = ProcessPoolExecutor(min(workers, len(todo)), multiprocessing.get_context())
+            pool = ProcessPoolExecutor(min(workers, len(todo)), multiprocessing.get_context(), initializer=_end_with_parent)
             try:
                 for future in as_completed([pool.submit(_write_one, folder, toy, seed, row) for row in todo]):
                     future.result()

@@ -1,6 +1,7 @@
 """Fine-tuning on a toy world that is written within a second. Run as a script it fine-tunes, for the tests that need processes."""
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from avid import config, data, datasets, distributed, evaluation, finetune, mode
 TINY = (
     "toy.train=20 toy.test=6 toy.seconds=1 toy.size=32 data.workers=0 video.size=32 video.frames=4 audio.seconds=0.5 audio.mels=32 "
     "model.width=4 model.depth=1 model.embedding=16 eval.clips=2 eval.batch_size=20 finetune.batch_size=10 finetune.epochs=4 "
-    "finetune.warmup_epochs=2 finetune.lr=1e-3 log.checkpoint_minutes=0 log.every_steps=1"
+    "finetune.warmup_epochs=2 finetune.lr=1e-3 log.every_steps=4"
 ).split()
 
 
@@ -38,7 +39,9 @@ def tables_of(subject, root):
 
 def script(root, out, *overrides):
     subject = subject_of(*overrides)
-    finetune.finetune(subject, *tables_of(subject, root), "video", out)
+    result = finetune.finetune(subject, *tables_of(subject, root), "video", out)
+    if distributed.rank() == 0:
+        print(json.dumps(result))
     distributed.end()
 
 
@@ -93,9 +96,9 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize("modality", data.MODALITIES)
 def test_it_learns_the_training_videos(whole, modality, tmp_path):
     root = whole[0]
-    epochs = {"video": 25, "audio": 12}[modality]
-    plain = "video.crop_area=[0.9,1]", "video.jitter=[0,0,0,0]", "log.checkpoint_minutes=10"
-    subject = subject_of("finetune.lr=1e-2", f"finetune.epochs={epochs}", "finetune.dropout=0.2", *plain)
+    clips = "video.crop_area=[0.9,1]", "video.jitter=[0,0,0,0]", "video.flip=0"
+    settings = "finetune.lr=1e-2", "finetune.epochs=25", "finetune.dropout=0", "finetune.milestones=[0.8]"
+    subject = subject_of("model.width=8", *clips, *settings)
     train, _ = tables_of(subject, root)
     result = finetune.finetune(subject, train, train, modality, tmp_path)
     assert result["top1"] >= 60 and result["clip_top1"] >= 50  # chance: 10
@@ -105,8 +108,7 @@ def test_it_learns_the_training_videos(whole, modality, tmp_path):
 
 def test_the_warm_up_moves_the_linear_layer_alone(whole, tmp_path):
     """… of the encoder only the statistics of batch norm follow the data."""
-    root, _, _, subject = whole
-    cfg = dataclasses.replace(subject.cfg, finetune=dataclasses.replace(subject.cfg.finetune, epochs=1, warmup_epochs=3))
+    subject = subject_of("finetune.epochs=1", "finetune.warmup_epochs=3", "log.checkpoint_minutes=0")
     states = {}
 
     def keep(path, state):
@@ -114,7 +116,7 @@ def test_the_warm_up_moves_the_linear_layer_alone(whole, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(finetune.checkpoint, "save", keep)
-        finetune.finetune(dataclasses.replace(subject, cfg=cfg), *tables_of(subject, root), "video", tmp_path)
+        finetune.finetune(subject, *tables_of(subject, whole[0]), "video", tmp_path)
     start = subject.network.video_model.state_dict()
     moved = {
         step: {name for name in start if not torch.equal(state[f"encoder.{name}"], start[name])} for step, state in states.items()
@@ -127,19 +129,19 @@ def test_the_warm_up_moves_the_linear_layer_alone(whole, tmp_path):
 
 
 def test_the_learning_rate_falls_at_the_milestones(whole, tmp_path):
-    root, _, _, _ = whole
-    subject = subject_of("finetune.milestones=[0.25,0.5]", "finetune.gamma=0.1", "finetune.warmup_epochs=1")
+    settings = "finetune.milestones=[0.25,0.5]", "finetune.gamma=0.1", "finetune.warmup_epochs=1", "log.checkpoint_minutes=0"
+    subject = subject_of(*settings)
     rates = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(finetune.checkpoint, "save", lambda path, state: rates.append(state["optimizer"]["param_groups"][0]["lr"]))
-        finetune.finetune(subject, *tables_of(subject, root), "video", tmp_path)
+        finetune.finetune(subject, *tables_of(subject, whole[0]), "video", tmp_path)
     assert rates == pytest.approx([1e-3] * 4 + [1e-4] * 2 + [1e-5] * 4)  # 2 steps an epoch, the warm-up first
 
 
 def test_dropout_is_a_function_of_seed_and_step():
     a, b, c = (finetune.dropout(0.3, (400, 50), *key) for key in ((0, 1), (0, 1), (0, 2)))
     assert torch.equal(a, b) and not torch.equal(a, c)
-    assert set(a.unique().tolist()) == {0.0, pytest.approx(1 / 0.7)}
+    assert a.unique().tolist() == pytest.approx([0, 1 / 0.7])
     assert a.mean().item() == pytest.approx(1, abs=0.03)
     assert torch.equal(finetune.dropout(0.0, (4, 5), 0, 1), torch.ones(4, 5))
 
@@ -162,12 +164,12 @@ def test_clips_are_plain_whatever_the_checkpoint_was_trained_with(whole, tmp_pat
 def test_killed_and_resumed_it_ends_in_the_same_bits(whole, tmp_path):
     root, out, result, subject = whole
     file = tmp_path / "finetune-video-toy-train.pt"
-    running = process(root, tmp_path)
-    deadline = time.monotonic() + 120
-    while not file.exists():
+    running = process(root, tmp_path, "log.checkpoint_minutes=0")
+    deadline, versions = time.monotonic() + 120, set()
+    while len(versions) < 4:  # about the end of the warm-up
         assert running.poll() is None and time.monotonic() < deadline, running.stdout.read()
-        time.sleep(0.005)
-    time.sleep(0.1)  # some steps on: within the warm-up, after it, or while it saves
+        versions |= {file.stat().st_mtime_ns} if file.exists() else set()
+        time.sleep(0.001)
     running.send_signal(signal.SIGKILL)
     running.communicate()
     assert saved(tmp_path)["step"] < 12
@@ -187,22 +189,22 @@ def test_a_signal_ends_the_step_saves_and_leaves(whole, number, tmp_path, capsys
             signal.raise_signal(number)
         return count(*arguments)
 
-    slow = dataclasses.replace(subject, cfg=dataclasses.replace(subject.cfg, log=config.Log()))  # no checkpoint else
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as left:
         patch.setattr(data.BadFiles, "count", signalled)
-        finetune.finetune(slow, *tables, "video", tmp_path)
+        finetune.finetune(subject, *tables, "video", tmp_path)
     assert left.value.code == 128 + number
     assert "after step 5, saved; the same command goes on from here" in capsys.readouterr().out
     assert saved(tmp_path)["step"] == 5
-    assert finetune.finetune(slow, *tables, "video", tmp_path) == result
+    assert finetune.finetune(subject, *tables, "video", tmp_path) == result
     assert_same(saved(tmp_path), saved(out))
 
 
 def test_two_processes_are_one(whole, tmp_path):
-    root, out, _, _ = whole
+    root, out, result, _ = whole
     running = process(root, tmp_path, ranks=2)
     text = running.communicate(timeout=200)[0]
     assert running.returncode == 0, text[-3000:]
+    assert json.loads(next(line for line in text.splitlines() if line.startswith("{"))) == result
     one, two = saved(out)["classifier"], saved(tmp_path)["classifier"]
     assert one.keys() == two.keys()
     for name in one:
@@ -228,7 +230,7 @@ def test_too_many_bad_files_end_it(whole, tmp_path):
     train, test = tables_of(subject, root)
     (train.root / "broken.mp4").write_text("no video")
     train = dataclasses.replace(train, paths=["broken.mp4"] * 5 + train.paths[5:])
-    with pytest.raises(data.MediaError, match="data.max_bad_share = 0.1; the lines above name them"):
+    with pytest.raises(data.MediaError, match=r"data.max_bad_share = 0.1; the lines above name them"):
         finetune.finetune(subject, train, test, "video", tmp_path)
 
 
@@ -244,7 +246,7 @@ def test_what_cannot_be_used_is_said_before_training(whole, tmp_path):
         finetune.finetune(subject_of("finetune.lr=0.5"), train, test, "video", out)
     with pytest.raises(config.ConfigError, match="videos was"):
         finetune.finetune(subject, datasets.take(train, slice(1, None)), test, "video", out)
-    with pytest.raises(config.ConfigError, match="the loss is nan at step .; try a lower finetune.lr"):
+    with pytest.raises(FloatingPointError, match=r"the loss is nan at step .; try a lower finetune.lr"):
         finetune.finetune(subject_of("finetune.lr=1e38"), train, test, "video", tmp_path)
 
 

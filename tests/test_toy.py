@@ -2,7 +2,13 @@
 
 import dataclasses
 import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -92,6 +98,39 @@ def test_no_half_file_under_its_final_name(world, tmp_path, monkeypatch, fault):
     assert content(folder).items() <= content(world).items()
     monkeypatch.setattr(toy, "encode", whole)
     assert content(toy.write(tmp_path, TINY, 3, 1, progress=False)) == content(world)
+
+
+def alive(pid):
+    """Whether a process still runs; one that only waits to be buried does not."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds a process's children by way of /proc")
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_an_ended_writer_leaves_no_process_and_no_half_video(tmp_path, how):
+    settings = dataclasses.replace(TINY, train=400)
+    code = f"from avid import config, toy; toy.write({str(tmp_path)!r}, config.{settings!r}, 3, 2, progress=False)"
+    writer = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1], stderr=subprocess.PIPE, text=True)
+    while writer.poll() is None and len(list(tmp_path.glob("*/train/*.mp4"))) < 3:
+        time.sleep(0.01)
+    children = [int(pid) for pid in Path(f"/proc/{writer.pid}/task/{writer.pid}/children").read_text().split()]
+    assert len(children) == 2
+    for pid in [writer.pid] + (children if how == signal.SIGINT else []):  # Ctrl-C reaches all of them
+        os.kill(pid, how)
+    error = writer.communicate(timeout=50)[1]
+    assert writer.returncode == -how
+    assert error.count("Traceback") <= 1  # the workers do not add theirs
+    give_up = time.monotonic() + 60
+    while any(map(alive, children)) and time.monotonic() < give_up:
+        time.sleep(0.01)
+    assert not any(map(alive, children))
+    (folder,) = tmp_path.iterdir()
+    assert not (folder / "manifest.csv").exists()
+    if how == signal.SIGINT:
+        assert not list(folder.rglob("*.part"))
+    for path in folder.glob("train/*.mp4"):  # each one is whole
+        assert Media(path).last_s == pytest.approx(2.0, abs=0.05)
 
 
 def test_two_runs_may_write_the_same_world_at_once(world, tmp_path, monkeypatch):
