@@ -8,11 +8,12 @@
 linear     L2-regularised logistic regression on frozen features
 svm        linear SVM on frozen features
 fewshot    linear SVM from 1, 5 and 20 labelled videos a class, mean and deviation over 20 draws
+finetune   the whole network, trained on (settings finetune.*); under torchrun on several GPUs; the same command resumes
 """
 
 from avid import config
 
-MODES = ("linear", "svm", "fewshot")
+MODES = ("linear", "svm", "fewshot", "finetune")
 
 
 def command_line(argv=None):
@@ -30,7 +31,7 @@ if __name__ == "__main__":  # before the heavy imports: --help and a wrong argum
 
 import numpy as np
 
-from avid import evaluation
+from avid import distributed, evaluation, finetune
 
 
 def main(arguments):
@@ -40,6 +41,10 @@ def main(arguments):
     for train_table, test_table in evaluation.tables(subject.cfg):
         print(f"{train_table.report()}\n{test_table.report()}")
         evaluation.settle(subject, train_table, modalities)
+        if arguments.mode == "finetune":
+            for modality in modalities:
+                divisions[modality].append(finetune.finetune(subject, train_table, test_table, modality, subject.out))
+            continue
         train, test = (evaluation.features(subject, table, modalities) for table in (train_table, test_table))
         train_y, test_y = evaluation.labels_of(train_table, train), evaluation.labels_of(test_table, test)
         counts = {"train_videos": len(train_y), "videos": len(test_y), "skipped": len(train.failures) + len(test.failures)}
@@ -53,6 +58,10 @@ def main(arguments):
         if arguments.save:
             test.save(arguments.save, labels=test_y, classes=test_table.classes, paths=np.array(test_table.paths)[test.index])
 
+    first = distributed.rank() == 0
+    distributed.end()
+    if not first:
+        return
     rows = []
     for modality in modalities:
         scores = [key for key in divisions[modality][0] if key.endswith(("top1", "top5", "std"))]

@@ -21,7 +21,7 @@ class Clip:
     """A clip that covers [start_s, start_s + speed · length] of the source, in seconds of the file's clock."""
 
     start_s: float
-    speed: int = 1
+    speed: float = 1
     backward: bool = False
 
 
