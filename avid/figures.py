@@ -91,7 +91,7 @@ def contact_sheet(path, queries, finds, query_modality, found_modality, cfg):
             tell(axes[row, 1 + column], found, column, found_modality, cfg, "tab:green" if right else "tab:red")
     axes[0, 0].set_title(f"query\n{axes[0, 0].get_title()}", fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=64)
     plt.close(figure)
 
 
@@ -134,7 +134,7 @@ def weights(run, path, root=None):
             axis.hist(values[part], bins, alpha=0.6, density=True, label=f"{name} ({part.sum()})", color=colour)
         axis.set(xlabel=title, yticks=[])
         axis.legend(fontsize=8)
-    figure.suptitle(f"{run}: AUROC {auroc:.3f}", fontsize=10)
+    figure.suptitle(f"{Path(run).name}: AUROC {auroc:.3f}", fontsize=10)
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return auroc
@@ -160,7 +160,7 @@ def tasks(cfg, path, row=0, draws=6):
                 for axis in (picture, sound):
                     axis.set(xticks=[], yticks=[])
             axes[2 * draw, 0].set_ylabel(f"order:\n{temporal_tasks.ORDERS[draw % 3]}", fontsize=9)
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=64)
     plt.close(figure)
 
 
