@@ -78,7 +78,7 @@ def subject(arguments):
     state = {} if arguments.ckpt == "random" else checkpoint.load(arguments.ckpt)
     given = {"data.name": arguments.data, "data.root": arguments.root, "data.split": arguments.split}
     overrides = [f"{key}={value}" for key, value in given.items() if value is not None] + arguments.overrides
-    name = arguments.cfg or (None if "config" in state else "toy")
+    name = arguments.cfg or (None if "config" in state else "avid" if state else "toy")  # AVID-CMA's hold no settings
     cfg = config.load(name, overrides, base=state.get("config"))
     torch.manual_seed(cfg.seed)
     network = models.AudioVisual(cfg.model, temporal_tasks.classes(cfg) if "network" in state else ())
@@ -333,25 +333,31 @@ def accuracies(scores, labels, classes):
     }
 
 
-def nearest(queries, gallery, k, chunk=65536, exclude=None):
+def nearest(queries, gallery, k, exclude=None, rows=1024, columns=16384):
     """The k most similar rows of the gallery for each query, best first, without a matrix of all similarities.
 
     queries q×D, gallery g×D, unit rows → positions q×k int64. exclude: q positions that do not count (the query itself), or None.
+    rows×columns similarities are held at a time.
     """
     queries, gallery = torch.as_tensor(queries), torch.as_tensor(gallery)
     k = min(k, len(gallery) - (exclude is not None))
-    best = torch.full((len(queries), k), -torch.inf)
-    found = torch.zeros(len(queries), k, dtype=torch.long)
-    rows = torch.arange(len(queries))
-    for begin in range(0, len(gallery), chunk):
-        similarity = queries @ gallery[begin : begin + chunk].T  # q×chunk
-        if exclude is not None:
-            own = torch.as_tensor(exclude) - begin
-            inside = (own >= 0) & (own < similarity.shape[1])
-            similarity[rows[inside], own[inside]] = -torch.inf
-        top, position = similarity.topk(min(k, similarity.shape[1]))
-        best, order = torch.cat([best, top], 1).topk(k)
-        found = torch.cat([found, position + begin], 1).gather(1, order)
+    found = torch.empty(len(queries), k, dtype=torch.long)
+    for start in range(0, len(queries), rows):
+        mine = slice(start, start + rows)
+        some = queries[mine]
+        best = torch.full((len(some), 0), -torch.inf)
+        where = torch.zeros(len(some), 0, dtype=torch.long)
+        for begin in range(0, len(gallery), columns):
+            similarity = some @ gallery[begin : begin + columns].T  # rows×columns
+            if exclude is not None:
+                own = torch.as_tensor(exclude)[mine] - begin
+                inside = (own >= 0) & (own < similarity.shape[1])
+                similarity[inside.nonzero()[:, 0], own[inside]] = -torch.inf
+            top, position = similarity.topk(min(k, similarity.shape[1]))
+            best, where = torch.cat([best, top], 1), torch.cat([where, position + begin], 1)
+            best, order = best.topk(min(k, best.shape[1]))
+            where = where.gather(1, order)
+        found[mine] = where
     return found.numpy()
 
 
