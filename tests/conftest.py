@@ -1,12 +1,16 @@
 """Small media files whose content is known at every moment: frames show their number, a chirp sounds at known times."""
 
 import os
+import signal
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+
+# a shell that runs the tests in the background has them ignore Ctrl-C, and so would every process that they start
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SIDE = 64  # pixels: eight bars of eight, the bits of the frame's number
 CHIRP_S = 0.06

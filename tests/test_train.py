@@ -108,7 +108,9 @@ def test_killed_at_a_random_step_and_resumed_it_ends_in_the_same_bits(whole, mor
     run(root, reference, *settings)
     killed = tmp_path / "killed"
     after = random.Random(more[0]).randrange(2, 11)  # steps
-    process = subprocess.Popen(command(root, killed, *settings), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(root, killed, *settings), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT
+    )
     deadline = time.monotonic() + 120
     while not (killed / "metrics.jsonl").exists() or len(metrics_so_far(killed)) < after:
         assert process.poll() is None and time.monotonic() < deadline
@@ -131,13 +133,18 @@ def metrics_so_far(out):
 def test_a_signal_ends_the_step_saves_and_leaves(whole, number, tmp_path):
     root, out, _ = whole
     process = subprocess.Popen(
-        command(root, tmp_path / "run", *ROBUST, "data.workers=1"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command(root, tmp_path / "run", *ROBUST, "data.workers=1"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=ENVIRONMENT,
     )
-    while not (tmp_path / "run" / "metrics.jsonl").exists():
+    log = tmp_path / "run" / "metrics.jsonl"
+    while not (log.exists() and log.stat().st_size):  # a step is done
         assert process.poll() is None
         time.sleep(0.005)
     process.send_signal(number)
-    text = process.communicate(timeout=60)[0]
+    text = process.communicate(timeout=120)[0]
     assert process.returncode == 128 + number
     assert "saved; the same command goes on from here" in text and "Traceback" not in text
     run(root, tmp_path / "run", *ROBUST, "data.workers=1")
