@@ -1,6 +1,6 @@
 """Can the temporal tasks be solved without looking at what happens? Train them on videos in which nothing does.
 
-    python benchmarks/leak.py [--root data/still] [--epochs 10] [key=value …]
+    python benchmarks/leak.py [--root data/still] [--epochs 60] [key=value …]
 
 Writes still pictures with steady noise as mp4 files, of the toy's size and by its encoder, trains `toy_temporal` on them, and prints
 the held-out accuracy of every task beside chance and its 99.9 % band. What is above the band was read from codec artefacts,
@@ -15,6 +15,9 @@ from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 from avid import config, temporal_tasks, toy
 
@@ -41,7 +44,7 @@ def write(root, world, count=300):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=config.Help)
     parser.add_argument("--root", type=Path, default=Path("data/still"), help="default: data/still")
-    parser.add_argument("--epochs", type=int, default=10, help="default: 10")
+    parser.add_argument("--epochs", type=int, default=60, help="default: 60")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
     cfg = config.load("toy_temporal", arguments.overrides)
@@ -49,7 +52,7 @@ def main():
     out = Path("runs/leak")
     settings = ["data.name=folder", f"data.root={arguments.root}", f"optim.epochs={arguments.epochs}", f"out={out}"]
     settings += [f"log.check_epochs={arguments.epochs}", *arguments.overrides]
-    subprocess.run([sys.executable, "train.py", "--cfg", "toy_temporal", *settings], check=True)
+    subprocess.run([sys.executable, str(ROOT / "train.py"), "--cfg", "toy_temporal", *settings], check=True)
     last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
     answers = DRAWS * len(list((arguments.root / "test").iterdir()))
     print(f"{'task':18s} {'held out':>9s} {'chance':>8s}   99.9 % band")

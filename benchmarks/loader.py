@@ -6,10 +6,15 @@ Bare: decord opens the file and reads the sample's frames, PyAV opens it and dec
 same files and moments through data.Clips, with crop, resize, resampling and log-mel. The two take turns, file by file.
 """
 
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 from avid import config, data, evaluation, temporal_tasks
 from avid.media import av, decord  # imported there after torch

@@ -6,9 +6,14 @@ The protocol is that of `eval_linear.py --data esc50 --mode svm`: official folds
 """
 
 import argparse
+import sys
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 from avid import config, evaluation
 from avid.media import Media, spectrogram

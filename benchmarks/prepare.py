@@ -12,14 +12,13 @@ import tempfile
 import time
 from pathlib import Path
 
-import decord
 import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from avid.media import Media, MediaError
+from avid.media import Media, MediaError, decord  # imported there after torch
 from avid.prepare import Small, prepare
 
 FRAMES, FPS, SOUND_S, RATE_HZ = 8, 16, 2.0, 24000
