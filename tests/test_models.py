@@ -54,6 +54,16 @@ def test_a_released_checkpoint_loads(released):
         assert torch.equal(tensor, state[f"module.{name}"]), name
 
 
+def test_released_names_and_own_names_give_the_same_features():
+    one, native, released_ = network(seed=1), network(seed=2), network(seed=3)
+    state = one.state_dict()
+    models.load(native, {"network": state}, "last.pt")
+    models.load(released_, {"model": {f"module.{name}": tensor for name, tensor in state.items()}, "epoch": 1}, "AVID.pth.tar")
+    video, audio = torch.randn(2, 3, 4, 32, 32), torch.randn(2, 1, 40, 33)
+    for x, y in zip(native.eval()(video, audio)[:4], released_.eval()(video, audio)[:4], strict=True):
+        assert torch.equal(x, y)
+
+
 def test_an_own_checkpoint_loads():
     one, other = network(seed=1), network(seed=2)
     models.load(other, {"network": one.state_dict()}, "last.pt")
