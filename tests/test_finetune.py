@@ -200,12 +200,13 @@ def test_a_signal_ends_the_step_saves_and_leaves(whole, number, tmp_path, capsys
 
 
 def test_two_processes_are_one(whole, tmp_path):
-    root, out, result, _ = whole
-    running = process(root, tmp_path, ranks=2)
-    text = running.communicate(timeout=200)[0]
+    subject = subject_of("finetune.lr=1e-4")
+    result = finetune.finetune(subject, *tables_of(subject, whole[0]), "video", tmp_path / "1")
+    running = process(whole[0], tmp_path / "2", "finetune.lr=1e-4", ranks=2)
+    text = running.communicate(timeout=300)[0]
     assert running.returncode == 0, f"the processes say: {text[-3000:]}"
-    assert json.loads((tmp_path / "result.json").read_text()) == result
-    one, two = saved(out)["classifier"], saved(tmp_path)["classifier"]
+    assert json.loads((tmp_path / "2" / "result.json").read_text()) == result
+    one, two = (saved(tmp_path / name)["classifier"] for name in "12")
     assert one.keys() == two.keys()
     for name in one:
         torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
