@@ -36,6 +36,8 @@ SHOWN = 6  # queries on a contact sheet, and videos found by each
 def main(arguments):
     subject = evaluation.subject(arguments)
     held = evaluation.modalities_of(subject.cfg)
+    if arguments.task in ("video", "cross") and "video" not in held:
+        config.stop(f"--task {arguments.task} needs pictures, and {subject.cfg.data.name} has none; use --task audio")
     tasks = [arguments.task] if arguments.task else [*held] + ["cross"] * (len(held) == 2)
     modalities = held if arguments.task in (None, "cross", "fingerprint") else (arguments.task,)
     results = {task: [] for task in tasks}
