@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -200,9 +201,14 @@ def test_a_signal_ends_the_step_saves_and_leaves(whole, number, tmp_path, capsys
 
 
 def test_two_processes_are_one(whole, tmp_path):
+    """… a bad file included, which only one of them may have drawn."""
+    root = shutil.copytree(whole[0], tmp_path / "world")
     subject = subject_of("finetune.lr=1e-4")
-    result = finetune.finetune(subject, *tables_of(subject, whole[0]), "video", tmp_path / "1")
-    running = process(whole[0], tmp_path / "2", "finetune.lr=1e-4", ranks=2)
+    train, test = tables_of(subject, root)
+    (train.root / train.paths[3]).write_text("no video")
+    result = finetune.finetune(subject, train, test, "video", tmp_path / "1")
+    assert result["skipped"] == 1
+    running = process(root, tmp_path / "2", "finetune.lr=1e-4", ranks=2)
     text = running.communicate(timeout=300)[0]
     assert running.returncode == 0, f"the processes say: {text[-3000:]}"
     assert json.loads((tmp_path / "2" / "result.json").read_text()) == result
