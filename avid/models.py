@@ -6,12 +6,15 @@ Out: features (what transfers downstream) and unit embeddings (what the losses s
 Parameter names are those of the checkpoints released with AVID-CMA, which the default configuration matches shape by shape.
 """
 
+import contextlib
+import functools
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from . import temporal_tasks
 
@@ -177,6 +180,39 @@ class AudioVisual(nn.Module):
         """Normalised float clips, B×3×T×S×S and B×1×frames×bins → Output. With two moments, a video's clips stand side by side."""
         (v, video_features), (a, audio_features) = self.encode_video(video), self.encode_audio(audio)
         return Output(v, a, video_features, audio_features, self.temporal(video_features, audio_features))
+
+
+def checkpoint_activations(network):
+    """Have the video network keep only what stands between its blocks; backward computes the rest again, block by block.
+
+    network: an AudioVisual, changed in place: the same outputs, gradients, names of parameters and running statistics, for the
+    time of a second forward pass of the video network.
+    """
+    for stage in network.video_model.children():
+        blocks = list(stage.children()) if isinstance(stage, nn.Sequential) else []
+        whole = not any(list(block.children()) for block in blocks)  # a stem of plain layers
+        for block in [stage] if whole else blocks:
+            block.forward = functools.partial(recomputed, block, block.forward)
+
+
+def recomputed(block, forward, x):
+    """forward(x) of a block, whose activations are not kept for backward."""
+    # compiled, the second pass has no side effects as it is, and takes no context
+    contexts = {} if torch.compiler.is_compiling() else {"context_fn": lambda: (contextlib.nullcontext(), buffers_kept(block))}
+    return checkpoint(forward, x, use_reentrant=False, preserve_rng_state=False, **contexts)
+
+
+@contextlib.contextmanager
+def buffers_kept(block):
+    """Within, batch norm counts a batch in copies of its running statistics: those of the block stay as they are."""
+    kept = [(module, name, buffer) for module in block.modules() for name, buffer in module.named_buffers(recurse=False)]
+    for module, name, buffer in kept:
+        setattr(module, name, buffer.clone())
+    try:
+        yield
+    finally:
+        for module, name, buffer in kept:
+            setattr(module, name, buffer)
 
 
 class ModelError(Exception):

@@ -251,3 +251,66 @@ def test_the_seed_decides_the_network():
     one, same, other = (network(seed=seed).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not torch.equal(one["video_model.conv1.0.weight"], other["video_model.conv1.0.weight"])
+
+
+# ----------------------------------------------------------------------------------------------------------------- memory
+
+
+def step(forward, inputs, parameters):
+    """Forward and backward: (loss, bytes that forward kept for backward, the parameters aside)."""
+    kept, own = {}, {parameter.untyped_storage().data_ptr() for parameter in parameters}
+
+    def keep(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        outputs = forward(*inputs)
+        outputs = [x for x in outputs if torch.is_tensor(x)]
+        torch.manual_seed(1)
+        loss = sum((x * torch.randn_like(x)).sum() for x in outputs)
+    loss.backward()
+    return loss.detach(), sum(kept.values())
+
+
+@pytest.mark.parametrize("backbone, frames, size", [("avid", 8, 32), ("r3d_18", 4, 32), ("s3d", 16, 64)])
+def test_checkpointed_activations_give_the_same_step_from_less_memory(backbone, frames, size):
+    """Bit for bit: outputs, gradients, running statistics (a batch counts once) and all names."""
+    plain, checkpointed = (network(video=backbone).train() for _ in range(2))
+    models.checkpoint_activations(checkpointed)
+    inputs = clips(batch=2, frames=frames, size=size)
+    (loss, kept), (loss_again, kept_again) = (step(model, inputs, model.parameters()) for model in (plain, checkpointed))
+    assert torch.equal(loss, loss_again)
+    assert kept_again < 0.5 * kept
+    for (name, one), (name_again, other) in zip(plain.named_parameters(), checkpointed.named_parameters(), strict=True):
+        assert name == name_again
+        assert torch.equal(one.grad, other.grad), name
+    state = checkpointed.state_dict()
+    assert state.keys() == plain.state_dict().keys()
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, state[name]), name
+        assert not name.endswith("num_batches_tracked") or value == 1
+
+
+def test_a_compiled_network_checkpoints_its_activations_alike():
+    plain, checkpointed = (network(width=4).train() for _ in range(2))
+    models.checkpoint_activations(checkpointed)
+    (video, _), (one, other) = clips(), (model.video_model for model in (plain, checkpointed))
+    loss, _ = step(one, (video,), one.parameters())
+    loss_again, _ = step(torch.compile(other, backend="aot_eager_decomp_partition"), (video,), other.parameters())
+    torch.testing.assert_close(loss, loss_again, rtol=1e-4, atol=1e-4)
+    for (name, a), b in zip(one.named_parameters(), other.parameters(), strict=True):
+        assert (a.grad - b.grad).norm() < 1e-3 * a.grad.norm(), name
+    for (name, a), b in zip(one.named_buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=name, rtol=1e-4, atol=1e-5)
+
+
+def test_checkpointed_activations_change_nothing_in_evaluation():
+    model, (video, audio) = network().eval(), clips()
+    before = model(video, audio)
+    models.checkpoint_activations(model)
+    with torch.inference_mode():
+        after = model(video, audio)
+    assert all(torch.equal(x, y) for x, y in zip(before[:4], after[:4], strict=True))
