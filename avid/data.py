@@ -13,20 +13,32 @@ if __name__ == "__main__":  # python -m avid.data check|prepare; before the heav
 
     main()
 
+import atexit
+import csv
+import functools
+import multiprocessing
+import os
 import signal
+import weakref
+from collections import Counter, deque
+from contextlib import contextmanager
+from multiprocessing.connection import wait
 
 import numpy as np
 import torch
-import torchvision.transforms.v2.functional as TF
+import torch.nn.functional as F
 from tqdm import tqdm
 
-from . import temporal_tasks
+from . import distributed, processes, temporal_tasks
 from .config import ConfigError
-from .media import MODALITIES, Media, MediaError, spectrogram
+from .media import MODALITIES, Media, MediaError, in_memory, spectrogram
 
 PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in grey [ITU-R BT.601]
 DB_MEAN, DB_STD = -50.0, 20.0  # a log spectrogram's usual level and spread [C]
 TRIES = 20  # files a sample tries before it gives up
+DEATHS = 2  # of decoding processes on a file before it is given up; the first may be a disk's or the memory's fault
+torch.utils.data._utils.signal_handling._SIGCHLD_handler_set = True  # else torch raises their end amid whatever happens just then
 
 
 def random_crop(height, width, area, ratio, rng):
@@ -57,6 +69,7 @@ class Clips(torch.utils.data.Dataset):
     def __init__(self, table, cfg, training, modalities=MODALITIES, clips=None):
         self.table, self.cfg, self.training, self.modalities = table, cfg, training, modalities
         self.clips = clips or cfg.eval.clips
+        self.given_up, self.reading = {}, None  # index → why; what each decoding process reads: see Loader
         self.length_s = max(
             cfg.video.frames / cfg.video.fps if "video" in modalities else 0.0,
             cfg.audio.seconds if "audio" in modalities else 0.0,
@@ -71,22 +84,40 @@ class Clips(torch.utils.data.Dataset):
         failures = []
         for _ in range(TRIES):
             try:
-                return {"index": index, "failures": failures, **self.read(index, rng)}
+                with self.watched(index):
+                    return {"index": index, "failures": failures, **self.read(index, rng)}
             except MediaError as error:
                 failures.append((index, str(error)))
             if not self.training:
                 return {"index": index, "failures": failures}
             index = int(rng.integers(len(self)))
         raise MediaError(
-            f"{TRIES} files in a row cannot be used, the last one {self.table.root / self.table.paths[failures[-1][0]]}: "
+            f"{TRIES} files in a row cannot be used, the last one {shown(self.table, failures[-1][0])}: "
             f"{failures[-1][1]}; check the folder with: python -m avid.data check"
         )
+
+    @contextmanager
+    def watched(self, index):
+        """Within, a decoding process has noted what it reads, and the kernel ends it after data.timeout_s."""
+        if index in self.given_up:
+            raise MediaError(self.given_up[index])
+        process = torch.utils.data.get_worker_info()
+        if process is None or self.reading is None:
+            yield
+            return
+        self.reading[process.id] = index
+        signal.setitimer(signal.ITIMER_REAL, self.cfg.data.timeout_s)  # SIGALRM ends what hangs within a decoder, too
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
+            self.reading[process.id] = -1
 
     def read(self, index, rng):
         """The clips of one video: M×…, as the module says."""
         table = self.table
-        path = table.root / table.paths[index]
-        with Media(path, self.modalities, table.start_s[index], table.end_s[index]) as media:
+        file = (table.root / table.paths[index], self.modalities, table.start_s[index], table.end_s[index])
+        with (self.cfg.data.in_memory and in_memory(*file)) or Media(*file) as media:
             first_s, last_s = self.usable(media)
             if self.training:
                 clips, labels = temporal_tasks.plan(first_s, last_s, self.length_s, self.cfg.temporal, rng)
@@ -131,11 +162,12 @@ class Clips(torch.utils.data.Dataset):
         frames = media.frames(times[::-1] if clip.backward else times)  # T×H×W×3
         height, width = frames.shape[1:3]
         if self.training:
-            crop = random_crop(height, width, video.crop_area, video.crop_ratio, rng)
+            top, left, height, width = random_crop(height, width, video.crop_area, video.crop_ratio, rng)
         else:
-            crop = central_crop(height, width, self.cfg.eval.crop)
-        frames = torch.from_numpy(frames).permute(0, 3, 1, 2)  # T×3×H×W
-        return TF.resized_crop(frames, *crop, [video.size, video.size], antialias=True).transpose(0, 1).contiguous()
+            top, left, height, width = central_crop(height, width, self.cfg.eval.crop)
+        frames = torch.from_numpy(frames[:, top : top + height, left : left + width]).permute(0, 3, 1, 2)  # T×3×h×w
+        # rows of RGB as they are, in bytes: the channels become planes when the item is put together
+        return F.interpolate(frames, [video.size, video.size], mode="bilinear", antialias=True).transpose(0, 1)
 
     def loudness(self, media, clip, rng):
         """float32 1×F×bins, dB: the log spectrogram, with a random gain. Where a video is too short the sound ends in silence."""
@@ -189,23 +221,117 @@ def collate(items):
     return {**batch, "failures": failures}
 
 
-def leave_signals_to_the_parent(_):
+def at_start(_):
+    """Of a decoding process: its parent decides when it ends, or the clock."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+
+DECODING = weakref.WeakSet()  # processes of all Loaders
+
+
+@atexit.register
+def end_decoding():
+    """What an exception left behind: Python would send the SIGTERM that they ignore, and wait for ever."""
+    for process in DECODING.intersection(multiprocessing.active_children()):
+        process.kill()
 
 
 def loader(dataset, workers, batch_sampler=None, batch_size=None):
-    """A DataLoader over Clips: decoding processes that leave the ending to their parent, pinned memory for a GPU."""
-    return torch.utils.data.DataLoader(
-        dataset,
-        batch_sampler=batch_sampler,
-        **({} if batch_sampler is not None else {"batch_size": batch_size}),
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=leave_signals_to_the_parent,
-    )
+    """Batches of Clips, in order: those of a batch sampler (lists of keys), or all of the data set, batch_size at a time."""
+    if batch_sampler is None:
+        batch_sampler = torch.utils.data.BatchSampler(range(len(dataset)), batch_size, drop_last=False)
+    return Loader(dataset, workers, batch_sampler)
+
+
+class Loader:
+    """Batches of Clips, decoded in processes. A decoder that dies or hangs (data.timeout_s) costs its file, not the run.
+
+    When a process has ended, all begin anew at the first batch that was not yielded, with the same keys: as what a key gives does
+    not depend on when it is asked for, the batches are the same bits. A file on which a process ended twice is given up: it counts
+    as unusable, as one that cannot be opened. workers=0: no processes, and nothing is caught.
+    """
+
+    def __init__(self, clips, workers, batches):
+        self.clips, self.workers, self.batches = clips, workers, batches
+        self.deaths = Counter()  # index → how often a process ended on it
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        batches, begun, idle_deaths = iter(self.batches), deque(), 0
+
+        def keys():
+            yield from tuple(begun)
+            for batch in batches:
+                begun.append(batch)
+                yield batch
+
+        while True:
+            reading = self.clips.reading = torch.full((self.workers,), -1).share_memory_() if self.workers else None
+            ahead = self.start(keys())
+            decoding = ahead._workers if self.workers else []
+            DECODING.update(decoding)
+            try:
+                for batch in ahead:
+                    begun.popleft()
+                    yield batch
+                    idle_deaths = 0
+                return
+            except (RuntimeError, OSError, EOFError):  # torch's, or of the pipe
+                wait([process.sentinel for process in decoding], timeout=1.0)
+                ended = {n: process.exitcode for n, process in enumerate(decoding) if process.exitcode is not None}
+                if not ended:
+                    raise
+                for n, code in ended.items():
+                    self.blame(int(reading[n]), code)
+                idle_deaths = 0 if any(reading[n] >= 0 for n in ended) else idle_deaths + 1
+                if idle_deaths == 3:
+                    raise ConfigError(
+                        "decoding processes die between files, as where memory or /dev/shm is full: lower data.workers or optim.batch_size"
+                    ) from None
+            finally:
+                for n, process in enumerate(decoding):
+                    if process.is_alive() and reading[n] >= 0:  # in a decoder that may never return
+                        process.kill()
+                if self.workers:
+                    ahead._shutdown_workers()  # now, though an exception may keep them
+
+    def start(self, keys):
+        return iter(
+            torch.utils.data.DataLoader(
+                self.clips,
+                batch_sampler=keys,
+                num_workers=self.workers,
+                collate_fn=collate,
+                pin_memory=torch.cuda.is_available(),
+                prefetch_factor=2 if self.workers else None,  # batches a process; each lies in shared memory, and then pinned
+                worker_init_fn=at_start,
+                generator=torch.Generator(),  # the global one stays as it is
+            )
+        )
+
+    def blame(self, index, code):
+        """A process ended with this exit code while it read a file (−1: while it read none)."""
+        if index < 0:
+            tqdm.write(f"a decoding process died with {processes.ending(code)} between two files; another goes on")
+            return
+        reason = f"its decoder died with {processes.ending(code)}"
+        if code == -signal.SIGALRM:
+            reason = f"its decoder took longer than data.timeout_s = {self.clips.cfg.data.timeout_s:g} s"
+        self.deaths[index] += 1
+        if self.deaths[index] >= DEATHS:
+            self.clips.given_up[index] = reason
+        else:
+            tqdm.write(f"{shown(self.clips.table, index)}: {reason}; trying again")
+
+
+def shown(table, index):
+    """The path of a file in one line that any terminal takes."""
+    path = str(table.root / table.paths[index])
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in path)
 
 
 class BadFiles:
@@ -221,16 +347,30 @@ class BadFiles:
         for index, reason in failures:
             if index not in self.reasons:
                 self.reasons[index] = reason
-                tqdm.write(f"skipped {self.table.root / self.table.paths[index]}: {reason}")
+                tqdm.write(f"skipped {shown(self.table, index)}: {reason}")
         if self.drawn >= 100 and self.failed > self.max_share * self.drawn:
             raise MediaError(
                 f"{self.failed} of {self.drawn} files drawn could not be used, more than data.max_bad_share = {self.max_share}; "
                 "the lines above name them"
             )
 
-    def report(self):
-        if self.reasons:
-            tqdm.write(f"{len(self.reasons)} files could not be used and were replaced by others; the log names each once")
+    def state_dict(self):
+        """Every rank: what all of them met, {index: reason}."""
+        for reasons in distributed.gather_objects(self.reasons):
+            self.reasons.update(reasons)
+        return self.reasons
+
+    def load_state_dict(self, state):
+        self.reasons.update(state)
+
+    def write(self, path):
+        """Every rank, at the end: write path and reason of each file to the CSV `path`, where there is one."""
+        if self.state_dict() and distributed.rank() == 0:
+            with open(f"{path}.part", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+                lines = csv.writer(file, lineterminator="\n")
+                lines.writerows([("path", "reason"), *((self.table.paths[i], self.reasons[i]) for i in sorted(self.reasons))])
+            os.replace(f"{path}.part", path)
+            tqdm.write(f"{len(self.reasons)} files could not be used and were replaced by others: {path}")
 
 
 # ------------------------------------------------------------------------------------------- on the device
@@ -240,15 +380,24 @@ def to_device(batch, device):
     """Tensors moved, clips flattened (B·M first) and ready for the network: video float B·M×3×T×S×S, audio float B·M×1×F×bins."""
     batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
     if "video" in batch:
-        video = batch["video"].flatten(0, 1).float() / 255
+        video = batch["video"].flatten(0, 1)
         if "flip" in batch:
             video = augment(video, *(batch[draw].flatten(0, 1) for draw in ("flip", "jitter", "grey")))
-        mean, std = video.new_tensor(PIXEL_MEAN), video.new_tensor(PIXEL_STD)
-        batch["video"] = (video - mean[:, None, None, None]) / std[:, None, None, None]
+        else:
+            video = video.float().div_(255)
+        mean, std = constant(PIXEL_MEAN, video.device), constant(PIXEL_STD, video.device)
+        batch["video"] = video.sub_(mean[:, None, None, None]).div_(std[:, None, None, None])
     if "audio" in batch:
         audio = (batch["audio"].flatten(0, 1).float() - DB_MEAN) / DB_STD
         batch["audio"] = mask(audio, batch["mask"].flatten(0, 1)) if "mask" in batch else audio
     return batch
+
+
+@functools.lru_cache
+def constant(values, device):
+    """float32 numbers on the device, there to stay: to copy them at each step would wait for all that the device has to do."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def mask(audio, shares):
@@ -256,34 +405,34 @@ def mask(audio, shares):
 
     shares B×4: where the stretch starts and ends, where the band starts and ends, as shares of F and bins.
     """
-    keep = torch.ones_like(audio, dtype=torch.bool)
     for dim, (start, end) in ((2, shares[:, :2].T), (3, shares[:, 2:].T)):
         at = (torch.arange(audio.shape[dim], device=audio.device) + 0.5) / audio.shape[dim]
         inside = (at >= start[:, None]) & (at < end[:, None])  # B×F or B×bins
-        keep &= ~(inside[:, None, :, None] if dim == 2 else inside[:, None, None, :])
-    return audio * keep
+        audio = audio * ~(inside[:, None, :, None] if dim == 2 else inside[:, None, None, :])
+    return audio
 
 
 def augment(video, flip, jitter, grey):
     """Flip and colour jitter, one draw a clip, the same for all its frames.
 
-    video: float B×3×T×S×S in 0 to 1; flip: bool B; jitter: B×4, offsets from 1 of brightness, contrast and saturation, and the
-    hue's turn as a share of the colour circle; grey: bool B, no saturation. Brightness, saturation and hue are one 3×3 matrix a clip (the hue turns about the
-    grey axis [C]); contrast blends with the clip's mean grey.
+    video: B×3×T×S×S, uint8 or float in 0 to 1 → float; flip: bool B; jitter: B×4, offsets from 1 of brightness, contrast and
+    saturation, and the hue's turn as a share of the colour circle; grey: bool B, no saturation. Brightness, saturation and hue
+    are one 3×3 matrix a clip (the hue turns about the grey axis [C]); contrast blends with the clip's mean grey.
     """
     x = torch.where(flip[:, None, None, None, None], video.flip(-1), video)
-    luma = x.new_tensor([0.299, 0.587, 0.114])
+    x = x if x.is_floating_point() else x.float().div_(255)
+    luma = constant(LUMA, x.device)
     brightness, contrast, saturation = (1 + jitter[:, :3, None, None]).unbind(1)  # B×1×1 each
     saturation = torch.where(grey[:, None, None], 0.0, saturation)
     matrix = brightness * (saturation * hue_rotation(jitter[:, 3]) + (1 - saturation) * luma.expand(3, 3))  # B×3×3
     x = (matrix @ x.flatten(2)).clamp_(0, 1)  # B×3×TSS
     mean = (luma @ x.mean(2).T)[:, None, None]  # B×1×1
-    return (contrast * (x - mean) + mean).clamp_(0, 1).view_as(video)
+    return x.sub_(mean).mul_(contrast).add_(mean).clamp_(0, 1).view_as(video)
 
 
 def hue_rotation(turn):
     """B×3×3 matrices that turn RGB about the grey axis by `turn` (B, 1 = once round): Rodrigues' formula."""
     angle = (2 * torch.pi * turn)[:, None, None]
-    cross = turn.new_tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / 3**0.5
+    cross = constant(((0, -1, 1), (1, 0, -1), (-1, 1, 0)), turn.device) / 3**0.5
     eye = torch.eye(3, device=turn.device)
     return angle.cos() * eye + angle.sin() * cross + (1 - angle.cos()) / 3

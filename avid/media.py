@@ -4,9 +4,12 @@ In: a path. Frames come from decord, sound from PyAV, on one clock that begins w
 Out: frames shown at given times, mono sound of an interval, its log spectrogram.
 """
 
+import contextlib
 import functools
 import itertools
+import os
 import re
+from fractions import Fraction
 
 import torch
 
@@ -20,6 +23,7 @@ MODALITIES = ("video", "audio")
 QUIETEST = 1e-10  # power of -100 dB: what silence becomes
 WARM_UP_S = 0.15  # sound that a decoder needs before it is right
 RESAMPLER_S = 0.01  # more than the resampler's reach
+LOWEST_HZ, HIGHEST_HZ = 1000, 768000  # of sound; other rates stand in damaged headers
 
 decord.logging.set_level(decord.logging.QUIET)  # what cannot be decoded is a MediaError
 
@@ -36,9 +40,10 @@ class Media:
     """
 
     def __init__(self, path, modalities=MODALITIES, start_s=0.0, end_s=np.inf):
-        self.path, self.container, self.reader = str(path), None, None
+        self.path, self.container, self.reader = os.path.abspath(path), None, None  # a relative one may look like http:…
         self.first_s, self.last_s = start_s, end_s
-        try:
+        with contextlib.ExitStack() as in_vain, faults("cannot be opened"):
+            in_vain.callback(self.close)
             self.container = av.open(self.path, metadata_errors="ignore")
             self.origin_s = (self.container.start_time or 0) / av.time_base
             if "audio" in modalities:
@@ -49,12 +54,7 @@ class Media:
                 raise MediaError("picture and sound, or the asked part, do not overlap in time")
             if self.last_s == np.inf:
                 raise MediaError("its length is not known; write it anew, for example with: python -m avid.data prepare")
-        except MediaError:
-            self.close()
-            raise
-        except Exception as error:  # a decoder may say no in any way; the caller names and counts the file
-            self.close()
-            raise MediaError(f"cannot be opened: {_reason(error)}") from error
+            in_vain.pop_all()
 
     def _open_sound(self):
         self.stream = self.container.streams.best("audio")
@@ -62,20 +62,26 @@ class Media:
             raise MediaError("no sound")
         if self.stream.codec_context is None or not self.stream.rate:
             raise MediaError("sound of an unknown codec or rate")
+        if not LOWEST_HZ <= self.stream.rate <= HIGHEST_HZ:
+            raise MediaError(f"sound at an impossible rate of {self.stream.rate} Hz")
         self.stream.thread_count = 1
+        self.source_hz = self.stream.rate
         first_s, last_s = self._start_s(self.stream), np.inf
         if self.stream.duration:
             last_s = first_s + float(self.stream.duration * self.stream.time_base)
         elif self.container.duration:
             last_s = self.container.duration / av.time_base
         self._usable(first_s, last_s)
+        self.sound_first_s = first_s
         self.promised_s = last_s if self.stream.duration else first_s  # until when there has to be sound
 
     def _open_picture(self):
         picture = self.container.streams.best("video")
-        if picture is None:
+        if picture is None or picture.disposition & av.stream.Disposition.attached_pic:  # a cover is none
             raise MediaError("no picture")
         self.reader = decord.VideoReader(self.path, num_threads=1)
+        if not len(self.reader):
+            raise MediaError("no picture in the video stream")
         times = frame_times(self.reader)
         self.in_order = times is None or not decord_finds_frames(self.container, picture)
         if times is None:  # of a container of constant rate: MPEG program stream, AVI with B frames
@@ -89,14 +95,16 @@ class Media:
     def _usable(self, first_s, last_s):
         self.first_s, self.last_s = max(self.first_s, first_s), min(self.last_s, last_s)
 
-    def frames(self, times_s):
-        """The frames shown at these times (any order, repeats allowed): uint8 T×H×W×3. A file's last frame lasts."""
+    def shown(self, times_s):
+        """The numbers of the frames shown at these times (T,): the first one also before, the last one also after."""
         shown = np.searchsorted(self.frame_starts, np.asarray(times_s) + 1e-4, side="right") - 1  # decord's times are float32
-        wanted, back = np.unique(shown.clip(0, len(self.frame_starts) - 1), return_inverse=True)
-        try:
+        return shown.clip(0, len(self.frame_starts) - 1)
+
+    def frames(self, times_s):
+        """The frames shown at these times (any order, repeats allowed): uint8 T×H×W×3."""
+        wanted, back = np.unique(self.shown(times_s), return_inverse=True)
+        with faults("picture cannot be decoded"):
             return (self._frames_in_order(wanted) if self.in_order else self.reader.get_batch(wanted).asnumpy())[back]
-        except Exception as error:
-            raise MediaError(f"picture cannot be decoded: {_reason(error)}") from error
 
     def _frames_in_order(self, wanted):
         """Frames by ascending number, out of all from the file's beginning on: slow, and right where decord is not."""
@@ -116,14 +124,10 @@ class Media:
 
     def sound(self, start_s, samples, rate_hz):
         """`samples` samples of mono sound at rate_hz from start_s on: float32; silence where the file has none."""
-        try:
+        with faults("sound cannot be decoded"):
             source = self._decode(start_s - RESAMPLER_S, samples / rate_hz + 2 * RESAMPLER_S)
-        except MediaError:
-            raise
-        except Exception as error:
-            raise MediaError(f"sound cannot be decoded: {_reason(error)}") from error
-        source = np.nan_to_num(source, nan=0.0, posinf=0.0, neginf=0.0)
-        waveform = resampler(self.stream.rate, rate_hz)(torch.from_numpy(source))
+        source = torch.from_numpy(source).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+        waveform = resampler(self.source_hz, rate_hz)(source)
         skip = round(RESAMPLER_S * rate_hz)
         return waveform[skip : skip + samples].numpy()
 
@@ -151,8 +155,8 @@ class Media:
 
     def _place(self, start_s, seconds, sought):
         """The sound from here on, placed by its time stamps in the interval, mixed to mono. None: this place is too late."""
-        source_hz = self.stream.rate
-        planes = av.AudioResampler(format="fltp", rate=source_hz)  # for sounds of another sample format or rate
+        source_hz = self.source_hz
+        planes = None  # for sounds of another sample format or rate
         placed, at = np.zeros(round(seconds * source_hz), np.float32), None
         for frame in self.container.decode(self.stream):
             if frame.time is not None:
@@ -173,13 +177,12 @@ class Media:
                 at += frame.samples
                 continue
             plain = frame.format.name == "fltp" and frame.sample_rate == source_hz
+            if not plain and planes is None:
+                planes = av.AudioResampler(format="fltp", rate=source_hz)
             for part in (frame,) if plain else planes.resample(frame):
-                samples = part.to_ndarray()  # channels×n
-                samples = samples.mean(0) if len(samples) > 1 else samples[0]  # n
-                left, right = max(at, 0), min(at + len(samples), len(placed))
-                if right > left:
-                    placed[left:right] = samples[left - at : right - at]
-                at += len(samples)
+                channels = [np.frombuffer(plane, np.float32, part.samples) for plane in part.planes]  # n each
+                paste(np.mean(channels, 0) if len(channels) > 1 else channels[0], placed, at)
+                at += part.samples
         if (at is None or at <= 0) and start_s + seconds < self.promised_s:
             raise MediaError("the file is cut off")
         return placed
@@ -193,14 +196,69 @@ class Media:
     def close(self):
         if self.container is not None:
             self.container.close()
-        self.container = self.reader = None
+        self.container = self.reader = self.stream = None
+
+
+class MediaInMemory(Media):
+    """A file that was decoded whole and closed: the frames and the sound that Media gives, without decoding.
+
+    It holds H·W·3 bytes a frame and 4 a sample of mono sound at the file's own rate. Frames are the same bits. So is sound, but
+    where two readings of Media that begin at different places differ, too: Matroska rounds time stamps to milliseconds, and AAC
+    with noise substitution (many encoders' default, not the toy's) leaves noise to the decoder, who makes it up anew, as loud.
+    Raises MediaError where a file cannot be decoded to its end.
+    """
+
+    def __init__(self, path, modalities=MODALITIES, start_s=0.0, end_s=np.inf):
+        super().__init__(path, modalities, start_s, end_s)
+        with self, faults("cannot be decoded"):  # and close it
+            if "video" in modalities:
+                self.images = super().frames(self.frame_starts)  # N×H×W×3
+            if "audio" in modalities:
+                super()._decode(self.promised_s - 0.1, 0.05)  # is the end there?
+                seconds = max(self.promised_s, (self.container.duration or 0) / av.time_base) - self.sound_first_s + 1.0
+                self.samples = np.trim_zeros(super()._decode(self.sound_first_s, seconds), "b")  # silence follows anyway
+
+    def frames(self, times_s):
+        return self.images[self.shown(times_s)]
+
+    def _decode(self, start_s, seconds):
+        placed = np.zeros(round(seconds * self.source_hz), np.float32)
+        paste(self.samples, placed, round((self.sound_first_s - start_s) * self.source_hz))
+        return placed
+
+
+@functools.cache
+def in_memory(path, modalities=MODALITIES, start_s=0.0, end_s=np.inf):
+    """The MediaInMemory of a file, decoded once a process and kept; None where the file cannot be decoded whole."""
+    try:
+        return MediaInMemory(path, modalities, start_s, end_s)
+    except MediaError:
+        return None
+
+
+def paste(samples, placed, at):
+    """Copy samples (n) into placed (N) from its index `at` on, which may be negative; what reaches past its ends is left out."""
+    left, right = max(at, 0), min(at + len(samples), len(placed))
+    if right > left:
+        placed[left:right] = samples[left - at : right - at]
+
+
+@contextlib.contextmanager
+def faults(what):
+    """A decoder may say no in any way: every exception becomes a MediaError; the caller names and counts the file."""
+    try:
+        yield
+    except MediaError:
+        raise
+    except Exception as error:
+        raise MediaError(f"{what}: {_reason(error)}") from error
 
 
 def _reason(error):
     """The decoder's complaint in one line, without the file's name, which the caller gives, and the place in its source."""
     if isinstance(error, (OSError, av.FFmpegError)) and error.strerror:
         return error.strerror
-    lines = [re.sub(r"\[[\d:]+\] \S+:\d+: ", "", line).strip() for line in str(error).splitlines()]
+    lines = [re.sub(r"\[([\d:]+|/.*?)\] (\S+:\d+: )?", "", line).strip() for line in str(error).splitlines()]
     return f"{type(error).__name__}: {next(filter(None, lines), 'no reason given')[-200:]}"
 
 
@@ -241,10 +299,16 @@ def decord_finds_frames(container, stream):
 
 @functools.lru_cache(maxsize=16)
 def resampler(source_hz, rate_hz):
-    return torchaudio.transforms.Resample(source_hz, rate_hz) if source_hz != rate_hz else torch.nn.Identity()
+    """Usual rates are simple fractions of each other. A filter for others (44101 Hz) would take gigabytes: they are off by 1e-6."""
+    ratio = Fraction(source_hz, rate_hz).limit_denominator(1000)
+    return torchaudio.transforms.Resample(*ratio.as_integer_ratio()) if ratio != 1 else torch.nn.Identity()
 
 
-hann = functools.lru_cache(torch.hann_window)
+@functools.lru_cache(maxsize=1)
+def hann(n):
+    """A Hann window of n samples, and its energy."""
+    window = torch.hann_window(n)
+    return window, window.square().sum()
 
 
 @functools.lru_cache(maxsize=1)
@@ -268,9 +332,9 @@ def spectrogram(media, start_s, audio, speed=1, distort=None):
     waveform = torch.from_numpy(media.sound(start_s + (hop - audio.n_fft) / 2 / audio.rate_hz, samples, audio.rate_hz))
     if distort:
         waveform = distort(waveform)
-    window = hann(audio.n_fft)
+    window, energy = hann(audio.n_fft)
     spectrum = torch.stft(waveform, audio.n_fft, hop, window=window, center=False, return_complex=True).T  # F×257
-    power = (spectrum.real.square() + spectrum.imag.square()) / window.square().sum()
+    power = (spectrum.real.square() + spectrum.imag.square()) / energy
     if audio.mels:
         power = power @ mel_filters(audio.rate_hz, audio.n_fft, audio.mels)
     return 10 * torch.log10(power + QUIETEST)[None]  # 1×F×bins

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import chirps, numbers, tone, write_media
 
-from avid import config, data, datasets
+from avid import config, data, datasets, media, toy
 from avid.data import Clips, Draws, augment, central_crop, collate, random_crop, to_device
 from avid.media import Media, MediaError
 from avid.temporal_tasks import Clip
@@ -89,6 +89,33 @@ def test_the_draw_decides_every_bit(table):
     for other in others:
         for name in ("video", "audio", "jitter", "mask"):
             assert not torch.equal(item[name], other[name]), name
+
+
+def test_a_file_is_opened_once_by_each_decoder(table, monkeypatch):
+    opened = []
+    for module, name in ((media.av, "open"), (media.decord, "VideoReader")):
+        plain = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, plain=plain, name=name, **k: (opened.append(name), plain(*a, **k))[1])
+    item = Clips(table, settings(temporal={"moments": 2}), training=True)[0, (3, 0, 0)]
+    assert len(item["video"]) == len(item["audio"]) == 2
+    assert sorted(opened) == ["VideoReader", "open"]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_clips_out_of_memory_are_the_same_bits(tmp_path, training):
+    """Those of another rate of sound, and what is said of files that cannot be used, too."""
+    world = config.Toy(train=3, test=1, seconds=3.0, size=48)
+    folder = toy.write(tmp_path, world, seed=0, workers=1, progress=False)
+    (folder / "train" / "00001.mp4").write_bytes(b"no video")
+    table = datasets.load(config.Data(root=str(folder)), "train")
+    cfg = settings(temporal={"moments": 2, "speeds": [1, 2], "reverse": True}, audio={"rate_hz": 8000, "frames_per_s": 40})
+    kept = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, in_memory=True))
+    for k in range(12):
+        key = (k % 3, (3, k, 0)) if training else k % 3
+        assert same(Clips(table, kept, training)[key], Clips(table, cfg, training)[key])
+    for path in folder.rglob("*.mp4"):
+        path.unlink()
+    assert Clips(table, kept, training)[(0, (3, 0, 0)) if training else 0]["failures"] == []  # it was read from memory
 
 
 @pytest.mark.parametrize("moments", [1, 2])

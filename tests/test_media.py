@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import av
 import numpy as np
 import pytest
-from conftest import CHIRP_S, chirp, chirp_time, chirps, numbers, tone
+from conftest import CHIRP_S, chirp, chirp_time, chirps, numbered, numbers, tone
 
-from avid import config
-from avid.media import Media, MediaError, columns, spectrogram
+from avid import config, toy
+from avid.media import Media, MediaError, MediaInMemory, columns, in_memory, spectrogram
 
 MS = 1e-3
 TWO_SECONDS = np.arange(50) / 25  # 25 frames a second
@@ -383,6 +383,80 @@ def test_media_imported_first_leaves_torch_whole():
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "2090" in done.stdout
+
+
+# -------------------------------------------------------------------------------------------------------------- in memory
+
+
+@pytest.mark.parametrize(
+    ("name", "codecs", "options"),
+    [
+        ("a.mp4", ("libx264", "aac"), {}),
+        ("late.mp4", ("libx264", "flac"), {"sound_from_s": 0.3, "strict": "-2"}),
+        ("gap.mp4", ("libx264", "flac"), {"gap_s": (0.8, 1.2), "strict": "-2"}),
+        ("open.mp4", ("libx264", "aac"), {"encoder": OPEN_GROUPS}),
+        ("a.avi", ("mpeg4", "pcm_s16le"), {}),
+        ("a.mkv", ("libx264", "aac"), {}),
+        ("a.ts", ("libx264", "aac"), {}),
+        ("a.wav", ("", "pcm_s16le"), {}),
+        ("a.flac", ("", "flac"), {}),
+        ("a.mp3", ("", "libmp3lame"), {}),
+        ("a.ogg", ("", "libopus"), {}),
+    ],
+)
+def test_a_file_in_memory_gives_the_same(media_file, name, codecs, options):
+    """Frames bit for bit; sound too, but where an encoder left noise to the decoder, and where time stamps are rounded."""
+    picture = {"frame_s": TWO_SECONDS} if codecs[0] else {}
+    wave = 0.3 * tone(400, 2.0, 44100) + chirps([0.1, 0.9, 1.7], 2.0, 44100)
+    rate_hz = 48000 if name == "a.ogg" else 44100
+    path = media_file(name, wave=wave, rate_hz=rate_hz, codecs=codecs, **picture, **options)
+    modalities = ("video", "audio") if picture else ("audio",)
+    kept = MediaInMemory(path, modalities)
+    assert kept.container is None
+    assert kept.reader is None
+    rng = np.random.default_rng(0)
+    for start_s in rng.uniform(-0.1, 2.1, 20):
+        media = Media(path, modalities)
+        assert (kept.first_s, kept.last_s) == (media.first_s, media.last_s)
+        sound, expected = (m.sound(start_s, 8000, 16000) for m in (kept, media))
+        if name in ("a.mkv", "a.ts"):
+            both = np.abs(np.fft.rfft(sound)), np.abs(np.fft.rfft(expected))
+            np.testing.assert_allclose(*both, atol=0.05 * both[1].max())
+        elif codecs[1] in ("aac", "libmp3lame", "libopus"):
+            np.testing.assert_allclose(sound, expected, atol=1e-3)
+        else:
+            np.testing.assert_array_equal(sound, expected)
+        if picture:
+            times = rng.uniform(-0.1, 2.1, 5)
+            np.testing.assert_array_equal(kept.frames(times), media.frames(times))
+
+
+def test_a_toy_file_in_memory_is_the_same_bits(tmp_path):
+    """What the toy's encoder writes leaves no noise to the decoder."""
+    path, rng, settings = tmp_path / "a.mp4", np.random.default_rng(0), config.Toy(seconds=4.0)
+    toy.encode(path, numbered(range(64)), rng.normal(0, 0.2, 64000).astype(np.float32), settings)
+    kept = MediaInMemory(path)
+    for start_s in rng.uniform(-0.1, 4.1, 30):
+        np.testing.assert_array_equal(kept.sound(start_s, 8000, 16000), Media(path).sound(start_s, 8000, 16000))
+
+
+def test_a_file_is_decoded_once(media_file):
+    path = media_file("a.mp4", frame_s=TWO_SECONDS, wave=tone(600, 2.0, 48000))
+    kept = in_memory(path, start_s=0.5, end_s=1.5)
+    assert (kept.first_s, kept.last_s) == (0.5, 1.5)
+    path.unlink()
+    assert in_memory(path, start_s=0.5, end_s=1.5) is kept
+    assert numbers(kept.frames([0.5 + MS])) == [12]
+
+
+def test_a_file_that_is_cut_off_is_not_kept(media_file, tmp_path):
+    """What is there of it can be used still, by way of Media."""
+    whole = media_file("a.mp4", frame_s=TWO_SECONDS, wave=tone(600, 2.0, 48000), movflags="faststart").read_bytes()
+    for modalities in (("video", "audio"), ("audio",)):
+        cut = tmp_path / f"cut{len(modalities)}.mp4"
+        cut.write_bytes(whole[: len(whole) * 6 // 10])
+        assert np.abs(Media(cut, modalities).sound(0.2, 4000, 16000)).max() > 0.4
+        assert in_memory(cut, modalities) is None
 
 
 # ------------------------------------------------------------------------------------------------------------ spectrogram
