@@ -4,42 +4,69 @@ In: embeddings of the global batch (gathered over ranks by the caller) and the i
 Out: memories, candidates to tell an instance from, and how far each instance's sound agrees with its picture.
 """
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
+from . import distributed
 from .config import ConfigError
+
+PIECE = 65536  # rows that are drawn, compared or gathered at a time
+HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass
 class Candidates:
-    index: torch.Tensor  # C        instances
+    index: torch.Tensor | None  # C instances; None: all of them
     valid: torch.Tensor  # C bool   True once per instance, where it stands first
     column: torch.Tensor  # B       where each instance of the batch stands, always valid
 
 
 class MemoryBank(torch.nn.Module):
-    """Memories v̄, ā of N instances, float32, unit length, at random on the sphere [A]; the same on every rank.
+    """Memories v̄, ā of N instances, unit length, at random on the sphere [A]; the same on every rank.
 
-    video, audio N×D; agreement v̄_i·ā_i N. All are buffers: state_dict holds the whole bank. momentum m of `update`.
+    video, audio N×D of dtype: float32, float16 or bfloat16; agreement v̄_i·ā_i N float32, of the memories as they are stored. All
+    are buffers: state_dict holds the whole bank. momentum m of `update`.
     """
 
-    def __init__(self, num_instances, dim, momentum, seed):
+    def __init__(self, num_instances, dim, momentum, seed, dtype="float32"):
         super().__init__()
-        self.momentum = momentum
+        self.num_instances, self.momentum = num_instances, momentum
         generator = torch.Generator().manual_seed(seed)
         for modality in ("video", "audio"):
-            memory = torch.randn(num_instances, dim, generator=generator)
-            self.register_buffer(modality, F.normalize(memory, dim=1))  # N×D
-        self.register_buffer("agreement", (self.video * self.audio).sum(1))  # N
-        self.register_buffer("agreement_sum", self.agreement.double().sum())
-        self.register_buffer("agreement_sum_squares", self.agreement.double().square().sum())
+            self.register_buffer(modality, torch.zeros(self._rows(), dim, dtype=HALF.get(dtype)))  # N×D
+            for index in torch.arange(num_instances).split(PIECE):
+                memory = F.normalize(torch.randn(len(index), dim, generator=generator), dim=1)
+                self._write(modality, index, memory)
+        pieces = zip(self.video.split(PIECE), self.audio.split(PIECE), strict=True)
+        self.register_buffer("agreement", torch.cat([_agreement(v, a) for v, a in pieces]))  # N
+        self.register_buffer("agreement_sum", self._total(self.agreement.double().sum()))
+        self.register_buffer("agreement_sum_squares", self._total(self.agreement.double().square().sum()))
+
+    def read(self, name, index):
+        """The memories `video` or `audio` (…×D), or the `agreement` (…), of instances: index …, or None for all of them."""
+        stored = getattr(self, name)
+        return stored if index is None else stored.index_select(0, index.flatten()).view(*index.shape, *stored.shape[1:])
+
+    # what a bank whose rows are spread over the ranks does another way
+    def _rows(self):
+        return self.num_instances
+
+    def _write(self, name, index, value):
+        stored = getattr(self, name)
+        stored[index] = value.to(stored.dtype)
+
+    def _total(self, x):
+        """The sum over what each rank holds."""
+        return x
 
     def agreement_mean_std(self):
         """μ, σ of the agreement over the whole bank, from running sums: two float64 0-dim tensors; σ ≥ 0, never NaN."""
-        mean = self.agreement_sum / len(self.agreement)
-        variance = self.agreement_sum_squares / len(self.agreement) - mean.square()
+        mean = self.agreement_sum / self.num_instances
+        variance = self.agreement_sum_squares / self.num_instances - mean.square()
         return mean, variance.clamp(min=0).sqrt()
 
     def candidates(self, index, num_negatives, generator_seed):
@@ -49,11 +76,10 @@ class MemoryBank(torch.nn.Module):
         every rank. -> Candidates, C = B + K or N. An instance that stands twice is valid once, where it stands first.
         """
         if num_negatives == "all":
-            everything = torch.arange(len(self.video), device=index.device)
-            return Candidates(everything, torch.ones_like(everything, dtype=torch.bool), index)
+            return Candidates(None, torch.ones(self.num_instances, dtype=torch.bool, device=index.device), index)
         # drawn on the CPU: the same bits on every device; 8 KB at K = 1024, copied without waiting for the device
         generator = torch.Generator().manual_seed(generator_seed)
-        negatives = torch.randint(len(self.video), (num_negatives,), generator=generator)  # K
+        negatives = torch.randint(self.num_instances, (num_negatives,), generator=generator)  # K
         candidates = torch.cat([index, negatives.to(index.device, non_blocking=True)])  # C
         first = _first_occurrence(candidates)  # C
         valid = first == torch.arange(len(candidates), device=index.device)
@@ -69,20 +95,29 @@ class MemoryBank(torch.nn.Module):
         probability ∝ exp(sim/τ_n), n = contrast.negatives or as many as there are. The instance itself is neither.
         ConfigError where the bank has no negatives left.
         """
-        memory = self.video if modality == "video" else self.audio
+        memory = getattr(self, modality)
         others = len(memory) - contrast.k_pos - 1
         if others < 1:
             raise ConfigError(f"contrast.k_pos = {contrast.k_pos} leaves no negatives among {len(memory)} videos; lower it")
-        similarity = memory[index] @ memory.T  # b×N
+        num_negatives = min(contrast.negatives, others)
+        rngs = [np.random.default_rng(seed) for seed in seeds]  # of a row; on the CPU: the same on every device
+        own = memory[index].float()
+        similarity = torch.cat([own @ some.float().T for some in memory.split(PIECE)], 1)  # b×N
         similarity.scatter_(1, index[:, None], -torch.inf)
-        nearest = similarity.topk(contrast.k_pos, 1).indices  # b×k
+        nearness, nearest = similarity.topk(contrast.k_pos, 1)  # b×k
+
         # the largest of log p + Gumbel noise are draws without replacement
+        gumbel = torch.from_numpy(np.stack([rng.gumbel(size=contrast.k_pos) for rng in rngs]))  # b×k
+        drawn = (nearness / contrast.tau_p + gumbel.to(index.device, non_blocking=True)).topk(contrast.n_pos, 1).indices
+        positives = nearest.gather(1, drawn)  # b×n_pos
+
+        excluded = torch.cat([index[:, None], nearest], 1)  # b×(k+1)
+        if math.isinf(contrast.tau_n):
+            places = np.stack([rng.choice(others, num_negatives, replace=False, shuffle=False) for rng in rngs])  # b×n
+            return positives, _skip(torch.from_numpy(places).to(index.device, non_blocking=True), excluded)
         gumbel = torch.stack([_gumbel(seed, len(memory), memory.device) for seed in seeds])  # b×N
-        positive = (similarity / contrast.tau_p + gumbel).gather(1, nearest)  # b×k
-        positives = nearest.gather(1, positive.topk(contrast.n_pos, 1).indices)  # b×n_pos
-        negative = (similarity / contrast.tau_n).nan_to_num(nan=-torch.inf) + gumbel  # b×N   (−∞ / ∞ is NaN: i itself)
-        negative.scatter_(1, nearest, -torch.inf).scatter_(1, index[:, None], -torch.inf)
-        return positives, negative.topk(min(contrast.negatives, others), 1).indices
+        negative = (similarity / contrast.tau_n).add_(gumbel).scatter_(1, excluded, -torch.inf)  # b×N
+        return positives, negative.topk(num_negatives, 1).indices
 
     @torch.no_grad()
     def update(self, index, video, audio):
@@ -92,19 +127,20 @@ class MemoryBank(torch.nn.Module):
         stands twice is updated once, by its first row. Where the new memory would be zero or not finite, the old stays.
         """
         first = _first_occurrence(index)  # B   rows of one instance all write the same: their order does not matter
-        video = self._moved(self.video[index], video[first])  # B×D
-        audio = self._moved(self.audio[index], audio[first])  # B×D
-        agreement = (video * audio).sum(1)  # B
+        video = self._moved(self.read("video", index), video[first])  # B×D
+        audio = self._moved(self.read("audio", index), audio[first])  # B×D
+        agreement = _agreement(video, audio)  # B
         once = (first == torch.arange(len(index), device=index.device)).double()  # B
-        old, new = self.agreement[index].double(), agreement.double()
+        old, new = self.read("agreement", index).double(), agreement.double()
         self.agreement_sum += (once * (new - old)).sum()
         self.agreement_sum_squares += (once * (new.square() - old.square())).sum()
-        self.video[index], self.audio[index], self.agreement[index] = video, audio, agreement
+        for name, value in {"video": video, "audio": audio, "agreement": agreement}.items():
+            self._write(name, index, value)
 
     def _moved(self, memory, embedding):
-        moved = self.momentum * memory + (1 - self.momentum) * embedding.float()  # B×D
+        moved = self.momentum * memory.float() + (1 - self.momentum) * embedding.float()  # B×D
         length = moved.norm(dim=1, keepdim=True)  # B×1
-        return torch.where((length > 1e-6) & length.isfinite(), moved / length, memory)
+        return torch.where((length > 1e-6) & length.isfinite(), (moved / length).to(memory.dtype), memory)
 
     @torch.no_grad()
     def health(self):
@@ -114,11 +150,72 @@ class MemoryBank(torch.nn.Module):
         """
         mean, std = self.agreement_mean_std()
         return {
-            "cosine_video": _mean_cosine(self.video),
-            "cosine_audio": _mean_cosine(self.audio),
+            "cosine_video": self._mean_cosine("video"),
+            "cosine_audio": self._mean_cosine("audio"),
             "agreement_mean": mean.item(),
             "agreement_std": std.item(),
         }
+
+    def _mean_cosine(self, modality):
+        """Mean of x_i·x_j over i ≠ j of N unit vectors: N²·|mean|² is the sum over all pairs, N of which are i = j."""
+        n = self.num_instances
+        mean = self._total(getattr(self, modality).sum(0, dtype=torch.float64)) / n  # D
+        return ((n * mean.square().sum() - 1) / max(n - 1, 1)).item()
+
+
+class SpreadBank(MemoryBank):
+    """The same bank, its rows spread over R ranks: rank r holds the instances r·n to (r + 1)·n − 1, n = ⌈N/R⌉.
+
+    Whatever is asked of it, all ranks ask together and with the same index; `neighbourhood` and all instances at once cannot be had.
+    The last row of every buffer is zero: it stands for the instances that other ranks hold.
+    """
+
+    def _rows(self):
+        return -(-self.num_instances // distributed.world_size()) + 1
+
+    def _row(self, index):
+        """Where instances stand among this rank's: … -> …; those of other ranks in the last row."""
+        row, last = index - distributed.rank() * (self._rows() - 1), self._rows() - 1
+        return torch.where((row >= 0) & (row < last), row, last)
+
+    def read(self, name, index):
+        return self._total(super().read(name, self._row(index)))  # one rank's row, and zeros
+
+    def _write(self, name, index, value):
+        super()._write(name, self._row(index), value)
+        getattr(self, name)[-1] = 0
+
+    def _total(self, x):
+        return distributed.total(x)
+
+    def state_dict(self):
+        """The state of the whole bank, as MemoryBank's, in the host memory of rank 0; for the other ranks nothing."""
+        state = {}
+        for name, stored in self.named_buffers():
+            if not stored.dim():
+                state[name] = stored
+                continue
+            state[name] = torch.empty(self.num_instances if distributed.rank() == 0 else 0, *stored.shape[1:], dtype=stored.dtype)
+            for index in torch.arange(self.num_instances, device=stored.device).split(PIECE):
+                piece = self.read(name, index)
+                if distributed.rank() == 0:
+                    state[name][index.cpu()] = piece.cpu()
+        return state
+
+    def load_state_dict(self, state):
+        """Take this rank's rows out of the state of a whole bank, whatever number of ranks wrote it."""
+        begin, rows = distributed.rank() * (self._rows() - 1), self._rows() - 1
+        for name, stored in self.named_buffers():
+            saved = state[name]
+            if stored.dim():
+                saved = saved[begin : begin + rows]
+                stored[: len(saved)] = saved.to(stored.device)
+            else:
+                stored.copy_(saved)
+
+
+def _agreement(video, audio):
+    return (video.float() * audio.float()).sum(1)
 
 
 def _gumbel(seed, n, device):
@@ -127,14 +224,13 @@ def _gumbel(seed, n, device):
     return -torch.empty(n, device=device).exponential_(generator=generator).log()
 
 
+def _skip(place, excluded):
+    """The place-th of the numbers 0, 1, … that are not excluded: place b×n, excluded b×k -> b×n."""
+    before = excluded.sort(1).values - torch.arange(excluded.shape[1], device=excluded.device)  # b×k   that stand before each
+    return place + torch.searchsorted(before, place, right=True)
+
+
 def _first_occurrence(index):
     """For each entry, where its value stands first: B -> B. By sorting: static shapes, no wait for the device."""
     ordered, position = index.sort(stable=True)  # equal values stay in order, so the leftmost of them stood first
     return position[torch.searchsorted(ordered, index)]
-
-
-def _mean_cosine(memory):
-    """Mean of x_i·x_j over i ≠ j, N×D unit vectors: N²·|mean|² is the sum over all pairs, N of which are i = j."""
-    n = len(memory)
-    mean = memory.sum(0, dtype=torch.float64) / n  # D
-    return ((n * mean.square().sum() - 1) / max(n - 1, 1)).item()

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from avid import losses
 
@@ -43,9 +45,16 @@ def world(negatives=12, everything=False, seed=0, num_instances=20, dim=6):
     )
 
 
-def robust_xid(w, soft=0.5, estimator="cycle", rows=None):
+def robust_xid(w, soft=0.5, estimator="cycle"):
+    names = ("video", "audio", "bank_video", "bank_audio", "valid", "column")
     taus = dict(temperature=TAU, tau_s=TAU_S, tau_t=TAU_T)
-    return losses.robust_xid(**vars(w), soft=soft, estimator=estimator, rows=rows, **taus)
+    return losses.robust_xid(*(getattr(w, name) for name in names), soft=soft, estimator=estimator, **taus)
+
+
+@pytest.fixture(params=[1, 7, 8192])
+def piece(request, monkeypatch):
+    """Candidates at a time."""
+    monkeypatch.setattr(losses, "PIECE", request.param)
 
 
 def float64(w):
@@ -94,28 +103,37 @@ def assert_close(ours, reference, tolerance=1e-5):
     np.testing.assert_allclose(ours.detach().numpy(), reference, rtol=tolerance, atol=tolerance)
 
 
-def test_log_probabilities_are_the_softmax_over_the_valid_candidates():
+def test_attention_is_the_softmax_and_its_normaliser(piece):
     w = world()
-    log_p = losses.log_probabilities(w.video, w.bank_audio, w.valid, TAU)
+    bias = torch.where(w.valid, 0.3 * torch.arange(len(w.valid)), -math.inf)
+    total, S = losses.attend(w.video, w.bank_audio, torch.eye(len(w.valid)), bias, TAU)
     r = float64(w)
-    assert_close(log_p.exp(), [reference_softmax([v @ a_j / TAU for a_j in r.bank_audio], r.valid) for v in r.video])
-    assert not w.valid.all() and torch.isneginf(log_p[:, ~w.valid]).all() and torch.isfinite(log_p[:, w.valid]).all()
+    exponents = [[v @ a_j / TAU + b for a_j, b in zip(r.bank_audio, bias.tolist(), strict=True)] for v in r.video]
+    assert_close(S, [reference_softmax(e, r.valid) for e in exponents])
+    assert_close(total, [math.log(sum(map(math.exp, e))) for e in exponents])
+    assert not w.valid.all() and (S[:, ~w.valid] == 0).all()
 
 
-@pytest.mark.parametrize("rows", [None, 2])
-def test_everything_is_float32_under_autocast(rows):
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_everything_is_float32_under_autocast_and_from_a_half_precision_bank(low):
     w = world()
     memories = (w.own_video, w.own_audio, w.bank_video, w.bank_audio)
     S = losses.soft_targets("cycle", *memories, w.valid, TAU_S, TAU_T)
-    expected = torch.autograd.grad(robust_xid(w, rows=rows).sum(), w.video)
+    w.bank_video, w.bank_audio = w.bank_video.to(low).float(), w.bank_audio.to(low).float()
+    expected = robust_xid(w)
+    gradient = torch.autograd.grad(expected.sum(), w.video)[0]
+    w.bank_video, w.bank_audio = w.bank_video.to(low), w.bank_audio.to(low)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         T = losses.soft_targets("cycle", *memories, w.valid, TAU_S, TAU_T)
-        low = losses.log_probabilities(w.video.bfloat16(), w.bank_audio, w.valid, TAU)
-        loss = robust_xid(w, rows=rows)
+        loss = robust_xid(w)
     assert torch.equal(S[0], T[0]) and torch.equal(S[1], T[1])
-    assert low.dtype == loss.dtype == torch.float32
-    assert torch.equal(low, losses.log_probabilities(w.video.bfloat16().float(), w.bank_audio, w.valid, TAU))
-    assert torch.equal(torch.autograd.grad(loss.sum(), w.video)[0], expected[0])
+    assert loss.dtype == torch.float32 and torch.equal(loss, expected)
+    assert torch.equal(torch.autograd.grad(loss.sum(), w.video)[0], gradient)
+    w.video, w.audio = w.video.bfloat16(), w.audio.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = robust_xid(w)
+    w.video, w.audio = w.video.float(), w.audio.float()
+    assert torch.equal(half, robust_xid(w))
 
 
 @pytest.mark.parametrize("w_min, delta, kappa", [(0.25, 0.0, 0.5), (0.0, -1.0, 0.25), (0.5, 0.7, 2.0)])
@@ -190,38 +208,30 @@ def test_a_faulty_neighbour_counts_less_in_cycle_than_in_swapped():
     assert cycle[0, 1] / cycle[0, 0] == pytest.approx(math.exp(-2 / TAU_T), rel=1e-4)
 
 
-def test_mixed_targets_hold_one_hot_and_estimate():
-    S = torch.softmax(torch.randn(3, 5, generator=torch.Generator().manual_seed(0)), dim=1)
-    before, column = S.clone(), [4, 0, 4]
-    T = losses.mix_targets(S, torch.tensor(column), 0.3)
-    assert_close(T, [[0.7 * (j == column[i]) + 0.3 * S[i, j].item() for j in range(5)] for i in range(3)])
-    assert torch.equal(S, before)
-
-
-def test_cross_entropy_is_finite_where_log_p_is_minus_infinity():
-    log_p = torch.tensor([[-1.0, -math.inf, -2.0], [-0.5, -3.0, -math.inf]], requires_grad=True)
-    target = torch.tensor([[0.25, 0.0, 0.75], [1.0, 0.0, 0.0]])
-    loss = losses.cross_entropy(target, log_p)
-    assert loss.tolist() == [1.75, 0.5]
+def test_cross_entropy_is_finite_where_the_probability_is_zero():
+    x, memories = torch.eye(3)[:2].requires_grad_(), torch.eye(3)
+    valid, target = torch.tensor([True, False, True]), torch.tensor([[0.25, 0.0, 0.75], [1.0, 0.0, 0.0]])
+    loss = losses.cross_entropy(x, target @ memories, memories, valid, 0.5)  # exponents (2, −∞, 0) and (0, −∞, 0)
+    expected = [math.log(math.exp(2) + 1) - 2 * 0.25, math.log(2)]
+    assert loss.tolist() == pytest.approx(expected)
     loss.sum().backward()
-    assert torch.equal(log_p.grad, -target)
+    p = [math.exp(2) / (math.exp(2) + 1), 0.5]
+    assert_close(x.grad, [[(p[0] - 0.25) / 0.5, 0, (1 - p[0] - 0.75) / 0.5], [(p[1] - 1) / 0.5, 0, (1 - p[1]) / 0.5]])
 
 
 @pytest.mark.parametrize("everything", [False, True], ids=["drawn", "whole_bank"])
-@pytest.mark.parametrize("rows", [None, 2, 64])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_robust_xid_agrees_with_the_equations(estimator, rows, everything):
+def test_robust_xid_agrees_with_the_equations(estimator, piece, everything):
     w = world(everything=everything)
     r = float64(w)
-    assert_close(robust_xid(w, 0.5, estimator, rows), reference_losses(r, 0.5, *reference_soft_targets(r, estimator)))
+    assert_close(robust_xid(w, 0.5, estimator), reference_losses(r, 0.5, *reference_soft_targets(r, estimator)))
 
 
-@pytest.mark.parametrize("rows", [None, 2])
 @pytest.mark.parametrize("soft, estimator", [(0.0, "cycle"), *((0.5, name) for name in ESTIMATORS), (1.0, "neighbor")])
-def test_gradients_agree_with_finite_differences(soft, estimator, rows):
+def test_gradients_agree_with_finite_differences(soft, estimator, piece):
     w = world()
     weight = torch.tensor([0.3, 1.0, 0.3, 0.8, 0.5])
-    losses.weighted_mean(robust_xid(w, soft, estimator, rows), weight).backward()
+    losses.weighted_mean(robust_xid(w, soft, estimator), weight).backward()
     r, weight = float64(w), weight.double().numpy()
     S = reference_soft_targets(r, estimator)
     for modality in ("video", "audio"):
@@ -247,33 +257,68 @@ def test_plain_xid_is_the_cross_entropy_of_the_pair():
 def test_candidates_that_are_not_valid_change_nothing():
     w = world()
     loss = robust_xid(w)
+    assert not set(w.column.tolist()) & set((~w.valid).nonzero().flatten().tolist())
     w.bank_video[~w.valid] = w.own_video[0].clone()
     w.bank_audio[~w.valid] = w.own_audio[1].clone()
     assert torch.equal(robust_xid(w), loss)
 
 
-@pytest.mark.parametrize("rows", [None, 2])
-def test_memories_get_no_gradient(rows):
+def test_memories_get_no_gradient():
     w = world()
-    memories = [w.own_video, w.own_audio, w.bank_video, w.bank_audio]
+    memories = [w.bank_video, w.bank_audio]
     for memory in memories:
         memory.requires_grad_()
-    robust_xid(w, rows=rows).sum().backward()
+    robust_xid(w).sum().backward()
     assert all(memory.grad is None for memory in memories)
     assert w.video.grad.abs().max() > 0 and w.audio.grad.abs().max() > 0
 
 
-def test_rows_keep_no_matrix_of_batch_times_candidates():
-    w = world(negatives=300)
-    largest = {}
-    for rows in (None, 2):
-        sizes = []
-        keep = torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x)
-        with keep:
-            robust_xid(w, rows=rows)
-        largest[rows] = max(sizes, default=0)
-    assert largest[None] >= 5 * len(w.valid)
-    assert largest[2] < 2 * len(w.valid)
+@pytest.mark.parametrize("soft", [0.0, 0.5])
+def test_memory_does_not_grow_with_the_candidates(soft, monkeypatch):
+    """Neither within forward nor from forward to backward: only what is as long as the bank itself, and not as wide as the batch."""
+    monkeypatch.setattr(losses, "PIECE", 8)
+    w, made, kept = world(negatives=300), [], []
+    candidates = len(w.valid)
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            made.extend(x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor) and not x._is_view())
+            return result
+
+    with Watch(), torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        loss = robust_xid(w, soft)
+    assert max(made) == candidates and max(kept) <= 5 * 6
+    (gradient,) = torch.autograd.grad(loss.sum(), w.video)
+    monkeypatch.setattr(losses, "PIECE", 8192)
+    assert_close(gradient, torch.autograd.grad(robust_xid(w, soft).sum(), w.video)[0].numpy())
+
+
+def test_a_robust_step_over_many_candidates_agrees_with_float64():
+    """As many as make several real pieces: value and gradient against log-softmax and B×C targets."""
+    n, batch, dim = 20000, 6, 16
+    video, audio = unit(n, dim, seed=0), F.normalize(unit(n, dim, seed=0) + unit(n, dim, seed=1), dim=1)
+    column, valid = torch.arange(batch) * 3000, torch.rand(n, generator=torch.Generator().manual_seed(0)) < 0.9
+    valid[column] = True
+    v, a = (F.normalize(x[column] + 0.3 * unit(batch, dim, seed=2), dim=1).requires_grad_() for x in (video, audio))
+    world = SimpleNamespace(video=v, audio=a, bank_video=video, bank_audio=audio, valid=valid, column=column)
+    loss = robust_xid(world)
+    loss.sum().backward()
+
+    video, audio = video.double(), audio.double()
+    own_video, own_audio, outside = video[column], audio[column], torch.where(valid, 0.0, -math.inf).double()
+    last = (video * audio).sum(1) / TAU_T + outside
+    S_v, S_a = F.softmax(own_audio @ video.T / TAU_S + last, 1), F.softmax(own_video @ audio.T / TAU_S + last, 1)
+    expected = []
+    for x, S, memories in ((v, S_v, audio), (a, S_a, video)):
+        x = x.detach().double().requires_grad_()
+        log_p = F.log_softmax(x @ memories.T / TAU + outside, 1).clamp(min=-1e9)
+        target = 0.5 * S
+        target[torch.arange(batch), column] += 0.5
+        expected.append(-(target * log_p).sum(1))
+        (gradient,) = torch.autograd.grad(expected[-1].sum(), x)
+        assert_close((v if memories is audio else a).grad, gradient.numpy())
+    assert_close(loss, sum(expected).detach().numpy())
 
 
 def test_weighted_mean_divides_by_the_weights():
@@ -296,12 +341,9 @@ def test_ranks_that_share_their_total_weight_average_to_the_global_loss():
 def test_a_collapsed_bank_gives_finite_losses_and_gradients(soft, estimator, batch, apart):
     w = world()
     one = unit(6, seed=9)
-    for name in ("own_video", "bank_video"):
-        setattr(w, name, one.expand_as(getattr(w, name)).clone())
-    for name in ("own_audio", "bank_audio"):
-        setattr(w, name, apart * one.expand_as(getattr(w, name)).clone())
-    for name in ("own_video", "own_audio", "column"):
-        setattr(w, name, getattr(w, name)[:batch])
+    w.bank_video = one.expand_as(w.bank_video).clone()
+    w.bank_audio = apart * one.expand_as(w.bank_audio)
+    w.column = w.column[:batch]
     w.video, w.audio = (x.detach()[:batch].requires_grad_() for x in (w.video, w.audio))
     loss = robust_xid(w, soft, estimator)
     loss.sum().backward()
@@ -313,7 +355,7 @@ def test_a_collapsed_bank_gives_finite_losses_and_gradients(soft, estimator, bat
 def test_a_single_candidate_costs_nothing(estimator):
     w = world()
     w = SimpleNamespace(**{name: x[:1].detach() for name, x in vars(w).items()})
-    assert robust_xid(w, 0.5, estimator).tolist() == [0]
+    assert robust_xid(w, 0.5, estimator).item() == pytest.approx(0, abs=1e-5)
 
 
 # ------------------------------------------------------------------------------- contrast with several positives, section 7

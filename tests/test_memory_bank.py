@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from avid import config
-from avid.memory_bank import MemoryBank
+from avid.memory_bank import MemoryBank, _skip
 
 
 def batch(num_instances, size, dim, seed):
@@ -68,6 +68,32 @@ def test_the_bank_stays_float32_and_out_of_the_graph_with_bf16_embeddings():
     assert torch.equal(bank.video, same.video) and torch.equal(bank.audio, same.audio)
 
 
+@pytest.mark.parametrize("dtype, rounding", [("float16", 2**-11), ("bfloat16", 2**-8)])
+def test_a_half_precision_bank_follows_the_float32_one_and_knows_its_own_agreement(dtype, rounding, tmp_path):
+    whole, bank = MemoryBank(60, 8, 0.5, 0), MemoryBank(60, 8, 0.5, 0, dtype)
+    assert bank.video.dtype == bank.audio.dtype == getattr(torch, dtype) and bank.agreement.dtype == torch.float32
+    assert torch.equal(bank.video, whole.video.to(bank.video.dtype))
+    for seed in range(200):
+        index, video, audio = batch(60, 32, 8, seed)
+        for each in (whole, bank):
+            each.update(index, video, F.normalize(video + 0.5 * audio, dim=1))
+    for name in (
+        "video",
+        "audio",
+    ):  # half of an error stays after each update: at most two roundings, a little more after normalising
+        error = (getattr(bank, name).float() - getattr(whole, name)).abs().max()
+        assert 0 < error < 4 * rounding
+    stored = (bank.video.double() * bank.audio.double()).sum(1)
+    assert torch.allclose(bank.agreement.double(), stored, atol=1e-6)
+    assert bank.agreement_sum == pytest.approx(bank.agreement.double().sum().item(), abs=1e-10)
+    assert bank.agreement_sum_squares == pytest.approx(bank.agreement.double().square().sum().item(), abs=1e-10)
+    torch.save(bank.state_dict(), tmp_path / "bank.pt")
+    other = MemoryBank(60, 8, 0.5, 1, dtype)
+    other.load_state_dict(torch.load(tmp_path / "bank.pt", weights_only=True))
+    assert all(torch.equal(x, other.state_dict()[name]) and x.dtype == other.state_dict()[name].dtype
+               for name, x in bank.state_dict().items())  # fmt: skip
+
+
 def test_running_mean_and_std_equal_the_full_ones_after_many_updates():
     bank = MemoryBank(60, 8, 0.5, 0)
     for seed in range(400):
@@ -98,7 +124,9 @@ def test_candidates_are_the_batch_and_the_drawn_each_instance_valid_once(seed):
 def test_all_candidates_are_the_bank_itself():
     bank = MemoryBank(9, 4, 0.5, 0)
     c = bank.candidates(torch.tensor([5, 2, 5]), "all", 0)
-    assert c.index.tolist() == list(range(9)) and c.valid.all() and c.column.tolist() == [5, 2, 5]
+    assert c.valid.tolist() == [True] * 9 and c.column.tolist() == [5, 2, 5]
+    for name in ("video", "audio", "agreement"):
+        assert bank.read(name, c.index) is getattr(bank, name)  # no copy
 
 
 def test_draws_depend_on_the_seed_alone():
@@ -133,7 +161,7 @@ def test_a_step_never_passes_over_the_whole_bank():
         bank.update(*batch(5000, 32, 4, 0))
         bank.candidates(torch.arange(32), 64, 0)
         bank.agreement_mean_std()
-    assert touched == {torch.ops.aten.index, torch.ops.aten.index_put_}  # rows read, rows written
+    assert touched == {torch.ops.aten.index_select, torch.ops.aten.index_put_}  # rows read, rows written
 
 
 @pytest.mark.parametrize("num_instances", [1, 2, 50])
@@ -278,3 +306,20 @@ def test_no_extra_positives_and_a_small_bank():
     assert positives.shape == (3, 0) and sorted(negatives[0].tolist()) == [0, 1, 2, 4, 5, 6, 7]
     with pytest.raises(ValueError, match="lower it"):
         neighbourhoods(bank, config.Contrast(k_pos=7), 1)
+
+
+def test_the_numbers_that_are_left():
+    excluded = torch.tensor([[7, 0, 3], [2, 1, 0], [9, 8, 4]])
+    left = _skip(torch.arange(7).repeat(3, 1), excluded)
+    assert left.tolist() == [[i for i in range(10) if i not in row] for row in excluded.tolist()]
+
+
+def test_a_half_precision_bank_has_neighbours_too():
+    bank = MemoryBank(40, 8, 0.5, 1, "bfloat16")
+    contrast = config.Contrast(n_pos=4, k_pos=4, negatives=10, tau_n=0.5)
+    positives, negatives = neighbourhoods(bank, contrast, 20)
+    similarity = bank.audio.float() @ bank.audio[3].float()
+    similarity[3] = -math.inf
+    nearest = set(similarity.topk(4).indices.tolist())
+    assert all(set(row) == nearest for row in positives.tolist())
+    assert not nearest & set(negatives.flatten().tolist()) and 3 not in negatives
