@@ -1,0 +1,178 @@
+"""The studies' pictures.
+
+In: rows of a study's CSV; for maps and neighbours, checkpoints of one seed's runs.
+Out: PNG files.
+"""
+
+import matplotlib
+import numpy as np
+from sklearn.manifold import TSNE
+
+from avid import datasets, evaluation, toy
+from avid import figures as single
+
+from . import measures, runs
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+SHOWN = 5  # queries on a contact sheet, and videos found by each
+
+
+def save(figure, path):
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+    return path
+
+
+def legend(figure, title=None):
+    """One legend, in the first panel that has something to name."""
+    if axis := next((axis for axis in figure.axes if axis.get_legend_handles_labels()[0]), None):
+        axis.legend(title=title, fontsize=7, title_fontsize=7)
+
+
+def bars(path, rows, methods, columns, group=None):
+    """A panel a column, a bar a method, with the deviation over seeds and a dot a run; with `group` (column, values), a bar a value beside
+    each other."""
+    key, values = group or (None, [None])
+    figure, axes = plt.subplots(
+        1, len(columns), figsize=(4.8 * len(columns), 0.9 + 0.34 * len(methods)), squeeze=False, layout="constrained"
+    )
+    height = 0.8 / len(values)
+    for axis, (column, title) in zip(axes[0], columns.items(), strict=True):
+        for k, value in enumerate(values):
+            if key:
+                axis.barh(0, 0, color=f"C{k}", alpha=0.7, label=value)
+            for at, method in enumerate(methods):
+                mine = runs.select(rows, method=method, **({key: value} if key else {}))
+                if not (found := runs.mean_std(mine, column)):
+                    continue
+                y = at + (k - (len(values) - 1) / 2) * height
+                axis.barh(y, found[0], height, xerr=found[1] or 0, color=f"C{k}", alpha=0.7)
+                axis.plot([float(row[column]) for row in mine], [y] * len(mine), ".", color="black", markersize=3)
+        axis.set_yticks(range(len(methods)), methods)
+        axis.invert_yaxis()
+        axis.set_xlabel(title)
+        axis.grid(alpha=0.3, axis="x")
+    if key:
+        legend(figure, key)
+    return save(figure, path)
+
+
+def bands(path, rows, methods, columns):
+    """A panel a column of curves: mean over seeds and, as a band, the deviation, over epochs."""
+    across = min(len(columns), 4)
+    down = -(-len(columns) // across)
+    figure, axes = plt.subplots(down, across, figsize=(4 * across, 3.2 * down), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(columns) :]:
+        axis.set_axis_off()
+    for axis, (column, title) in zip(axes.flat, columns.items(), strict=False):
+        for k, method in enumerate(methods):
+            mine = [row for row in runs.select(rows, method=method) if row.get(f"curve {column}")]
+            lines = [(runs.numbers(row, "curve epoch"), runs.numbers(row, f"curve {column}")) for row in mine]
+            if not lines:
+                continue
+            x, y = np.array(lines[0][0]), np.array([y for _, y in lines])  # seeds×checks
+            axis.plot(x, y.mean(0), color=f"C{k}", label=method, linewidth=1.3)
+            if len(y) > 1:
+                deviation = y.std(0, ddof=1)
+                axis.fill_between(x, y.mean(0) - deviation, y.mean(0) + deviation, color=f"C{k}", alpha=0.15, linewidth=0)
+        axis.set(title=title, xlabel="epoch")
+        axis.grid(alpha=0.3)
+    legend(figure)
+    return save(figure, path)
+
+
+def weights(path, rows, methods, shares):
+    """Histograms of the weights of true and of faulty pairs, all seeds together: a row a share of faulty pairs, a column a method."""
+    figure, axes = plt.subplots(
+        len(shares), len(methods), figsize=(3.2 * len(methods), 2.2 * len(shares)), squeeze=False, layout="constrained"
+    )
+    left, width = measures.BINS[:-1], np.diff(measures.BINS)
+    for line, share in zip(axes, shares, strict=True):
+        for axis, method in zip(line, methods, strict=True):
+            mine = [row for row in runs.select(rows, method=method, faulty=share) if row.get("weights true")]
+            for name, colour in (("true", "tab:blue"), ("faulty", "tab:red")):
+                if mine:
+                    count = np.sum([runs.numbers(row, f"weights {name}") for row in mine], 0)
+                    axis.bar(left, count / count.sum(), width, align="edge", alpha=0.6, color=colour, label=f"{name} pairs")
+            auroc = runs.mean_std(mine, "AUROC")
+            axis.set_title(f"{method}, {float(share):.0%} faulty" + (f": AUROC {auroc[0]:.2f}" if auroc else ""), fontsize=9)
+            axis.set(yticks=[], xlabel="weight")
+    legend(figure)
+    return save(figure, path)
+
+
+def soft_targets(path, rows, shares):
+    """Where soft targets put their mass, mean over seeds: a row a share of faulty pairs, a column an estimator; in each, from the kind of
+    the picture (rows) to that of the sound (columns; music and noise last), the own instance left out."""
+    names = measures.ESTIMATORS
+    figure, axes = plt.subplots(
+        len(shares), len(names), figsize=(2.9 * len(names), 2.7 * len(shares)), squeeze=False, layout="constrained"
+    )
+    for line, share in zip(axes, shares, strict=True):
+        for axis, name in zip(line, names, strict=True):
+            mine = [runs.numbers(row, f"matrix {name}") for row in runs.select(rows, faulty=share) if row.get(f"matrix {name}")]
+            axis.set(xticks=[], yticks=[])
+            axis.set_title(f"{name}, {float(share):.0%} faulty", fontsize=9)
+            if not mine:
+                continue
+            matrix = np.mean(mine, 0).reshape(len(toy.KINDS), len(measures.SOUNDS))
+            axis.imshow(matrix, vmin=0, vmax=1, cmap="Blues")
+            if axis is line[0]:
+                axis.set_yticks(range(len(matrix)), toy.KINDS, fontsize=6)
+            if line is axes[-1]:
+                axis.set_xticks(range(matrix.shape[1]), measures.SOUNDS, fontsize=6, rotation=90)
+    return save(figure, path)
+
+
+# --------------------------------------------------------------------------------------------------- out of checkpoints
+
+
+def maps(path, subjects, labels):
+    """Maps of embeddings, t-SNE of pictures and sounds of the evaluation videos together, coloured by kind: a column a network.
+
+    subjects: {name: Features}; labels n of the same videos.
+    """
+    figure, axes = plt.subplots(1, len(subjects), figsize=(4.2 * len(subjects), 4.2), squeeze=False, layout="constrained")
+    for axis, (name, found) in zip(axes[0], subjects.items(), strict=True):
+        both = np.concatenate([found.video_level("embeddings", modality) for modality in ("video", "audio")])  # 2n×D
+        place = TSNE(random_state=0, init="pca", metric="cosine").fit_transform(both)  # 2n×2
+        for part, marker, what in ((place[: len(labels)], "o", "pictures"), (place[len(labels) :], "x", "sounds")):
+            axis.scatter(*part.T, c=labels, cmap="tab10", marker=marker, s=14, linewidths=0.8, alpha=0.8, label=what)
+        axis.set(xticks=[], yticks=[], title=name)
+    axes[0, 0].legend(fontsize=7)
+    return save(figure, path)
+
+
+def neighbours(path, found, table, cfg):
+    """Pictures of evaluation videos, and the sounds that each found first among them."""
+    some = np.random.default_rng(0).permutation(len(found.index))[:SHOWN]
+    nearest = evaluation.nearest(found.video_level("embeddings", "video")[some], found.video_level("embeddings", "audio"), SHOWN)
+    finds = [datasets.take(table, found.index[row]) for row in nearest]
+    single.contact_sheet(path, datasets.take(table, found.index[some]), finds, "video", "audio", cfg)
+    return path
+
+
+def pictures(study, methods, images, folder, arguments, faulty=None):
+    """Maps of the untrained network and of the runs of these methods, seed 0, and what the last of them finds; nothing where their
+    checkpoints are not at hand."""
+    subjects = {}
+    for run in study.plan(arguments.seeds[:1]):
+        method = run.group["method"]
+        if method not in methods or run.group.get("change") or run.group.get("faulty") not in (None, faulty):
+            continue
+        cfg = runs.configuration(study, run, arguments.quick, arguments.root, runs.folder_of(study, run, folder, arguments.quick))
+        if not subjects:
+            (_, found), (_, table) = measures.features(measures.untrained(cfg), cfg)
+            subjects["untrained"] = found
+        try:
+            network, _ = measures.trained(cfg)
+        except measures.checkpoint.CheckpointError as error:
+            print(f"no maps: {error}; run the study first")
+            return
+        (_, found), _ = measures.features(network, cfg)
+        subjects[method] = found
+    if len(subjects) > 1:
+        yield maps(images / f"{study.name}-maps.png", subjects, table.labels[found.index])
+        yield neighbours(images / f"{study.name}-neighbours.png", found, table, cfg)

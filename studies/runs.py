@@ -1,0 +1,294 @@
+"""What the studies share: every run once, in processes beside each other; the CSV of all runs, which is the state; tables from it.
+
+In: a Study, which names its runs, the settings in which they differ, and what is measured of each.
+Out: studies/results/<study>.csv, a row a run; <study>.md, and the same table between its marks in README.md and docs/results.md;
+pictures in docs/images. A run whose row is there is not run again; tables and curves are made of the CSV alone.
+"""
+
+import argparse
+import contextlib
+import csv
+import dataclasses
+import hashlib
+import importlib
+import os
+import platform
+import re
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from avid import config, processes, toy
+
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+TINY = (  # --quick: everything is done, nothing is learned
+    "toy.train=40 toy.test=20 toy.seconds=2.5 toy.size=40 video.size=32 video.frames=4 audio.mels=32 model.width=4 "
+    "model.embedding=16 bank.num_negatives=16 contrast.negatives=8 contrast.k_pos=4 optim.batch_size=8 optim.epochs=2 loss.warmup_epochs=1 log.check_epochs=1 eval.clips=1 eval.settle_batches=2"
+).split()
+
+
+class Run(NamedTuple):
+    """One training with all that is measured of it."""
+
+    group: dict  # what tables group by, e.g. {"method": "robust", "faulty": 0.3}
+    seed: int
+    settings: tuple  # key=value: in what it differs from its study's base
+
+
+class Study(NamedTuple):
+    name: str
+    cfg: str  # the packaged configuration that the base starts from
+    base: tuple  # key=value: the settings of all its runs
+    plan: Callable  # seeds → list of Run
+    measure: Callable  # Run, cfg → {column: number or list of numbers}, having trained
+    tables: Callable  # rows → {name: Markdown}
+    figures: Callable  # rows, folder of pictures, folder of runs, arguments → the paths written
+
+
+def command_line(doc, argv=None):
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs side by side, each on one core (default: 2)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="S", help="default: 0 1 2")
+    parser.add_argument("--only", nargs="+", metavar="METHOD", help="only the runs of these methods")
+    parser.add_argument(
+        "--quick", action="store_true", help="one tiny run a method, to see that all of it works; needs --results"
+    )
+    parser.add_argument("--root", default="data", metavar="DIR", help="where the toy worlds are written (default: data)")
+    parser.add_argument("--runs", default="runs", metavar="DIR", help="where checkpoints and logs go (default: runs)")
+    parser.add_argument(
+        "--results", metavar="DIR", help="folder of the CSV and all that is made of it (default: the repository's)"
+    )
+    parser.add_argument("--list", action="store_true", help="only say which runs are done and which are not")
+    parser.add_argument("--table", action="store_true", help="only the tables, from the CSV")
+    parser.add_argument("--figures", action="store_true", help="only the figures: curves from the CSV, pictures from the runs")
+    arguments = parser.parse_args(argv)
+    if arguments.quick and not arguments.results:
+        parser.error("--quick needs --results DIR: its numbers mean nothing, and stay apart")
+    return arguments
+
+
+def main(study, arguments):
+    """The command of a study. Exit code 2 for what the user can mend; other errors of a run end it, and the rest is kept."""
+    results = Path(arguments.results or ROOT / "studies" / "results")
+    path = results / f"{study.name}.csv"
+    images = results / "images" if arguments.results else ROOT / "docs" / "images"
+    folder = Path(arguments.runs) / f"studies{'-quick' * arguments.quick}" / study.name
+    if not (arguments.table or arguments.figures):
+        runs = study.plan(arguments.seeds[:1] if arguments.quick else arguments.seeds)
+        methods = {run.group["method"]: run for run in runs}
+        runs = list(methods.values()) if arguments.quick else runs
+        if unknown := set(arguments.only or ()) - set(methods):
+            config.stop(f"no method {', '.join(sorted(unknown))} in this study; it has {', '.join(methods)}")
+        runs = [run for run in runs if not arguments.only or run.group["method"] in arguments.only]
+        perform(study, runs, path, folder, arguments)
+        if arguments.list:
+            return
+    rows = read(path)
+    if not rows:
+        config.stop(f"{path} holds no runs yet; run the study without --table and --figures")
+    everything = not (arguments.table or arguments.figures)
+    if arguments.table or everything:
+        for name, text in study.tables(rows).items():
+            write(results / f"{name}.md", text)
+            for page in PAGES if not arguments.results else ():
+                insert(page, name, text)
+            print(f"\n{text}")
+    if arguments.figures or everything:
+        images.mkdir(parents=True, exist_ok=True)
+        for picture in study.figures(rows, images, folder, arguments):
+            print(f"written: {picture}")
+
+
+# ------------------------------------------------------------------------------------------------------------- the runs
+
+
+def perform(study, runs, path, folder, arguments):
+    """Do the runs that have no row in the CSV at `path`; each row is written as soon as its run is done."""
+    done = {identity(row) for row in read(path)}
+    tasks, worlds = [], {}
+    for run in runs:
+        facts = describe(study, run, arguments.quick)
+        if identity(facts) in done:
+            continue
+        cfg = configuration(study, run, arguments.quick, arguments.root, folder_of(study, run, folder, arguments.quick))
+        for part in (cfg.toy, dataclasses.replace(cfg.toy, faulty=0.0)):  # the second one: of probes, see measures.clean
+            worlds[tuple(vars(part).items()), cfg.seed] = part
+        tasks.append((study.name, run, facts, cfg))
+    print(f"{study.name}: {len(runs)} runs, {len(tasks)} to do, {arguments.jobs} side by side; {path}")
+    if arguments.list:
+        for _, _, facts, cfg in tasks:
+            print(f"to do: {cfg.out}: {facts['settings']}")
+        return
+    for (_, seed), part in worlds.items():
+        toy.write(arguments.root, part, seed, arguments.jobs)
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the runs' processes: the same bits however many run side by side
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        with contextlib.closing(processes.outcomes(one, tasks, arguments.jobs, limit_s=float("inf"))) as outcomes:
+            for (_, _, _, cfg), row in tqdm(outcomes, total=len(tasks), desc=study.name, unit="run"):
+                if isinstance(row, processes.Crash):
+                    config.stop(f"{cfg.out}: {row.reason}; see its log.txt; the same command goes on from here")
+                add(path, row)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+
+
+def one(name, run, facts, cfg):
+    """Train and measure a run, in a process of its own → its row. What it prints goes to <out>/log.txt."""
+    from avid import media  # the heavy imports, here and in the study: not where a table is made
+
+    study = importlib.import_module(f"studies.{name}").STUDY
+    import torch
+
+    torch.set_num_threads(1)
+    if getattr(one, "world", None) != (world := (cfg.seed, cfg.toy)):
+        media.in_memory.cache_clear()
+    one.world = world
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    began, cpu = time.time(), time.process_time()
+    with (
+        open(out / "log.txt", "a", encoding="utf-8", buffering=1) as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
+        measured = study.measure(run, cfg)
+    return {**facts, **measured, "wall_s": round(time.time() - began), "cpu_s": round(time.process_time() - cpu)}
+
+
+def folder_of(study, run, folder, quick):
+    """Where a run's checkpoint is: a folder whose name holds a hash of all that decides the run."""
+    mark = hashlib.sha256("\t".join(identity(describe(study, run, quick))).encode()).hexdigest()[:8]
+    words = [f"{value}{key * (key == 'faulty')}" for key, value in run.group.items() if value]
+    return folder / "-".join([*words, f"seed{run.seed}", mark]).replace(" ", "")
+
+
+def configuration(study, run, quick, root, out):
+    overrides = [*study.base, *(TINY if quick else ()), *run.settings, f"seed={run.seed}", f"data.root={root}", f"out={out}"]
+    overrides += ["data.workers=0", "data.in_memory=true"]
+    return config.load(study.cfg, overrides)
+
+
+def describe(study, run, quick):
+    """The columns that say which run a row is: group, seed, all settings that differ from the packaged configuration, versions."""
+    settings = dict(override.split("=", 1) for override in [*study.base, *(TINY if quick else ()), *run.settings])
+    versions = {"python": platform.python_version()} | {
+        name: metadata.version(name) for name in ("torch", "numpy", "scikit-learn")
+    }
+    return {
+        **{key: str(value) for key, value in run.group.items()},
+        "seed": str(run.seed),
+        "settings": " ".join([f"--cfg {study.cfg}", *(f"{key}={value}" for key, value in sorted(settings.items()))]),
+        "world": str(toy.WORLD),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+    }
+
+
+def identity(row):
+    """Two rows of the same identity are the same run: all that `describe` says but the versions."""
+    keys = list(row)[: list(row).index("versions")]
+    return tuple(str(row[key]) for key in keys)
+
+
+# -------------------------------------------------------------------------------------------------------------- the CSV
+
+
+def read(path):
+    """The rows of a CSV, dicts of texts; none where there is no file."""
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def add(path, row):
+    """Put a row into the CSV, in place of one of the same group and seed; sorted; the file is whole at any moment."""
+    row = {key: text_of(value) for key, value in row.items()}
+    keys = list(row)[: list(row).index("settings")]  # group and seed
+    rows = [other for other in read(path) if [other[key] for key in keys] != [row[key] for key in keys]] + [row]
+    rows.sort(key=lambda row: [row[key] for key in keys])
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    with open(part, "w", newline="", encoding="utf-8") as file:
+        lines = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        lines.writeheader()
+        lines.writerows(rows)
+    os.replace(part, path)
+
+
+def text_of(value):
+    """A cell: numbers with six significant digits, lists of them with spaces between."""
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(text_of, value))
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def numbers(row, column):
+    """The list of numbers in a cell; empty where there is none."""
+    return [float(x) for x in row.get(column, "").split()]
+
+
+def select(rows, **wanted):
+    """The rows whose columns are these."""
+    return [row for row in rows if all(row[key] == str(value) for key, value in wanted.items())]
+
+
+def mean_std(rows, column):
+    """Mean and sample deviation over rows (seeds); deviation None for one row; None where no row has a number."""
+    values = [float(row[column]) for row in rows if row.get(column)]
+    if not values:
+        return None
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+# ---------------------------------------------------------------------------------------------------------- the tables
+
+
+def table(head, lines):
+    """Markdown: `head` of columns, `lines` of cells; a cell is a text or (rows, column), which becomes mean ± deviation."""
+
+    def cell(value):
+        if isinstance(value, str):
+            return value
+        found = mean_std(*value)
+        if found is None:
+            return ""
+        digits = 3 if "AUROC" in value[1] else 1
+        mean, std = found
+        return f"{mean:.{digits}f}" + ("" if std is None else f" ± {std:.{digits}f}")
+
+    body = [[cell(value) for value in line] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *body]) + "\n"
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(f"{path}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def insert(page, name, text):
+    """Replace what stands between <!-- name --> and <!-- /name --> in a page; a page without these marks stays as it is."""
+    if not page.exists():
+        return
+    before = page.read_text(encoding="utf-8")
+    after = re.sub(
+        rf"(<!-- {re.escape(name)} -->\n).*?(<!-- /{re.escape(name)} -->)",
+        lambda found: f"{found[1]}{text}{found[2]}",
+        before,
+        flags=re.DOTALL,
+    )
+    if after != before:
+        write(page, after)

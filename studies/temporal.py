@@ -1,0 +1,113 @@
+"""Temporal self-supervision on the toy world: what does telling speed, direction and order teach, alone and beside the contrast?
+
+    python -m studies.temporal                      all runs that are not in studies/results/temporal.csv yet, then tables and figures
+    python -m studies.temporal --only contrast all  only these methods
+    python -m studies.temporal --table --figures    tables and figures from what is there
+
+Methods: contrast, no task, clips at their own speed, forwards; contrast-same-clips, at drawn speeds and directions, still no task; the
+contrast and one kind of task (speed, direction, order-within a modality, order-across); all. Then all and contrast alone, each with
+the video's own clips as the only positives (no-positives) and with negatives drawn near (hard); then all of one modality alone.
+"""
+
+from . import runs
+
+if __name__ == "__main__":
+    arguments = runs.command_line(__doc__)
+
+import train
+from avid.temporal_tasks import TASKS
+
+from . import figures, measures
+
+BASE = (
+    "toy.train=600 toy.test=300 toy.seconds=4 temporal.speeds=[1,2,4] video.size=32 audio.mels=40 "
+    "optim.epochs=20 optim.batch_size=16 log.check_epochs=5 log.check_videos=100 log.every_steps=74 eval.clips=3"
+).split()
+CONTRASTS = ("contrast_vv", "contrast_aa", "contrast_va", "contrast_av")
+NO_POSITIVES = ("contrast.n_pos=0", "contrast.k_pos=0")
+HARD = ("contrast.tau_n=0.1",)
+
+
+def of(*kinds, modality=""):
+    """Settings of the contrast and of these kinds of task: speed, direction, order, order_cross; of one modality: nothing across."""
+    tasks = [task for task in TASKS if task.partition("_")[0] in kinds or task in kinds]
+    if modality:
+        tasks = [task for task in tasks if task.endswith(modality)]
+    contrasts = [f"contrast_{modality[0] * 2}"] if modality else CONTRASTS
+    off = [f"weights.{name}=0" for name in (*CONTRASTS, *TASKS) if name not in (*contrasts, *tasks)]
+    speeds = [] if "speed" in kinds else ["temporal.speeds=[1]"]
+    return (*off, *speeds, f"temporal.reverse={str('direction' in kinds).lower()}")
+
+
+ALL = ("speed", "direction", "order")
+METHODS = {
+    "contrast": of(),
+    "contrast-same-clips": tuple(f"weights.{task}=0" for task in TASKS),
+    "speed": of("speed"),
+    "direction": of("direction"),
+    "order-within": of("order_video", "order_audio"),
+    "order-across": of("order_cross"),
+    "all": of(*ALL),
+    "contrast-no-positives": (*of(), *NO_POSITIVES),
+    "contrast-hard": (*of(), *HARD),
+    "all-no-positives": (*of(*ALL), *NO_POSITIVES),
+    "all-hard": (*of(*ALL), *HARD),
+    "all-hard-no-positives": (*of(*ALL), *HARD, *NO_POSITIVES),
+    "video-alone": of(*ALL, modality="video"),
+    "sound-alone": of(*ALL, modality="audio"),
+}
+MEASURES = {  # of the table: column of the CSV, head
+    "kind probe video": "kind by picture, probe",
+    "kind probe audio": "kind by sound, probe",
+    "motion probe video": "motion by picture, probe",
+    "motion probe audio": "motion by sound, probe",
+    "kind video R@1": "picture → picture",
+    "kind audio R@1": "sound → sound",
+    "v→a class R@1": "picture → sound",
+    "a→v class R@1": "sound → picture",
+}
+CHANCE = {"speed": "33", "direction": "50", "order": "33"}
+
+
+def plan(seeds):
+    return [runs.Run({"method": method}, seed, METHODS.get(method, ())) for seed in seeds for method in ["untrained", *METHODS]]
+
+
+def measure(run, cfg):
+    """Train, unless the method is `untrained`, and measure."""
+    if run.group["method"] == "untrained":
+        return measures.knowledge(measures.untrained(cfg), cfg, ("label", "motion"))
+    train.main(cfg)
+    network, _ = measures.trained(cfg)
+    accuracies = measures.task_accuracies(network, cfg) if network.temporal.heads else {}
+    names = ["v→a class R@1", *(f"held-out {task} %" for task in accuracies)]
+    return measures.knowledge(network, cfg, ("label", "motion")) | accuracies | measures.curve(cfg, names)
+
+
+def tables(rows):
+    by_method = {method: runs.select(rows, method=method) for method in ["untrained", *METHODS]}
+    by_method = {method: mine for method, mine in by_method.items() if mine}
+    lines = [[method, *((mine, column) for column in MEASURES), str(len(mine))] for method, mine in by_method.items()]
+    told = {method: mine for method, mine in by_method.items() if any(mine[0].get(task) for task in TASKS)}
+    answers = [["chance", *(CHANCE[task.partition("_")[0]] for task in TASKS), ""]]
+    answers += [[method, *((mine, task) for task in TASKS), str(len(mine))] for method, mine in told.items()]
+    return {
+        "temporal": runs.table(["", *MEASURES.values(), "runs"], lines),
+        "temporal-tasks": runs.table(["held-out, %", *(task.replace("_", ", ") for task in TASKS), "runs"], answers),
+    }
+
+
+def draw(rows, images, folder, arguments):
+    shown = {column: f"{head}, %" for column, head in MEASURES.items() if "probe" in column}
+    yield figures.bars(images / "temporal.png", rows, ["untrained", *METHODS], shown)
+    yield figures.bands(images / "temporal-curves.png", rows, list(METHODS), {"v→a class R@1": "picture → sound, R@1 by kind, %"})
+    tasks = {f"held-out {task} %": f"{task.replace('_', ', ')}, held-out %" for task in TASKS}
+    told = [method for method, settings in METHODS.items() if "contrast" not in method]
+    yield figures.bands(images / "temporal-tasks.png", rows, told, tasks)
+    yield from figures.pictures(STUDY, ("contrast", "all"), images, folder, arguments)
+
+
+STUDY = runs.Study("temporal", "toy_temporal", tuple(BASE), plan, measure, tables, draw)
+
+if __name__ == "__main__":
+    runs.main(STUDY, arguments)

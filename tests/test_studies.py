@@ -1,0 +1,182 @@
+"""The studies, each in its --quick form, and the arithmetic of their measures on banks whose answer is known."""
+
+import csv
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from avid import config, datasets, losses, memory_bank, toy
+from studies import both, measures, robust, runs, temporal
+
+STUDIES = {study.name: study for study in (robust.STUDY, temporal.STUDY, both.STUDY)}
+SOME = {  # methods of the quick form: every way through `measure`
+    "robust": ["untrained", "xid", "robust", "oracle"],
+    "temporal": ["contrast", "all", "all-hard-no-positives", "sound-alone"],
+    "both": ["robust_temporal"],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("studies")
+
+
+@pytest.fixture
+def perform(folder, monkeypatch):
+    """A function that runs a study's command in its quick form."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def command(name, *more):
+        options = [
+            "--quick",
+            "--jobs",
+            "1",
+            "--root",
+            folder / "data",
+            "--runs",
+            folder / "runs",
+            "--results",
+            folder / "results",
+        ]
+        runs.main(STUDIES[name], runs.command_line("", [str(word) for word in (*options, *more)]))
+        with open(folder / "results" / f"{name}.csv", newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+    yield command
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_from_nothing_to_tables_and_figures(name, perform, folder, capsys):
+    rows = perform(name, "--only", *SOME[name])
+    assert [row["method"] for row in rows] == sorted(SOME[name])
+    for row in rows:
+        assert 0 <= float(row["kind probe video"]) <= 100 and 0 <= float(row["v→a class R@1"]) <= 100
+    results = folder / "results"
+    written = (results / f"{'robust-0.6' if name == 'robust' else name}.md").read_text(encoding="utf-8")
+    assert all(method in written for method in SOME[name] if method != "untrained")
+    assert (results / "images" / f"{name}.png").stat().st_size > 5000
+    assert name != "temporal" or (results / "images" / "temporal-maps.png").stat().st_size > 5000
+    before = (results / f"{name}.csv").read_bytes()
+    capsys.readouterr()
+    perform(name, "--only", *SOME[name])  # again: nothing is left to do, and the same comes out
+    assert " 0 to do" in capsys.readouterr().out
+    assert (results / f"{name}.csv").read_bytes() == before
+
+
+def test_all_runs_are_different_and_have_settings_that_can_be_used():
+    for study in STUDIES.values():
+        made = study.plan([0])
+        identities = {runs.identity(runs.describe(study, run, quick=False)) for run in made}
+        assert len(identities) == len(made)
+        for run in made:
+            runs.configuration(study, run, False, "data", "out")
+
+
+def test_a_run_with_other_settings_takes_the_place_of_the_old_one(tmp_path):
+    path = tmp_path / "study.csv"
+
+    def row(method, settings, **measured):
+        return {"method": method, "seed": "0", "settings": settings, "world": "5", "versions": "", **measured}
+
+    runs.add(path, row("xid", "a=1", top1=50.0))
+    runs.add(path, row("robust", "a=1", top1=60.0, curve=[1.0, 2.5]))
+    runs.add(path, row("xid", "a=2", top1=1 / 3))
+    rows = runs.read(path)
+    assert [(r["method"], r["settings"], r["top1"], r["curve"]) for r in rows] == [
+        ("robust", "a=1", "60", "1 2.5"),
+        ("xid", "a=2", "0.333333", ""),
+    ]
+    assert runs.numbers(rows[0], "curve") == [1.0, 2.5]
+    assert [p.name for p in tmp_path.iterdir()] == ["study.csv"]
+
+
+def test_a_table_has_means_and_sample_deviations():
+    rows = [{"x": "1"}, {"x": "2"}, {"x": "6"}, {"x": ""}]
+    assert runs.table(["a", "b"], [["one", (rows, "x")], ["none", (rows[3:], "x")]]).splitlines()[2:] == [
+        "| one | 3.0 ± 2.6 |",
+        "| none |  |",
+    ]
+
+
+def test_tables_go_between_their_marks(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- x -->\nold\n<!-- /x -->\nb\n<!-- y -->\n<!-- /y -->\n", encoding="utf-8")
+    runs.insert(page, "x", "| \\1 new |\n")
+    runs.insert(page, "z", "nowhere")
+    assert page.read_text(encoding="utf-8") == "a\n<!-- x -->\n| \\1 new |\n<!-- /x -->\nb\n<!-- y -->\n<!-- /y -->\n"
+
+
+# ------------------------------------------------------------------------------------------------------------- measures
+
+
+def world(faulty, n=200):
+    """A table as of a toy with a share of faulty pairs, without the files."""
+    rows = toy.table(config.Toy(train=n, test=1, faulty=faulty), seed=0)[:n]
+    columns = {key: [str(row[key]) for row in rows] for key in rows[0]}
+    empty = np.zeros(n)
+    return datasets.Table("toy", None, columns["path"], empty, list(toy.KINDS), empty, empty, empty, columns, [])
+
+
+def bank_by_kind(table, noise=0.0):
+    """A bank in which every picture and every sound lies where its kind does."""
+    directions = torch.nn.functional.normalize(torch.randn(len(measures.SOUNDS), 32, generator=torch.Generator().manual_seed(0)))
+    bank = memory_bank.MemoryBank(len(table), 32, 0.0, seed=1)
+    video, audio = (directions[[measures.SOUNDS.index(kind) for kind in table.columns[c]]] for c in ("label", "sound"))
+    if noise:
+        video, audio = (x + noise * torch.randn(x.shape, generator=torch.Generator().manual_seed(2)) for x in (video, audio))
+    bank.update(torch.arange(len(table)), video, audio)
+    return bank
+
+
+def test_a_bank_that_knows_the_kinds_tells_faulty_pairs_and_a_random_one_does_not():
+    table, loss = world(0.3), config.Loss()
+    known = measures.pair_judgement(bank_by_kind(table), table, loss)
+    assert known["AUROC"] == 1 and known["weight true"] > 0.8 > 0.4 > known["weight faulty"] >= 0.25
+    assert sum(known["weights true"]) == 140 and sum(known["weights faulty"]) == 60
+    unknown = measures.pair_judgement(memory_bank.MemoryBank(200, 32, 0.5, seed=0), table, loss)
+    assert 0.35 < unknown["AUROC"] < 0.65
+    assert measures.pair_judgement(bank_by_kind(world(0)), world(0), loss) == {}
+
+
+@pytest.mark.parametrize("estimator", measures.ESTIMATORS)
+def test_soft_targets_of_a_bank_that_knows_the_kinds_stay_within_them(estimator):
+    table = world(0.0)
+    masses, matrix = measures.soft_targets(bank_by_kind(table), table, config.Loss(), estimator)
+    assert masses[f"{estimator} same kind"] > 99
+    assert masses[f"{estimator} itself"] == pytest.approx(5, abs=0.1)  # one of twenty of its kind
+    np.testing.assert_allclose(np.reshape(matrix, (10, 12)), np.eye(10, 12), atol=0.01)
+    masses, matrix = measures.soft_targets(memory_bank.MemoryBank(200, 32, 0.5, seed=0), table, config.Loss(), estimator)
+    assert masses[f"{estimator} same kind"] == pytest.approx(10, abs=4)
+
+
+@pytest.mark.parametrize("estimator", measures.ESTIMATORS)
+def test_the_estimates_are_those_that_training_uses(estimator):
+    bank = bank_by_kind(world(0.3), noise=0.1)
+    S_v, S_a = measures.estimate(estimator, bank.video, bank.audio, tau_s=0.1, tau_t=0.2)
+    everyone = torch.ones(200, dtype=torch.bool)
+    means = losses.soft_targets(estimator, bank.video, bank.audio, bank.video, bank.audio, everyone, 0.1, 0.2)
+    torch.testing.assert_close(means[0], (S_v @ bank.audio.double()).float())
+    torch.testing.assert_close(means[1], (S_a @ bank.video.double()).float())
+
+
+def test_the_cycle_doubts_faulty_neighbours():
+    """The pictures' neighbours take a candidate whose sound is wrong as well as any other; the cycle passes over it."""
+    table = world(0.3)
+    bank = bank_by_kind(table)
+    on_faulty = {
+        e: measures.soft_targets(bank, table, config.Loss(), e)[0][f"{e} on faulty"] for e in ("neighbor", "swapped", "cycle")
+    }
+    assert on_faulty["neighbor"] > 20 and on_faulty["swapped"] > 20 and on_faulty["cycle"] < 1
+
+
+def test_the_oracle_weighs_by_the_manifest():
+    table = world(0.3)
+    faulty = np.array(table.columns["faulty"]) == "1"
+    weigh = robust.by_manifest(table)
+    index = torch.arange(200)
+    assert torch.equal(weigh(index, None, None, robust=True), torch.tensor(~faulty).float())
+    assert torch.equal(weigh(index, None, None, robust=False), torch.ones(200))
