@@ -29,16 +29,25 @@ def command_line(argv=None):
 if __name__ == "__main__":  # before the heavy imports: --help and a wrong argument answer at once
     arguments = command_line()
 
+from pathlib import Path
+
 import numpy as np
 
-from avid import distributed, evaluation, finetune
+from avid import distributed, evaluation, finetune, preflight
 
 
 def main(arguments):
     subject = evaluation.subject(arguments)
-    modalities = (arguments.modality,) if arguments.modality else evaluation.modalities_of(subject.cfg)
+    modalities = evaluation.modalities_of(subject.cfg, arguments.modality)
+    for modality in modalities:
+        evaluation.result_file(subject, f"{arguments.mode}-{modality}")
+    tables = list(evaluation.tables(subject.cfg))
+    if arguments.save:
+        can_save(arguments, len(tables))
+    for table in (table for pair in tables for table in pair):
+        evaluation.labels_of(table)
     divisions = {modality: [] for modality in modalities}
-    for train_table, test_table in evaluation.tables(subject.cfg):
+    for train_table, test_table in tables:
         print(f"{train_table.report()}\n{test_table.report()}")
         evaluation.settle(subject, train_table, modalities)
         if arguments.mode == "finetune":
@@ -46,7 +55,7 @@ def main(arguments):
                 divisions[modality].append(finetune.finetune(subject, train_table, test_table, modality, subject.out))
             continue
         train, test = (evaluation.features(subject, table, modalities) for table in (train_table, test_table))
-        train_y, test_y = evaluation.labels_of(train_table, train), evaluation.labels_of(test_table, test)
+        train_y, test_y = train_table.labels[train.index], test_table.labels[test.index]
         counts = {"train_videos": len(train_y), "videos": len(test_y), "skipped": len(train.failures) + len(test.failures)}
         for modality in modalities:
             known = (train.features[modality], train_y, test.features[modality], test_y, subject.cfg.seed)
@@ -69,6 +78,18 @@ def main(arguments):
         row = {"mode": arguments.mode, "modality": modality, "label": subject.cfg.data.label, **divisions[modality][0], **mean}
         rows.append(evaluation.write_result(subject, f"{arguments.mode}-{modality}", {**row, "divisions": divisions[modality]}))
     evaluation.print_table(rows, ("modality", "label", "train_videos", "videos", *scores))
+
+
+def can_save(arguments, divisions):
+    """Raise ConfigError where --save asks for what there is not, or would overwrite a file."""
+    path = Path(arguments.save)
+    if arguments.mode == "finetune":
+        raise config.ConfigError(f"--save {path} cannot be written: there are no frozen features with --mode finetune")
+    if divisions > 1:
+        raise config.ConfigError(f"--save {path} cannot be written: it keeps one division; name it, such as --split 1")
+    if path.exists():
+        raise config.ConfigError(f"--save {path} exists, and is not overwritten; delete it, or name another file")
+    preflight.check_folder(path.parent)
 
 
 if __name__ == "__main__":

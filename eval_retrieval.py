@@ -40,8 +40,15 @@ def main(arguments):
         config.stop(f"--task {arguments.task} needs pictures, and {subject.cfg.data.name} has none; use --task audio")
     tasks = [arguments.task] if arguments.task else [*held] + ["cross"] * (len(held) == 2)
     modalities = held if arguments.task in (None, "cross", "fingerprint") else (arguments.task,)
+    for task in tasks:
+        evaluation.result_file(subject, f"retrieval-{task}")
+        figures.check_picture(picture(subject, task))
+    divisions = list(evaluation.tables(subject.cfg))
+    if {"video", "audio"} & {*tasks}:
+        for part in (part for pair in divisions for part in pair):
+            evaluation.labels_of(part, several=True)
     results = {task: [] for task in tasks}
-    for train_table, table in evaluation.tables(subject.cfg):
+    for train_table, table in divisions:
         print(f"{train_table.report()}\n{table.report()}")
         evaluation.settle(subject, train_table, modalities)
         if arguments.task == "fingerprint":
@@ -56,7 +63,7 @@ def main(arguments):
             else:
                 gallery, gallery_table = evaluation.features(subject, train_table, modalities), train_table
                 query, key = (part.video_level("features", task) for part in (found, gallery))
-                result = by_class(query, key, evaluation.labels_of(table, found), evaluation.labels_of(train_table, gallery))
+                result = by_class(query, key, table.labels[found.index], train_table.labels[gallery.index])
             counts = {"videos": len(query), "gallery_videos": len(key), "skipped": len(found.failures)}
             results[task].append({**counts, **result})
             if len(results[task]) == 1:
@@ -71,18 +78,22 @@ def main(arguments):
         if task == "fingerprint":
             lines = list(fingerprint.rows(row))
             evaluation.print_table(lines, lines[0])
-            path = subject.out / f"retrieval-{task}-{row['data']}.png"
+            path = picture(subject, task)
             fingerprint.draw(path, row)
             print(f"written: {path}")
         else:
             evaluation.print_table([{"R@k, %": name, "": row[name]} for name in recalls], ("R@k, %", ""))
 
 
+def picture(subject, task):
+    return subject.out / f"retrieval-{task}-{subject.cfg.data.name}.png"
+
+
 def by_class(query, key, query_y, key_y):
     """R@k by class; chance is what a random order would give for k = 1."""
-    found = evaluation.nearest(query, key, max(RANKS))
-    chance = 100 * (query_y[:, None] == key_y).mean().item()
-    return {**evaluation.recall(found, lambda q, f: query_y[q] == key_y[f], RANKS), "chance R@1": chance}
+    match, everything = evaluation.same_class(query_y, key_y), np.arange(len(key_y))
+    chance = 100 * np.mean([match(q, everything).mean() for q in range(len(query_y))]).item()
+    return {**evaluation.recall(evaluation.nearest(query, key, max(RANKS)), match, RANKS), "chance R@1": chance}
 
 
 def draw(subject, task, found, table, gallery, gallery_table, nearest):
@@ -90,7 +101,7 @@ def draw(subject, task, found, table, gallery, gallery_table, nearest):
     some = np.random.default_rng(subject.cfg.seed).permutation(len(nearest))[:SHOWN]
     queries = datasets.take(table, found.index[some])
     finds = [datasets.take(gallery_table, gallery.index[nearest[q]]) for q in some]
-    path = subject.out / f"retrieval-{task}-{subject.cfg.data.name}.png"
+    path = picture(subject, task)
     shown = ("video", "audio") if task == "cross" else (task, task)
     figures.contact_sheet(path, queries, finds, *shown, subject.cfg)
     print(f"written: {path}")

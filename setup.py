@@ -20,7 +20,7 @@ setup(
         "torchvision>=0.21,<0.27",
         "torchaudio>=2.6,<2.12",
         "decord2>=3.0,<4",  # the maintained build of the module `decord`
-        "av>=14,<19",
+        "av>=14.2,<19",
         "numpy>=2.0,<3",
         "omegaconf>=2.3,<3",
         "scikit-learn>=1.5,<2",
@@ -28,7 +28,7 @@ setup(
         "tqdm>=4.66,<5",
     ],
     extras_require={
-        "dev": ["pytest>=8,<10", "ruff>=0.12"],
+        "dev": ["pytest>=8,<10", "hypothesis>=6.100,<7", "ruff>=0.12"],
         "prepare": ["imageio-ffmpeg>=0.6,<0.9"],  # brings ffmpeg for `python -m avid.data prepare`; tested: 0.8.1, ffmpeg 9.0
     },
 )

@@ -6,12 +6,14 @@
 The same command again resumes the run exactly where its last checkpoint left it.
 """
 
-from avid import config
+from avid import config, preflight
 
 if __name__ == "__main__":  # before the heavy imports: --help and a wrong setting answer at once
-    cfg = config.command_line(__doc__)
+    cfg = preflight.command_line(__doc__)
 
+import collections
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -29,15 +31,21 @@ from tqdm import tqdm
 from avid import checkpoint, data, datasets, distributed, evaluation, figures, losses, memory_bank, models, temporal_tasks, toy
 
 COLLAPSED = 0.95  # mean cosine within a bank that calls for a warning
+LAG = 2  # steps after which a step's numbers are read: the host never waits for the device
 MAY_CHANGE = (
     "out",
+    "profile",
     "data.root",
     "data.workers",
+    "data.in_memory",
+    "data.timeout_s",
     "data.max_bad_share",
     "log",
     "eval",
     "finetune",
     "optim.epochs",
+    "bank.spread",
+    "optim.checkpoint_activations",
 )  # when resuming
 
 
@@ -45,6 +53,7 @@ def main(cfg):
     place = distributed.start()
     out = Path(cfg.out)
     train_table, held_out = tables(cfg, place)
+    preflight.fits(cfg, len(train_table), place.world)
 
     # ------------------------------------------------------------------------------------------------ network and bank
     torch.manual_seed(cfg.seed)
@@ -52,6 +61,8 @@ def main(cfg):
     network = models.AudioVisual(cfg.model, temporal_tasks.classes(cfg)).to(place.device)
     if cfg.optim.sync_bn and place.world > 1:
         network = distributed.sync_batch_norm(network, place.device)
+    if cfg.optim.checkpoint_activations:
+        models.checkpoint_activations(network)
     model = torch.compile(network) if cfg.optim.compile else network
     if place.world > 1:
         weights = cfg.weights  # a head that no term uses has no gradient
@@ -60,18 +71,20 @@ def main(cfg):
             device_ids=[place.device] if place.device.type == "cuda" else None,
             find_unused_parameters=not (weights.xid or weights.contrast_va or weights.contrast_av),
         )
-    bank = memory_bank.MemoryBank(len(train_table.paths), cfg.model.embedding, cfg.bank.momentum, cfg.seed)
+    Bank = memory_bank.SpreadBank if cfg.bank.spread else memory_bank.MemoryBank
+    bank = Bank(len(train_table.paths), cfg.model.embedding, cfg.bank.momentum, cfg.seed, cfg.bank.dtype)
     bank.to(place.device)
 
     optimizer = torch.optim.Adam(network.parameters(), lr=cfg.optim.lr, weight_decay=cfg.optim.weight_decay, fused=True)
-    cuda = place.device.type == "cuda"
-    autocast = torch.autocast(
-        place.device.type, torch.float16 if cfg.optim.amp == "fp16" else torch.bfloat16, enabled=cuda and cfg.optim.amp != "none"
-    )
-    scaler = torch.amp.GradScaler(place.device.type, enabled=cuda and cfg.optim.amp == "fp16")
+    amp = cfg.optim.amp if place.device.type == "cuda" else "none"
+    fp16 = amp == "fp16"
+    autocast = torch.autocast(place.device.type, torch.float16 if fp16 else torch.bfloat16, enabled=amp != "none")
+    # a step whose gradient is not finite is left out, on the device; what fp16 needs besides is a scale
+    scaler = torch.amp.GradScaler(place.device.type, init_scale=2.0**16 if fp16 else 1.0)
 
     # ---------------------------------------------------------------------------------------------------------- resume
-    run = Run(cfg, place, network, bank, optimizer, scaler)
+    bad_files = data.BadFiles(train_table, cfg.data.max_bad_share)
+    run = Run(cfg, place, train_table, network=network, bank=bank, optimizer=optimizer, scaler=scaler, bad_files=bad_files)
     first_step = run.resume()
     epoch_steps = len(train_table.paths) // cfg.optim.batch_size
     last_step = cfg.optim.epochs * epoch_steps
@@ -79,12 +92,13 @@ def main(cfg):
         len(train_table.paths), cfg.optim.batch_size, cfg.optim.draws, cfg.seed, first_step, last_step, place.rank, place.world
     )
     batches = data.loader(data.Clips(train_table, cfg, training=True), cfg.data.workers, batch_sampler=draws)
-    bad_files = data.BadFiles(train_table, cfg.data.max_bad_share)
     stop = distributed.StopSignal()
 
     # ------------------------------------------------------------------------------------------------------------ loop
     bar = tqdm(total=last_step, initial=first_step, unit="step", disable=place.rank > 0, dynamic_ncols=True)
     model.train()
+    trace = tracer(cfg, place)
+    later = Later()
     waited, logged, since, saved_at = 0.0, first_step, time.perf_counter(), time.perf_counter()
     batches = iter(batches)
     for step in range(first_step, last_step):
@@ -97,46 +111,65 @@ def main(cfg):
         lr = learning_rate(step / epoch_steps, cfg.optim)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        statistics = [x.clone() for x in network.buffers()]  # batch norm's, before this batch
         with autocast:
             output = model(batch["video"], batch["audio"])
         terms, accuracies = objective(output, batch, bank, cfg, place, step, epoch_steps)  # {"xid": …, "speed_video": …}
         loss = sum(getattr(cfg.weights, name) * term for name, term in terms.items())
+        values = distributed.total(torch.stack([loss, *terms.values()])) / place.world  # over the global batch
+        finite = values[0].isfinite()  # where it is not, nothing moves: neither weights, nor statistics, nor bank
 
         optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        if cfg.optim.clip_grad:
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(network.parameters(), cfg.optim.clip_grad)
+        scaler.scale(loss * torch.where(finite, 1.0, torch.nan)).backward()
+        gradients = [x.grad for x in network.parameters() if x.grad is not None]
+        total = torch.nn.utils.get_total_norm(gradients)  # the norm of finite numbers may be too large for one
+        gradients[0].mul_(torch.where(total.isfinite(), 1.0, torch.nan))
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), cfg.optim.clip_grad or math.inf)
         scaler.step(optimizer)
-        scaler.update()
+        scaler.update(None if fp16 else 1.0)
+        for now, kept in zip(network.buffers(), statistics, strict=True):
+            now.copy_(torch.where(finite, now, kept))
         per_video = (len(batch["index"]), cfg.temporal.moments, -1)
         video, audio = output.video.view(per_video).mean(1), output.audio.view(per_video).mean(1)  # b×D
-        bank.update(*(distributed.gather(x) for x in (batch["index"], video, audio)))
+        everyone = distributed.gather(batch["index"])  # B
+        bank.update(everyone, *(distributed.gather(torch.where(finite, x, torch.nan)) for x in (video, audio)))  # NaN: kept
 
         # ---------------------------------------------------------------------------------------- log, check, save, stop
         bar.update()
+        if trace:
+            trace.step()
         done = step + 1
+        line = None
         if done % cfg.log.every_steps == 0 or done == last_step:
             elapsed = time.perf_counter() - since
-            line = {name: distributed.total(term).item() / place.world for name, term in {"loss": loss, **terms}.items()}
-            if not math.isfinite(line["loss"]):
-                raise FloatingPointError(f"the loss is {line['loss']} at step {done}; try a lower optim.lr or optim.amp=none")
-            line |= {name: value.item() for name, value in accuracies.items()}
             videos = (done - logged) * cfg.optim.batch_size
-            line |= {"lr": lr, "clips_per_s": videos * cfg.temporal.moments / elapsed, "data_wait": waited / elapsed}
-            run.log(done, done / epoch_steps, bad_files=len(bad_files.reasons), **line)
-            bar.set_postfix_str(
-                f"epoch {done / epoch_steps:.1f}, loss {line['loss']:.3f}, {line['clips_per_s']:.0f} clips/s, "
-                f"data wait {line['data_wait']:.0%}"
-            )
+            line = {"lr": lr, "clips_per_s": videos * cfg.temporal.moments / elapsed, "data_wait": waited / elapsed}
+            line["bad_files"] = len(bad_files.reasons)
             waited, logged, since = 0.0, done, time.perf_counter()
+        names = ["loss", *terms, *accuracies, "grad_norm"]
+        later.put((done, names, line), torch.stack([*values, *accuracies.values(), norm]), everyone)
         epoch_ends = done % epoch_steps == 0
+        leave = distributed.any_rank(stop.asked)
+        save = epoch_ends or leave or done == last_step
+        save = save or distributed.any_rank(time.perf_counter() - saved_at > 60 * cfg.log.checkpoint_minutes)
+        for (at, names, line), numbers, index in later.due(everything=save):
+            values = dict(zip(names, numbers.tolist(), strict=True))
+            if not math.isfinite(values["loss"]) or not (fp16 or math.isfinite(values["grad_norm"])):
+                run.not_finite(at, at / epoch_steps, values, sorted({train_table.paths[i] for i in index.tolist()}))
+                continue
+            run.not_finite_in_a_row = 0
+            if line:
+                run.log(at, at / epoch_steps, **{k: v for k, v in values.items() if math.isfinite(v)}, **line)
+                bar.set_postfix_str(
+                    f"epoch {at / epoch_steps:.1f}, loss {values['loss']:.3f}, {line['clips_per_s']:.0f} clips/s, "
+                    f"data wait {line['data_wait']:.0%}"
+                )
         if cfg.log.check_epochs and epoch_ends and (done // epoch_steps % cfg.log.check_epochs == 0 or done == last_step):
             run.log(done, done / epoch_steps, **check(network, bank, held_out, cfg, place))
             run.draw_curves()
             since = time.perf_counter()  # clips/s are those of training
-        leave = distributed.any_rank(stop.asked)
-        if epoch_ends or leave or done == last_step or time.perf_counter() - saved_at > 60 * cfg.log.checkpoint_minutes:
+        if save:
             run.save(done)
             saved_at = time.perf_counter()
         if leave:
@@ -147,7 +180,9 @@ def main(cfg):
             distributed.end()
             sys.exit(stop.exit_code)
     bar.close()
-    bad_files.report()
+    if trace:
+        trace.stop()
+    bad_files.write(out / "skipped.csv")
     run.draw_curves()
     distributed.say(place, f"{last_step} steps done: {out / 'last.pt'}; now: python eval_linear.py --ckpt {out / 'last.pt'}")
     distributed.end()
@@ -198,7 +233,7 @@ def objective(output, batch, bank, cfg, place, step, epoch_steps):
             continue
         seeds = [hash((cfg.seed, step, key == "audio", first + i)) % 2**63 for i in range(len(batch["index"]))]
         near, far = bank.neighbourhood(key, batch["index"], cfg.contrast, seeds)  # b×n_pos, b×n
-        near, far = (getattr(bank, key)[x].repeat_interleave(moments, 0) for x in (near, far))  # b·M×n_pos×D, b·M×n×D
+        near, far = (bank.read(key, x).repeat_interleave(moments, 0) for x in (near, far))  # b·M×n_pos×D, b·M×n×D
         for query in queries:
             usual = live[key]  # the matched clip of the other modality, or the other moment's of the same
             if query == key:
@@ -218,32 +253,32 @@ def objective(output, batch, bank, cfg, place, step, epoch_steps):
 def robust_xid(output, index, everyone, bank, cfg, place, robust, seed):
     """Robust-xID (docs/method.md section 5): Σ_i w_i·L_soft(i) / Σ_i w_i over the global batch; plain xID during the warm-up."""
     candidates = bank.candidates(everyone, cfg.bank.num_negatives, seed)
-    column = candidates.column.chunk(place.world)[place.rank]  # b, of this rank's instances
-    column = column.repeat_interleave(len(index) // len(column))  # b·M
+    moments = len(index) * place.world // len(everyone)
+
+    def mine(x):  # B → b·M, as this rank's clips stand
+        return x.chunk(place.world)[place.rank].repeat_interleave(moments)
+
     loss = losses.robust_xid(
         output.video,
         output.audio,
-        bank.video[index],
-        bank.audio[index],
-        bank.video[candidates.index],
-        bank.audio[candidates.index],
+        bank.read("video", candidates.index),
+        bank.read("audio", candidates.index),
         candidates.valid,
-        column,
+        mine(candidates.column),
         temperature=cfg.loss.temperature,
         soft=cfg.loss.soft if robust else 0.0,
         estimator=cfg.loss.estimator,
         tau_s=cfg.loss.tau_s,
         tau_t=cfg.loss.tau_t,
-        rows=16 if cfg.bank.num_negatives == "all" else None,
     )  # b·M
-    weight = losses.faulty_positive_weights(
-        bank.agreement[index],
-        *bank.agreement_mean_std(),
-        w_min=cfg.loss.w_min if robust else 1.0,
-        delta=cfg.loss.delta,
-        kappa=cfg.loss.kappa,
-    )  # b·M
-    return losses.weighted_mean(loss, weight, distributed.total(weight.sum()) / place.world)
+    weight = pair_weights(everyone, bank, cfg.loss, robust)  # B
+    return losses.weighted_mean(loss, mine(weight), moments * weight.sum() / place.world)
+
+
+def pair_weights(index, bank, loss, robust):
+    """w_i of these instances' pairs (docs/method.md section 3), 1 during the warm-up: index B, the same on every rank → B."""
+    agreement, w_min = bank.read("agreement", index), loss.w_min if robust else 1.0
+    return losses.faulty_positive_weights(agreement, *bank.agreement_mean_std(), w_min, loss.delta, loss.kappa)
 
 
 def learning_rate(epoch, optim):
@@ -282,52 +317,147 @@ def check(network, bank, held_out, cfg, place):
     return {**health, **results}
 
 
+def tracer(cfg, place):
+    """profile=true: a torch profiler of a few steps of rank 0, which writes <out>/trace.json and prints what took longest."""
+    if not cfg.profile or place.rank > 0:
+        return None
+
+    def write(profiler):
+        path = Path(cfg.out) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        by = "self_device_time_total" if place.device.type == "cuda" else "self_cpu_time_total"
+        tqdm.write(profiler.key_averages().table(sort_by=by, row_limit=15, max_name_column_width=50))
+        tqdm.write(f"written: {path}, to be opened in chrome://tracing or ui.perfetto.dev")
+
+    steps = torch.profiler.schedule(wait=5, warmup=2, active=5, repeat=1)
+    profiler = torch.profiler.profile(schedule=steps, on_trace_ready=write)
+    profiler.start()
+    return profiler
+
+
+class Later:
+    """Tensors that are copied to the host while the device goes on, and read LAG steps later."""
+
+    def __init__(self):
+        self.waiting = collections.deque()
+
+    def put(self, facts, *tensors):
+        copies = [x.detach().to("cpu", non_blocking=True) for x in tensors]
+        copied = torch.cuda.Event() if tensors[0].is_cuda else None
+        if copied:
+            copied.record()
+        self.waiting.append((facts, copies, copied))
+
+    def due(self, everything=False):
+        """(facts, *tensors) of the steps that are old enough, or of all."""
+        while len(self.waiting) > (0 if everything else LAG):
+            facts, copies, copied = self.waiting.popleft()
+            if copied:
+                copied.synchronize()
+            yield facts, *copies
+
+
 class Run:
     """The run folder: configuration, metrics, checkpoint, curves. Only rank 0 writes."""
 
-    def __init__(self, cfg, place, network, bank, optimizer, scaler):
+    def __init__(self, cfg, place, table, **state):
         self.cfg, self.place, self.out = cfg, place, Path(cfg.out)
-        self.state = {"network": network, "bank": bank, "optimizer": optimizer, "scaler": scaler}
+        videos = json.dumps([table.paths, table.start_s.tolist(), table.end_s.tolist()])
+        self.videos = {"count": len(table), "hash": hashlib.sha256(videos.encode()).hexdigest()[:12]}
+        self.state = state  # {"network": …, "bank": …}, of what has a state_dict
         self.metrics = self.out / "metrics.jsonl"
+        self.not_finite_in_a_row = 0
         if place.rank == 0:
-            self.out.mkdir(parents=True, exist_ok=True)
+            with checkpoint.writing(self.metrics):
+                self.out.mkdir(parents=True, exist_ok=True)
+                self.metrics.touch()
 
     def resume(self):
-        """Load last.pt where there is one; returns the number of steps done."""
-        if not (self.out / "last.pt").exists():
-            if self.place.rank == 0:
-                self.metrics.write_text("")
+        """Load last.pt, or the one before where it is damaged; returns the number of steps done. Ends the program where the run
+        is one of other settings or of other videos."""
+        saved, remark = checkpoint.newest(self.out / "last.pt", owner=self.place.rank == 0)
+        if saved is None:
+            self.save_settings()  # they mark the folder as this run's
+            self.cut_log(0)
             return 0
-        saved = checkpoint.load(self.out / "last.pt")
+        if remark:
+            distributed.say(self.place, remark)
+        if lacking := [name for name in ("config", "videos", "step", "metrics_bytes", *self.state) if name not in saved]:
+            config.stop(
+                f"{self.out / 'last.pt'} is no checkpoint of train.py, it lacks {', '.join(lacking)}; choose another --out"
+            )
         before, now = (config.flat(c) for c in (saved["config"], dataclasses.asdict(self.cfg)))
         changed = [k for k in now if before.get(k) != now[k] and not k.startswith(MAY_CHANGE)]
         if changed:
             differences = ", ".join(f"{k} was {before.get(k)} and is {now[k]}" for k in changed)
             config.stop(f"{self.out} holds a run with other settings ({differences}); choose another --out")
+        if saved["videos"] != self.videos:
+            counts = saved["videos"]["count"], self.videos["count"]
+            differ = (
+                f"{counts[0]} videos, there are now {counts[1]}" if counts[0] != counts[1] else "as many videos under other names"
+            )
+            config.stop(f"{self.out} holds a run on {differ}; bring back data.root as it was, or choose another --out")
         for name, part in self.state.items():
             part.load_state_dict(saved[name])
-        if self.place.rank == 0:
-            os.truncate(self.metrics, saved["metrics_bytes"])  # what was logged after the checkpoint comes again
+        self.cut_log(saved["metrics_bytes"])
         distributed.say(self.place, f"resuming {self.out} after step {saved['step']}")
         return saved["step"]
 
     def save(self, step):
+        state = {name: part.state_dict() for name, part in self.state.items()}  # by all ranks: each may hold a part
         if self.place.rank == 0:
-            state = {name: part.state_dict() for name, part in self.state.items()}
-            state |= {"step": step, "metrics_bytes": self.metrics.stat().st_size, "config": dataclasses.asdict(self.cfg)}
+            with checkpoint.writing(self.metrics), open(self.metrics, "ab") as file:
+                os.fsync(file.fileno())  # a checkpoint never knows of lines that a crash of the machine could take
+                state |= {"metrics_bytes": file.tell()}
+            state |= {"step": step, "videos": self.videos, "config": dataclasses.asdict(self.cfg)}
             checkpoint.save(self.out / "last.pt", state)
-            config.save(self.cfg, self.out / "config.yaml")
+            self.save_settings()
+
+    def save_settings(self):
+        if self.place.rank == 0:
+            with checkpoint.writing(self.out / "config.yaml"):
+                config.save(self.cfg, self.out / "config.yaml")
+
+    def cut_log(self, size):
+        """Leave the first `size` bytes of metrics.jsonl: what was logged after the checkpoint comes again."""
+        if self.place.rank == 0:
+            with checkpoint.writing(self.metrics), open(self.metrics, "rb+") as file:
+                kept = file.read(size)
+                kept = kept[: kept.rfind(b"\n") + 1]  # whole lines
+                file.truncate(len(kept))
+            if len(kept) < size:
+                tqdm.write(
+                    f"warning: {self.metrics} has lost lines that the checkpoint knows of; weights and bank have lost nothing"
+                )
 
     def log(self, step, epoch, **values):
         if self.place.rank == 0 and values:
-            with open(self.metrics, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, "epoch": round(epoch, 4), **values}, ensure_ascii=False) + "\n")
+            with checkpoint.writing(self.metrics), open(self.metrics, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "epoch": round(epoch, 4), **values}) + "\n")
+
+    def not_finite(self, step, epoch, values, files):
+        """Log a step that was left out; FloatingPointError where there were too many in a row, last.pt is from before them."""
+        what = ", ".join(f"{name} {value}" for name, value in values.items() if not math.isfinite(value))
+        self.log(step, epoch, not_finite=what, files=files)
+        distributed.say(self.place, f"step {step} was left out, it is not finite: {what}; its files stand in {self.metrics}")
+        self.not_finite_in_a_row += 1
+        if self.not_finite_in_a_row == self.cfg.optim.max_bad_steps:
+            raise FloatingPointError(
+                f"{self.not_finite_in_a_row} steps in a row, up to step {step}, were not finite ({what}); the weights did not move "
+                f"since; try a lower optim.lr, optim.clip_grad or optim.amp=none"
+            )
 
     def draw_curves(self):
+        """Curves can be drawn again at any time: where they cannot be written, training goes on."""
         if self.place.rank == 0:
-            figures.curves(self.metrics, self.out / "curves.png")
+            part = self.out / "curves.part.png"
+            try:
+                figures.curves(self.metrics, part)
+                os.replace(part, self.out / "curves.png")
+            except OSError as error:
+                tqdm.write(f"warning: cannot write {self.out / 'curves.png'}: {error.strerror}; training goes on")
 
 
 if __name__ == "__main__":
-    with evaluation.plain_errors():
+    with evaluation.plain_errors(), distributed.clean_end():
         main(cfg)

@@ -21,11 +21,17 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 PACKAGED = Path(__file__).parent / "configs"
 DATA_SETS = ("toy", "folder", "manifest", "kinetics400", "kinetics600", "kinetics700", "vggsound", "audioset")
 DATA_SETS += ("ucf101", "hmdb51", "esc50")
+SOUND_ONLY = ("esc50",)  # data sets without pictures
+TOY_LABELS = ("label", "motion", "tempo", "faulty", "sound", "pitch_hz")  # columns of the toy's manifest that can be the class
 BACKBONES = ("avid", "r2plus1d_18", "r3d_18", "s3d")
+WRITTEN = "# settings of a run, written by train.py; the run folder is known by this line\n"
 
 
 class ConfigError(ValueError):
     """A setting that cannot be used; the message is one line that says which and what to do."""
+
+    def __init__(self, message):
+        super().__init__(str(message).replace("\n", "\\n"))  # what was given may have several
 
 
 def setting(default, help):
@@ -41,7 +47,9 @@ class Data:
     split: str = setting("", "part to read; empty: the data set's own train (test for evaluation)")
     label: str = setting("label", "column of the manifest that is the class (evaluation only)")
     subset: str = setting("", "esc10: the 10 classes of ESC-10 of data set esc50; empty: the whole data set")
-    workers: int = setting(8, "decoding processes a rank [C]")
+    workers: int = setting(8, "decoding processes a rank; 0: none, and a decoder that hangs or dies is the end of the run [C]")
+    timeout_s: float = setting(60.0, "s; a file on which a decoding process takes longer, twice, is given up [C]")
+    in_memory: bool = setting(False, "each process keeps what it decoded, whole and as it is: for small data sets [C]")
     max_bad_share: float = setting(0.1, "stop when more than this share of the drawn files cannot be used [C]")
 
 
@@ -89,6 +97,8 @@ class Model:
 class Bank:
     momentum: float = setting(0.5, "m: memory ← m · memory + (1 − m) · embedding [A]")
     num_negatives: int | str = setting(1024, "K, negatives drawn a step and shared by the batch; all: every instance [A]")
+    dtype: str = setting("float32", "what memories are stored as: float32 [A], float16, bfloat16 [C]")
+    spread: bool = setting(False, "each rank holds a part of the bank instead of all of it, docs/scaling.md [C]")
 
 
 @dataclass
@@ -141,9 +151,11 @@ class Optim:
     warmup_epochs: float = setting(5.0, "epochs of linear warm-up [C]")
     milestones: list[float] = setting([0.5, 0.75], "schedule=steps: shares of the run after which lr is multiplied by gamma [C]")
     gamma: float = setting(0.1, "factor of schedule=steps [C]")
+    max_bad_steps: int = setting(10, "stop when so many steps in a row are not finite [C]")
     clip_grad: float = setting(0.0, "largest norm of the gradient; 0: no clipping [C]")
     amp: str = setting("bf16", "autocast on CUDA: bf16, fp16 (with loss scaling) or none; CPU always float32 [C]")
     compile: bool = setting(False, "torch.compile the network [C]")
+    checkpoint_activations: bool = setting(False, "backward computes the video network again: less memory, more time [C]")
     sync_bn: bool = setting(True, "batch statistics over all ranks [C]")
 
 
@@ -190,6 +202,7 @@ class Toy:
 class Config:
     seed: int = setting(0, "decides everything random, the toy data included")
     out: str = setting("", "run folder; empty: runs/<name of the configuration>")
+    profile: bool = setting(False, "trace a few steps of training with torch's profiler")
     data: Data = field(default_factory=Data)
     video: Video = field(default_factory=Video)
     audio: Audio = field(default_factory=Audio)
@@ -216,6 +229,7 @@ def settings(schema=Config, prefix=""):
             yield prefix + f.name, default, f.metadata["help"]
 
 
+TEXTS = {key for key, default, _ in settings() if isinstance(default, str)}
 GROUPS = {  # name of a group: its first setting
     f.name: f"{f.name}.{dataclasses.fields(f.type)[0].name}"
     for f in dataclasses.fields(Config)
@@ -229,15 +243,19 @@ def load(name="toy", overrides=(), base=None):
     `base`: a dict of settings to start from instead of a file (an evaluation starts from its checkpoint's).
     Raises ConfigError.
     """
-    layers = [] if base is None else [OmegaConf.create(base)]
+    layers = [] if base is None else [_layer(base)]
     if name:
         layers.append(_read(name))
     for override in overrides:
         key, equals, _ = override.partition("=")
-        if not (key and equals):
+        if not equals or "" in key.split("."):
             raise ConfigError(f"{override} is no setting; write key=value, --help lists the keys")
         try:
-            layers.append(OmegaConf.from_dotlist([override]))
+            if key in TEXTS:  # as it is: YAML would end a folder's name at a # and take ~ for nothing
+                layers.append(OmegaConf.create())
+                OmegaConf.update(layers[-1], key, override.partition("=")[2])
+            else:
+                layers.append(OmegaConf.from_dotlist([override]))
         except Exception as error:  # the YAML parser's own errors
             raise ConfigError(f"cannot read {override}: {_fault(error)}") from None
     for layer in layers:
@@ -245,12 +263,29 @@ def load(name="toy", overrides=(), base=None):
             if key in GROUPS and not isinstance(value, dict):
                 raise ConfigError(f"{key} is not a setting but a group of them, such as {GROUPS[key]}")
     try:
+        for key, default, _ in settings():  # OmegaConf's own complaint about these names no setting
+            given = [OmegaConf.select(layer, key) for layer in layers]
+            if isinstance(default, list) and any(OmegaConf.is_dict(value) for value in given):
+                raise ConfigError(f"wrong value for {key}: not a list; expected one, such as {default}")
+        if missing := set().union(*map(OmegaConf.missing_keys, layers)):
+            raise ConfigError(f"wrong value for {min(missing)}: ???; expected a value, which ??? does not give")
         cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), *layers))
     except OmegaConfBaseException as error:
         raise ConfigError(_one_line(error, layers)) from None
     cfg.out = cfg.out or f"runs/{Path(name).stem if name else 'eval'}"
     _check(cfg)
     return cfg
+
+
+def _layer(base):
+    """A dict of settings, of a checkpoint perhaps, which may hold anything."""
+    try:
+        layer = OmegaConf.create(base)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"the settings hold what is none: {str(error).splitlines()[0]}") from None
+    if not OmegaConf.is_dict(layer):
+        raise ConfigError(f"the settings are a {type(base).__name__}, not a dict")
+    return layer
 
 
 def _read(name):
@@ -312,12 +347,21 @@ def _check(cfg):
             raise ConfigError(f"wrong value for {key}: {value}; expected {expected}")
 
     def one_of(key, names):
-        require(lambda v: v in names, key, "one of " + ", ".join(names))
+        require(lambda v: v in names, key, "one of " + ", ".join(name or "nothing" for name in names))
 
     for key, default, _ in settings():
         if isinstance(default, float) and math.isfinite(default):
             require(math.isfinite, key, "a finite number")
+        if isinstance(default, int):
+            require(lambda v: isinstance(v, str) or abs(v) < 2**63, key, "a number below 2^63")
+        if isinstance(default, list):
+            require(lambda v: all(type(x) in (int, float) for x in v), key, f"a list of numbers, such as {default}")
     one_of("data.name", DATA_SETS)
+    require(lambda v: not {"/", "\\"} & set(v), "data.split", "a name without / and \\, it becomes part of file names")
+    if cfg.data.name == "toy":
+        one_of("data.split", ("", "train", "test", "all"))
+        one_of("data.label", TOY_LABELS)
+        require(lambda v: not v, "data.subset", "none, the toy has no subsets")
     one_of("model.video", BACKBONES)
     one_of("model.head_norm", ("none", "batch"))
     one_of("loss.estimator", ("bootstrap", "swapped", "neighbor", "cycle"))
@@ -325,6 +369,12 @@ def _check(cfg):
     one_of("optim.schedule", ("cosine", "steps", "constant"))
     one_of("optim.amp", ("bf16", "fp16", "none"))
     require(lambda k: k == "all" or (isinstance(k, int) and k >= 1), "bank.num_negatives", "a count, or all")
+    one_of("bank.dtype", ("float32", "float16", "bfloat16"))
+    if cfg.bank.spread and cfg.bank.num_negatives == "all":
+        raise ConfigError("bank.spread=true needs a count of bank.num_negatives: to read all memories is to hold them all")
+    for name in ("contrast_vv", "contrast_aa", "contrast_va", "contrast_av"):
+        if cfg.bank.spread and getattr(cfg.weights, name):
+            raise ConfigError(f"weights.{name} needs bank.spread=false: each rank looks for neighbours in the whole bank")
     require(lambda v: v in (1, 2), "temporal.moments", "1 or 2")
     require(lambda v: v and min(v) >= 1 and sorted(set(v)) == v, "temporal.speeds", "whole numbers from 1 on, ascending")
     needs = {
@@ -343,7 +393,7 @@ def _check(cfg):
         "contrast.temperature contrast.tau_p contrast.tau_n contrast.negatives optim.epochs optim.batch_size optim.lr eval.clips eval.batch_size video.frames video.fps video.size audio.seconds "
         "audio.rate_hz audio.frames_per_s audio.n_fft model.width model.depth model.embedding loss.temperature loss.tau_s "
         "loss.tau_t loss.kappa toy.train toy.test toy.seconds toy.size toy.fps toy.rate_hz log.every_steps log.check_videos "
-        "finetune.epochs finetune.batch_size finetune.lr"
+        "finetune.epochs finetune.batch_size finetune.lr optim.max_bad_steps"
     ).split():
         require(lambda v: v > 0, key, "more than 0")
     for key in "data.max_bad_share video.flip video.grey audio.mask_time audio.mask_frequency bank.momentum loss.w_min loss.soft toy.faulty".split():
@@ -362,12 +412,14 @@ def _check(cfg):
     )
     for key in ("optim.milestones", "finetune.milestones"):
         require(lambda v: all(0 <= x <= 1 for x in v), key, "shares of the run, 0 to 1")
+    require(lambda v: 0 < v <= 86400, "data.timeout_s", "more than 0 s and at most 86400 s, a day")
     require(lambda v: 0 <= v < 1, "finetune.dropout", "0 or more, less than 1")
     require(lambda v: 0 < v <= 1, "eval.crop", "a share of the short side, more than 0 and at most 1")
     require(lambda v: 0 <= v < 1, "audio.volume", "0 or more, less than 1")
     require(lambda v: v >= cfg.audio.n_fft / cfg.audio.rate_hz, "audio.seconds", "at least a window, audio.n_fft / audio.rate_hz")
     require(lambda v: cfg.audio.rate_hz % v == 0, "audio.frames_per_s", f"a divisor of audio.rate_hz = {cfg.audio.rate_hz}")
     require(lambda v: v <= cfg.audio.n_fft // 2 + 1, "audio.mels", f"at most {cfg.audio.n_fft // 2 + 1}, the linear bins")
+    require(lambda v: v * cfg.toy.fps >= 1, "toy.seconds", f"at least a frame, 1/{cfg.toy.fps}")
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -410,15 +462,6 @@ def stop(message):
     raise SystemExit(2)
 
 
-def command_line(description, argv=None):
-    """The configuration that a training command line asks for. Ends the program where it cannot be used."""
-    arguments = parser(description).parse_args(argv)
-    try:
-        return load(arguments.cfg or "toy", arguments.overrides + ([f"out={arguments.out}"] if arguments.out else []))
-    except ConfigError as error:
-        stop(error)
-
-
 def flat(nested, prefix=""):
     """A nested dict of settings as {dotted key: value}."""
     pairs = {}
@@ -430,5 +473,7 @@ def flat(nested, prefix=""):
 def save(cfg, path):
     """Write the configuration as YAML that `load` reads, whole or not at all."""
     part = f"{path}.part"
-    OmegaConf.save(OmegaConf.structured(cfg), part)
+    with open(part, "w", encoding="utf-8") as file:
+        file.write(WRITTEN)
+        OmegaConf.save(OmegaConf.structured(cfg), file)
     os.replace(part, path)

@@ -6,7 +6,9 @@ Out: a `Table` of paths, labels and classes, and of what the lists name and the 
 
 import csv
 import inspect
+import math
 import os
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
@@ -97,11 +99,14 @@ def manifest(root, split, label="label"):
     """
     path, rows = root if root.suffix.lower() == ".csv" else root / "manifest.csv", []
     for at, row in _csv(path, ["path"] if label == "label" else ["path", label]):
-        file = PureWindowsPath(row.pop("path")).as_posix()  # either separator, none doubled
-        start_s, end_s = _number(row.pop("start", "") or "0", at), _number(row.pop("end", "") or "inf", at)
+        file, class_name = PureWindowsPath(row["path"]).as_posix(), row.get(label, "")  # either separator, none doubled
+        start_s, end_s = (_number(row[key], at) if row.get(key) else none for key, none in (("start", 0.0), ("end", np.inf)))
         if start_s >= end_s:
             raise _wrong(at, f"start {start_s:g} s is not before end {end_s:g} s")
-        rows.append(Row(at, file, row.get(label, ""), row.get("split", ""), 0, start_s, end_s, row))
+        columns = {key: value for key, value in row.items() if key not in ("path", "start", "end")}
+        rows.append(_below_root(Row(at, file, class_name, row.get("split", ""), 0, start_s, end_s, columns)))
+    if not rows:
+        raise Misplaced(f"{path} lists no file")
     folders = {row.file.rpartition("/")[0] for row in rows}
     files = [f"{folder}/{name}".lstrip("/") for folder in folders for name in _listing(path.parent / folder, depth=0)]
     return _table(f"{path.parent.name}/{path.name} {split}", path.parent, split, rows, {file: file for file in files})
@@ -234,7 +239,9 @@ def esc50(root, split, subset=""):
     """
     (split, number, title), rows = _numbered(split, 5), []
     for at, row in _csv(root / "meta" / "esc50.csv", ["filename", "fold", "category", "esc10"]):
-        fold, stem = int(_number(row["fold"], at)), os.path.splitext(row["filename"])[0]
+        if row["fold"] not in list("12345"):
+            raise _wrong(at, f"fold {row['fold']!r} where 1 to 5 belongs")
+        fold, stem = int(row["fold"]), os.path.splitext(row["filename"])[0]
         if not subset or row["esc10"] == "True":
             rows.append(Row(at, stem, row["category"], "test" if fold == number else "train", fold, columns=row))
     return _table(f"{subset or 'esc50'} {title}", root, split, rows, _by_stem(root, ["audio"]))
@@ -247,10 +254,10 @@ EVALUATION_SPLIT = {name: "val" if name in KINETICS else "test" for name in READ
 
 def _table(name, root, split, rows, on_disk, classes=None):
     """The table of those rows of `split` whose file is in `on_disk`: {file as rows name it: path relative to root}."""
-    for row in rows:
-        if row.file in ("", ".") or row.file.startswith("/") or row.file[1:2] == ":" or "/../" in f"/{row.file}/":
-            raise _wrong(row.at, f"{row.file!r} is not a path below the data root; give a relative one without ..")
     first = {}
+    for row in rows:
+        if row.file not in on_disk:
+            _below_root(row)
     if again := [row for row in rows if first.setdefault(row.file, row) is not row]:
         (path, line), others = first[again[0].file].at, f" ({len(again) - 1:,} more such lines)" if again[1:] else ""
         raise _wrong(again[0].at, f"{again[0].file} again, as in {path.name}, line {line}{others}; keep one of them")
@@ -275,6 +282,13 @@ def _table(name, root, split, rows, on_disk, classes=None):
     fold = np.array([row.fold for row in here], np.int64)  # N
     columns = {key: [row.columns[key] for row in here] for key in here[0].columns}
     return Table(name, root, paths, labels, classes, start_s, end_s, fold, columns, missing)
+
+
+def _below_root(row):
+    """The row, whose file a list may not place outside of the data root. Links within it lead where its owner has them lead."""
+    if row.file in ("", ".") or row.file.startswith("/") or row.file[1:2] == ":" or "/../" in f"/{row.file}/":
+        raise _wrong(row.at, f"{row.file!r} is not a path below the data root; give a relative one without ..")
+    return row
 
 
 def _listing(folder, depth=4):
@@ -305,9 +319,14 @@ def _by_stem(root, folders, parts=1):
 def _lines(path):
     """((path, line number), text) of every line that is not empty."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise Misplaced(f"cannot read {path}: {getattr(error, 'strerror', error)}") from None
+        content = path.read_bytes()
+        text = content.decode("utf-8-sig")
+    except OSError as error:
+        raise Misplaced(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise _wrong((path, content.count(b"\n", 0, error.start) + 1), "not UTF-8; save the list as text in UTF-8") from None
+    if "\0" in text:
+        raise _wrong((path, text.count("\n", 0, text.index("\0")) + 1), "a zero byte; save the list as text in UTF-8")
     return [((path, i), line.strip()) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
@@ -320,11 +339,15 @@ def _csv(path, needs=(), columns=None, comment=None):
         try:
             row = [value.strip() for value in next(csv.reader([line], strict=True, skipinitialspace=True))]
         except csv.Error as error:
-            raise _wrong(at, f"not CSV: {error}") from None
+            raise _wrong(
+                at, f"not CSV: {error}; put a field with a comma or a quote in quotes, and double quotes within"
+            ) from None
         if columns is None:
             columns = row
             if lacking := [need for need in needs if need not in columns]:
                 raise _wrong(at, f"no column {lacking[0]}; there are {', '.join(columns)}")
+            if twice := [name for name in columns if columns.count(name) > 1]:
+                raise _wrong(at, f"two columns {twice[0]!r}; rename one")
         elif len(row) != len(columns):
             raise _wrong(at, f"{len(row)} fields where {len(columns)} belong: {', '.join(columns)}")
         else:
@@ -332,7 +355,7 @@ def _csv(path, needs=(), columns=None, comment=None):
 
 
 def _number(text, at):
-    if text != "inf" and not text.replace(".", "", 1).isdecimal():
+    if not re.fullmatch(r"[0-9]+\.?[0-9]*|\.[0-9]+", text) or math.isinf(float(text)):
         raise _wrong(at, f"{text!r} where a number from 0 on belongs")
     return float(text)
 
@@ -347,4 +370,5 @@ def _numbered(split, most):
 
 
 def _wrong(at, cause):
-    return DataError(f"{at[0]}, line {at[1]}: {cause}")
+    cause = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in cause)
+    return DataError(f"{at[0]}, line {at[1]}: {cause if len(cause) < 400 else f'{cause[:200]} … {cause[-100:]}'}")

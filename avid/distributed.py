@@ -4,9 +4,13 @@ In: the environment variables that torchrun sets; without them there is one proc
 Out: `start()` tells rank, world size and device; the rest works alike for one and many.
 """
 
+import contextlib
 import os
+import re
 import signal
+import sys
 import time
+import traceback
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -32,6 +36,31 @@ def start():
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
     return Place(rank(), world_size(), device)
+
+
+LOST = re.compile(r"Connection (closed|reset|refused)|[Tt]imed out|[Bb]roken pipe|peer")  # what Gloo says of a rank that has gone
+
+
+@contextlib.contextmanager
+def clean_end():
+    """Whatever a program ends with, it ends: nothing is waited for.
+
+    The end of another rank ends this one, with one line and exit code 1; torchrun, or the same command, may start them again.
+    """
+    try:
+        yield
+    except BaseException as error:
+        # the traceback holds the frames, and these the decoding processes, which the interpreter would wait for at its end
+        traceback.clear_frames(error.__traceback__)
+        gone = isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or LOST.search(str(error)))
+        if world_size() == 1 or not gone:
+            raise
+        print(
+            f"error: rank {rank()} ends, as another one has gone ({' '.join(str(error).split())[:120]}); what that one said is the "
+            "cause; the same command goes on from the last checkpoint",
+            file=sys.stderr,
+        )
+        raise SystemExit(1) from None
 
 
 def end():
@@ -100,12 +129,25 @@ class StopSignal:
     """Remembers SIGTERM or Ctrl-C until the step is done; a second one ends at once."""
 
     def __init__(self):
-        self.asked, self.exit_code = "", 128 + signal.SIGTERM
+        self.asked, self.exit_code, self.saved = "", 128 + signal.SIGTERM, False
         self.before = {number: signal.signal(number, self.remember) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def remember(self, number, _):
         self.asked, self.exit_code = signal.Signals(number).name, 128 + number
         signal.signal(number, signal.SIG_DFL)
+        if self.saved:
+            raise SystemExit(self.exit_code)
+
+    @contextlib.contextmanager
+    def at_once(self):
+        """Within, all that counts is saved: a signal does not wait for the end of a step, nor of a check that takes minutes."""
+        self.saved = True
+        try:
+            if self.asked:
+                raise SystemExit(self.exit_code)
+            yield
+        finally:
+            self.saved = False
 
     def release(self):
         """From here on signals do again what they did before."""

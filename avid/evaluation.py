@@ -21,10 +21,9 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 from tqdm import tqdm
 
-from . import checkpoint, config, data, datasets, models, temporal_tasks, toy
+from . import checkpoint, config, data, datasets, models, preflight, temporal_tasks, toy
 
 NUMBERED = {"ucf101": 3, "hmdb51": 3, "esc50": 5}  # data sets with several official divisions, and how many
-NO_PICTURE = ("esc50",)
 
 
 @dataclass
@@ -79,14 +78,19 @@ def subject(arguments):
     given = {"data.name": arguments.data, "data.root": arguments.root, "data.split": arguments.split}
     overrides = [f"{key}={value}" for key, value in given.items() if value is not None] + arguments.overrides
     name = arguments.cfg or (None if "config" in state else "avid" if state else "toy")  # AVID-CMA's hold no settings
+    if "config" in state:
+        try:
+            config.load(None, base=state["config"])
+        except config.ConfigError as error:
+            raise config.ConfigError(f"{arguments.ckpt} holds settings that this version does not take: {error}") from None
     cfg = config.load(name, overrides, base=state.get("config"))
+    out = Path(arguments.out or (Path(arguments.ckpt).parent if state else "runs/random"))
+    preflight.check_folder(out)
     torch.manual_seed(cfg.seed)
     network = models.AudioVisual(cfg.model, temporal_tasks.classes(cfg) if "network" in state else ())
     if state:
         models.load(network, state, arguments.ckpt)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    out = Path(arguments.out or (Path(arguments.ckpt).parent if state else "runs/random"))
-    out.mkdir(parents=True, exist_ok=True)
     mark = checkpoint.file_hash(arguments.ckpt) if state else f"untrained, seed {cfg.seed}"
     return Subject(network.to(device).eval(), cfg, device, arguments.ckpt, mark, out)
 
@@ -104,34 +108,47 @@ def tables(cfg):
         pairs = [(f"train{n}", f"test{n}") for n in numbers]
     else:
         pairs = [("train", source.split or datasets.EVALUATION_SPLIT[source.name])]
+    # all are read before the first is used
+    pairs = [(datasets.load(source, train), datasets.load(source, test)) for train, test in pairs]
     for train, test in pairs:
-        train, test = datasets.load(source, train), datasets.load(source, test)
-        if set(train.paths) & set(test.paths):
-            train, test = hold_out(train, cfg.seed)
-        yield train, test
+        yield hold_out(train, cfg.seed) if set(train.paths) & set(test.paths) else (train, test)
 
 
-def modalities_of(cfg):
-    """What the files of the data set hold."""
-    return ("audio",) if cfg.data.name in NO_PICTURE else data.MODALITIES
+def modalities_of(cfg, asked=None):
+    """What the files of the data set hold, or of that what is asked for. Raises ConfigError where they do not."""
+    held = ("audio",) if cfg.data.name in config.SOUND_ONLY else data.MODALITIES
+    if asked and asked not in held:
+        raise config.ConfigError(f"--modality {asked} cannot be had: {cfg.data.name} has no pictures; use --modality audio")
+    return (asked,) if asked else held
 
 
-def labels_of(table, found):
-    """The classes n of the videos that could be read. Raises DataError where a file has none, or several."""
-    if table.labels.ndim > 1:
-        raise datasets.DataError(f"{table.name} has several classes a file; this evaluation needs one")
-    y = table.labels[found.index]
-    if (y < 0).any():
-        raise datasets.DataError(f"{table.name}: {(y < 0).sum()} of {len(y)} files have no class")
-    return y
+def labels_of(table, several=False):
+    """The classes of a table's videos, N or, if `several` a video may be, also N×C. Raises DataError where a video has none."""
+    if table.labels.ndim > 1 and not several:
+        raise datasets.DataError(f"{table.name} has several classes a file; this evaluation needs one, use eval_retrieval.py")
+    without = ~table.labels.any(1) if table.labels.ndim > 1 else table.labels < 0
+    if without.any():
+        raise datasets.DataError(
+            f"{table.name}: {without.sum():,} of {len(table):,} files have no class, e.g. {table.paths[without.argmax()]}; give them one, "
+            "or take them off the list"
+        )
+    return table.labels
+
+
+def same_class(query, gallery):
+    """`matches` of `recall`: does a query share a class with what it found? Labels n and m (−1: none), or n×C and m×C of 0 and 1."""
+    if query.ndim > 1:
+        return lambda q, f: (query[q] & gallery[f]).any(-1)
+    return lambda q, f: (query[q] == gallery[f]) & (query[q] >= 0)
 
 
 def hold_out(table, seed):
     """A table that has no parts of its own as (four fifths, a fifth) of each class."""
     rng = np.random.default_rng(seed)
     held = np.zeros(len(table), bool)
-    for label in np.unique(table.labels):
-        mine = np.flatnonzero(table.labels == label)
+    labels = table.labels if table.labels.ndim == 1 else np.zeros(len(table))  # several a file: a fifth of them all
+    for label in np.unique(labels):
+        mine = np.flatnonzero(labels == label)
         held[rng.permutation(mine)[: max(len(mine) // 5, 1)]] = True
     parts = datasets.take(table, ~held), datasets.take(table, held)
     for part, name in zip(parts, ("train", "held out"), strict=True):
@@ -162,7 +179,7 @@ class Features:
 
     @classmethod
     def load(cls, path):
-        with np.load(path) as arrays:
+        with np.load(path, allow_pickle=False) as arrays:  # numbers and text: no code is run from a file
             found = cls(arrays["index"], failures={int(k): v for k, v in json.loads(str(arrays["failures"])).items()})
             for name in arrays.files:
                 what, _, modality = name.partition("_")
@@ -171,15 +188,22 @@ class Features:
         return found
 
 
-@torch.no_grad()
 def extract(network, table, cfg, device, modalities=data.MODALITIES, clips=None, progress=None):
     """Features and embeddings of `clips` evenly spaced clips of every video of a table, in the table's order.
 
-    network: models.AudioVisual, left in the mode it came in. progress: title of the bar; None: no bar. Files that cannot be
-    used are left out and listed in `failures`.
+    Arguments and errors of `encode`.
     """
-    clips = clips or cfg.eval.clips
-    dataset = data.Clips(table, cfg, training=False, modalities=modalities, clips=clips)
+    return encode(network, data.Clips(table, cfg, training=False, modalities=modalities, clips=clips), device, progress)
+
+
+@torch.inference_mode()
+def encode(network, dataset, device, progress=None):
+    """Features and embeddings of a data.Clips for evaluation, in its order.
+
+    network: models.AudioVisual, left in the mode it came in. progress: title of the bar; None: no bar. Files that cannot be
+    used are left out and listed in `failures`. Raises MediaError where no file can be used.
+    """
+    table, cfg, modalities, clips = dataset.table, dataset.cfg, dataset.modalities, dataset.clips
     batches = data.loader(dataset, cfg.data.workers, batch_size=max(1, cfg.eval.batch_size // clips))
     was_training = network.training
     network.eval()
@@ -191,10 +215,10 @@ def extract(network, table, cfg, device, modalities=data.MODALITIES, clips=None,
         n = len(batch["index"])
         index.append(batch["index"].numpy())
         batch = data.to_device(batch, device)
-        for modality in modalities:
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and cfg.optim.amp != "none"):
-                embeddings, features = network.encode(modality, batch[modality])
-            for name, x in (("embeddings", embeddings), ("features", features)):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and cfg.optim.amp != "none"):
+            encoded = {modality: network.encode(modality, batch[modality]) for modality in modalities}
+        for modality, pair in encoded.items():  # the first copy waits for the device, which is done then
+            for name, x in zip(("embeddings", "features"), pair, strict=True):
                 rows.setdefault((name, modality), []).append(x.float().view(n, clips, -1).cpu().numpy())
     network.train(was_training)
     if not index:
@@ -208,21 +232,41 @@ def extract(network, table, cfg, device, modalities=data.MODALITIES, clips=None,
 
 
 def features(subject, table, modalities=data.MODALITIES):
-    """`extract` with a progress bar, kept in <out>/features/: the same network on the same files is not asked twice."""
-    cfg = subject.cfg
-    files = [table.root / path for path in table.paths]
-    content = [subject.hash, str(table.root.resolve()), table.paths, [(s.st_size, s.st_mtime_ns) for s in map(os.stat, files)]]
+    """`extract` with a progress bar, kept."""
+    network, cfg, device = subject.network, subject.cfg, subject.device
+    return kept(subject, table, modalities, lambda: extract(network, table, cfg, device, modalities, progress=table.name))
+
+
+def kept(subject, table, modalities, make, *more):
+    """The Features that make() gives, kept in <out>/features/: the same network on the same files is not asked twice.
+
+    more: numbers and strings that decide what make() gives, besides the settings. A kept file that cannot be read is written anew.
+    """
+    cfg, files = subject.cfg, [table.root / path for path in table.paths]
+    content = [subject.hash, str(table.root.resolve()), table.paths, [*map(_state, files)]]
     content += [table.start_s.tolist(), table.end_s.tolist(), modalities]
-    content += [dataclasses.asdict(part) for part in (cfg.video, cfg.audio, cfg.model, cfg.eval)]
+    content += [*more, *(dataclasses.asdict(part) for part in (cfg.video, cfg.audio, cfg.model, cfg.eval))]
     path = subject.out / "features" / f"{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]}.npz"
     if path.exists():
-        return Features.load(path)
-    found = extract(subject.network, table, cfg, subject.device, modalities, progress=table.name)
+        try:
+            return Features.load(path)
+        except Exception as error:  # a damaged file can fail in any way
+            tqdm.write(f"{path} cannot be read and is written anew: {error}")
+    found = make()
     for row, reason in found.failures.items():
-        tqdm.write(f"skipped {files[row]}: {reason}")
-    path.parent.mkdir(exist_ok=True)
+        tqdm.write(f"skipped {data.shown(table, row)}: {reason}")
+    path.parent.mkdir(parents=True, exist_ok=True)
     found.save(path)
     return found
+
+
+def _state(path):
+    """Size and time of a file; None where it cannot be had, as of a link that leads nowhere."""
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return None
+    return stat.st_size, stat.st_mtime_ns
 
 
 @torch.no_grad()
@@ -294,6 +338,8 @@ def linear_probe(train_x, train_y, test_x, test_y, seed, classifier="linear", C=
     everyone = np.random.default_rng(seed).permutation(len(train_x))
     if C is None:
         held, kept = np.split(everyone, [len(everyone) // 5])
+        if not len(held) or len(np.unique(train_y[kept])) < 2:
+            raise datasets.DataError(f"{len(train_y)} training videos are too few to choose C; use more, of two classes or more")
 
         def held_out_accuracy(C):
             fitted = fit(kept, C)
@@ -368,25 +414,41 @@ def recall(found, matches, ks=(1, 5, 10, 20)):
 
 
 def cross_modal(found, labels=None, ks=(1, 5)):
-    """Retrieval between picture and sound of the same videos: instance and, with labels n (−1: none), class R@k, both directions.
+    """Retrieval between picture and sound of the same videos: instance and, where all have a class, class R@k, both directions.
 
-    found: Features with embeddings of both modalities.
+    found: Features with embeddings of both modalities; labels: n (−1: none), or n×C, of which a match shares one.
     """
     video, audio = found.video_level("embeddings", "video"), found.video_level("embeddings", "audio")
     results = {}
+    classes = labels is not None and (labels.any(1) if labels.ndim > 1 else labels >= 0).all()
     for name, query, gallery in (("v→a", video, audio), ("a→v", audio, video)):
         ranked = nearest(query, gallery, max(ks))
         results |= {f"{name} instance {k}": v for k, v in recall(ranked, lambda q, f: q == f, ks).items()}
-        if labels is not None and (labels >= 0).all():
-            results |= {f"{name} class {k}": v for k, v in recall(ranked, lambda q, f: labels[q] == labels[f], ks).items()}
+        if classes:
+            results |= {f"{name} class {k}": v for k, v in recall(ranked, same_class(labels, labels), ks).items()}
     return results
 
 
+def result_file(subject, name):
+    """<out>/<name>-<data>-<split>.json. Raises ConfigError where something else than an earlier result is there."""
+    measured = subject.describe()
+    path = subject.out / f"{name}-{measured['data']}-{measured['split']}.json"
+    try:
+        ours = not path.exists() or measured.keys() <= json.loads(path.read_bytes()).keys()
+    except (OSError, ValueError, AttributeError):  # a folder, no JSON, no dict
+        ours = False
+    if not ours:
+        raise config.ConfigError(f"{path} is no result of an evaluation; move it away, or choose another --out")
+    return path
+
+
 def write_result(subject, name, result):
-    """Write <out>/<name>-<data>-<split>.json: what was measured, and the result; returns both as one dict."""
-    result = {**subject.describe(), **result}
-    path = subject.out / f"{name}-{result['data']}-{result['split']}.json"
-    path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write `result_file`, whole or not at all: what was measured, and the result; returns both as one dict."""
+    result, path = {**subject.describe(), **result}, result_file(subject, name)
+    part = Path(f"{path}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    part.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(part, path)
     tqdm.write(f"written: {path}")
     return result
 

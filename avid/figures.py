@@ -7,15 +7,44 @@ In: a run's metrics.jsonl, tables of files, or arrays. Out: PNG files.
 """
 
 import argparse
+
+from . import config
+
+
+def command_line(argv=None):
+    """The arguments, of which cfg is the configuration itself. Ends the program where they cannot be used."""
+    parser = argparse.ArgumentParser(prog="python -m avid.figures", description=__doc__, formatter_class=config.Help)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("weights", help="weights of faulty and of true pairs")
+    command.add_argument("run", help="folder of a run with toy.faulty above 0")
+    command = commands.add_parser("tasks", help="clips of the temporal tasks")
+    command.add_argument("--cfg", default="toy_temporal", help="configuration (default: toy_temporal)")
+    command.add_argument("--out", default="tasks.png", help="picture to write (default: tasks.png)")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    arguments = parser.parse_args(argv)
+    if arguments.command == "tasks":
+        try:
+            arguments.cfg = config.load(arguments.cfg, arguments.overrides)
+            if arguments.cfg.temporal.moments != 2:
+                raise config.ConfigError("the order of two clips can only be shown with temporal.moments=2")
+        except config.ConfigError as error:
+            config.stop(error)
+    return arguments
+
+
+if __name__ == "__main__":  # before the heavy imports: --help and a wrong argument answer at once
+    arguments = command_line()
+
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
-from . import checkpoint, config, data, datasets, evaluation, losses, memory_bank, temporal_tasks, toy
+from . import checkpoint, data, datasets, evaluation, losses, memory_bank, preflight, temporal_tasks, toy
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -25,11 +54,28 @@ PANELS = {  # title: how the names of its quantities are known
     "temporal tasks, %": lambda name: name.endswith("%"),
     "held-out retrieval, %": lambda name: "→" in name,
     "bank": lambda name: name.startswith(("cosine", "agreement")),
+    "gradient's norm": lambda name: name == "grad_norm",
     "learning rate": lambda name: name == "lr",
     "clips/s": lambda name: name == "clips_per_s",
     "loss": lambda name: True,
 }
-UNSEEN = ("step", "epoch", "data_wait", "bad_files")
+UNSEEN = ("step", "epoch", "data_wait", "bad_files", "not_finite", "files")
+
+
+def check_picture(path):
+    """Raise ConfigError where something else than a picture of this program stands at `path`, or it cannot be written."""
+    path = Path(path)
+    preflight.check_folder(path.parent)
+    if path.exists() and not (path.is_file() and b"Software\0avid" in path.read_bytes()[:4096]):
+        raise config.ConfigError(f"{path} is no picture of avid's; move it away, or write elsewhere")
+
+
+def write(figure, path, dpi=110):
+    """Write a figure as a PNG that `check_picture` knows, whole or not at all."""
+    part = f"{path}.part"
+    figure.savefig(part, dpi=dpi, format="png", metadata={"Software": "avid"})
+    plt.close(figure)
+    os.replace(part, path)
 
 
 def curves(metrics, path):
@@ -50,8 +96,7 @@ def curves(metrics, path):
         axis.grid(alpha=0.3)
         if len(names) > 1:
             axis.legend(fontsize=7)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    write(figure, path)
 
 
 def confusions(counts, speeds, path):
@@ -71,8 +116,7 @@ def confusions(counts, speeds, path):
         axis.set_title(f"{task}: {n.trace() / max(n.sum(), 1):.0%}", fontsize=10)
     axes[0, 0].set_ylabel("truth")
     axes[0, 0].set_xlabel("answer")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    write(figure, path)
 
 
 def contact_sheet(path, queries, finds, query_modality, found_modality, cfg):
@@ -87,12 +131,11 @@ def contact_sheet(path, queries, finds, query_modality, found_modality, cfg):
     for row, found in enumerate(finds):
         tell(axes[row, 0], queries, row, query_modality, cfg, "black")
         for column in range(len(found)):
-            right = found.labels[column] == queries.labels[row] >= 0
+            right = evaluation.same_class(queries.labels, found.labels)(row, column)
             tell(axes[row, 1 + column], found, column, found_modality, cfg, "tab:green" if right else "tab:red")
     axes[0, 0].set_title(f"query\n{axes[0, 0].get_title()}", fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=64)
-    plt.close(figure)
+    write(figure, path, dpi=64)
 
 
 def tell(axis, table, row, modality, cfg, colour):
@@ -100,7 +143,9 @@ def tell(axis, table, row, modality, cfg, colour):
     clip = data.Clips(table, cfg, training=False, modalities=(modality,), clips=1)[row]
     axis.set_axis_on()
     axis.set(xticks=[], yticks=[])
-    axis.set_title(table.classes[table.labels[row]] if table.labels[row] >= 0 else Path(table.paths[row]).stem, fontsize=8)
+    label = table.labels[row]
+    names = [table.classes[i] for i in (np.flatnonzero(label) if label.ndim else [label] if label >= 0 else [])]
+    axis.set_title("\n".join(names[:2]) or Path(table.paths[row]).stem, fontsize=8)
     for side in axis.spines.values():
         side.set(color=colour, linewidth=3)
     if modality == "video":
@@ -112,17 +157,22 @@ def tell(axis, table, row, modality, cfg, colour):
 def weights(run, path, root=None):
     """Histograms of agreement and weight of a toy run's training pairs, the planted faulty ones apart; → AUROC, true against faulty.
 
-    The truth is the manifest's column `faulty`, which training never sees. Raises DataError where no pair is faulty.
+    The truth is the manifest's column `faulty`, which training never sees. Raises CheckpointError, and ConfigError where no pair is
+    faulty.
     """
     saved = checkpoint.load(Path(run) / "last.pt")
+    if lacking := {"config", "bank"} - saved.keys():
+        raise checkpoint.CheckpointError(f"{Path(run) / 'last.pt'} is no checkpoint of train.py, it lacks {min(lacking)}")
     cfg = config.load(None, [f"data.root={root}"] if root else [], base=saved["config"])
+    if cfg.data.name != "toy" or not cfg.toy.faulty:
+        raise config.ConfigError(f"{run} is a run without known faulty pairs; train on the toy with toy.faulty=0.3")
     bank = memory_bank.MemoryBank(len(saved["bank"]["agreement"]), cfg.model.embedding, cfg.bank.momentum, cfg.seed)
     bank.load_state_dict(saved["bank"])
     folder = toy.write(cfg.data.root, cfg.toy, cfg.seed, 1)
     table = datasets.load(dataclasses.replace(cfg.data, root=str(folder)), "train")
     faulty = np.array(table.columns["faulty"]) == "1"
     if not faulty.any():
-        raise datasets.DataError(f"{table.name} has no faulty pairs; train with toy.faulty=0.3")
+        raise config.ConfigError(f"{table.name} has no faulty pairs; raise toy.faulty")
     w_min = cfg.loss.w_min if cfg.loss.w_min < 1 else 0.25
     mean, std = bank.agreement_mean_std()
     weight = losses.faulty_positive_weights(bank.agreement, mean, std, w_min, cfg.loss.delta, cfg.loss.kappa).numpy()
@@ -135,8 +185,7 @@ def weights(run, path, root=None):
         axis.set(xlabel=title, yticks=[])
         axis.legend(fontsize=8)
     figure.suptitle(f"{Path(run).name}: AUROC {auroc:.3f}", fontsize=10)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    write(figure, path)
     return auroc
 
 
@@ -146,10 +195,13 @@ def tasks(cfg, path, row=0, draws=6):
     clips, rng = data.Clips(train, cfg, training=False), np.random.default_rng(cfg.seed)
     figure, axes = plt.subplots(2 * draws, 2, figsize=(11, 1.9 * draws), layout="constrained")
     with data.Media(train.root / train.paths[row]) as media:
+        first_s, last_s = clips.usable(media)
+        if last_s - first_s < 2 * cfg.temporal.speeds[0] * clips.length_s:
+            raise data.MediaError(f"{train.root / train.paths[row]} is too short for two clips of {clips.length_s:g} s")
         for draw in range(draws):
             labels = {"order": None}
             while labels["order"] != draw % 3:  # as many of each order
-                pair, labels = temporal_tasks.plan(*clips.usable(media), clips.length_s, cfg.temporal, rng)
+                pair, labels = temporal_tasks.plan(first_s, last_s, clips.length_s, cfg.temporal, rng)
             for column, clip in enumerate(pair):
                 picture, sound = axes[2 * draw, column], axes[2 * draw + 1, column]
                 frames = clips.picture(media, clip, rng)  # 3×T×S×S
@@ -160,28 +212,19 @@ def tasks(cfg, path, row=0, draws=6):
                 for axis in (picture, sound):
                     axis.set(xticks=[], yticks=[])
             axes[2 * draw, 0].set_ylabel(f"order:\n{temporal_tasks.ORDERS[draw % 3]}", fontsize=9)
-    figure.savefig(path, dpi=64)
-    plt.close(figure)
+    write(figure, path, dpi=64)
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m avid.figures", description=__doc__, formatter_class=config.Help)
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("weights", help="weights of faulty and of true pairs")
-    command.add_argument("run", help="folder of a run with toy.faulty above 0")
-    command = commands.add_parser("tasks", help="clips of the temporal tasks")
-    command.add_argument("--cfg", default="toy_temporal", help="configuration (default: toy_temporal)")
-    command.add_argument("--out", default="tasks.png", help="picture to write (default: tasks.png)")
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
-    arguments = parser.parse_args(argv)
+def main(arguments):
     with evaluation.plain_errors():
         if arguments.command == "weights":
             path = Path(arguments.run) / "weights.png"
             print(f"AUROC of true against faulty pairs: {weights(arguments.run, path):.3f}; written: {path}")
         else:
-            tasks(config.load(arguments.cfg, arguments.overrides), arguments.out)
+            check_picture(arguments.out)
+            tasks(arguments.cfg, arguments.out)
             print(f"written: {arguments.out}")
 
 
 if __name__ == "__main__":
-    main()
+    main(arguments)

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from . import checkpoint, config, data, datasets, distributed, evaluation
+from . import checkpoint, config, data, datasets, distributed, evaluation, models
 
 
 class Classifier(nn.Module):
@@ -49,7 +49,7 @@ def finetune(subject, train_table, test_table, modality, out):
     place = distributed.start()
     cfg = dataclasses.replace(subject.cfg, temporal=config.Temporal())  # plain: one clip a video, at its own speed, forwards
     fine, n = cfg.finetune, len(train_table)
-    known = [evaluation.labels_of(t, evaluation.Features(np.arange(len(t)))) for t in (train_table, test_table)]
+    known = [evaluation.labels_of(t) for t in (train_table, test_table)]
     labels = torch.from_numpy(known[0]).to(place.device)  # n
     if fine.batch_size > n or fine.batch_size % place.world:
         ranks = f" and a multiple of {place.world}, the number of processes" if place.world > 1 else ""
@@ -63,6 +63,8 @@ def finetune(subject, train_table, test_table, modality, out):
     network = copy.deepcopy(subject.network).to(place.device)
     if cfg.optim.sync_bn and place.world > 1:
         network = distributed.sync_batch_norm(network, place.device)
+    if cfg.optim.checkpoint_activations:
+        models.checkpoint_activations(network)
     encoder = network.video_model if modality == "video" else network.audio_model
     classifier = Classifier(encoder, len(train_table.classes)).to(place.device)
     optimizer = torch.optim.Adam(classifier.parameters(), lr=fine.lr, weight_decay=fine.weight_decay, fused=True)
@@ -76,8 +78,8 @@ def finetune(subject, train_table, test_table, modality, out):
     bad_files = data.BadFiles(train_table, cfg.data.max_bad_share)
     split = train_table.name.removesuffix(" (train)").rpartition(" ")[2]  # train, or a numbered one such as train2
     path = Path(out) / f"finetune-{modality}-{cfg.data.name}-{split}.pt"
-    parts = {"classifier": classifier, "optimizer": optimizer, "scaler": scaler}
-    run = Run(path, decisive(subject, cfg, train_table), parts, bad_files, place)
+    parts = {"classifier": classifier, "optimizer": optimizer, "scaler": scaler, "bad_files": bad_files}
+    run = Run(path, decisive(subject, cfg, train_table), parts, place)
     first_step = run.resume()
     epoch_steps = n // fine.batch_size
     warmup_steps = fine.warmup_epochs * epoch_steps
@@ -129,6 +131,7 @@ def finetune(subject, train_table, test_table, modality, out):
             distributed.say(place, text)
             sys.exit(stop.exit_code)
     stop.release()
+    bad_files.write(path.with_suffix(".skipped.csv"))
 
     result = test(network, classifier.linear, test_table, modality, cfg, place)
     bad = len(bad_files.reasons)
@@ -148,7 +151,7 @@ def test(network, linear, table, modality, cfg, place):
     title = f"testing {modality}" if place.rank == 0 else None
     found = evaluation.extract(network, mine, cfg, place.device, (modality,), progress=title)
     for row, reason in found.failures.items():
-        tqdm.write(f"skipped {mine.root / mine.paths[row]}: {reason}")
+        tqdm.write(f"skipped {data.shown(mine, row)}: {reason}")
     features = torch.from_numpy(found.features[modality]).to(place.device)  # m×K×8·width
     scores = linear(features).softmax(2).cpu().numpy()  # m×K×C
     shares = distributed.gather_objects((scores, mine.labels[found.index], len(found.failures)))
@@ -172,28 +175,25 @@ class Run:
     path: Path
     settings: dict  # of `decisive`
     parts: dict  # name → what has a state_dict
-    bad_files: data.BadFiles
     place: distributed.Place
 
     def resume(self):
         """Load the checkpoint where there is one; returns the number of steps done."""
-        if not self.path.exists():
+        saved, remark = checkpoint.newest(self.path, owner=self.place.rank == 0)
+        if saved is None:
             return 0
-        saved = checkpoint.load(self.path)
+        if remark:
+            distributed.say(self.place, remark)
         before, now = saved["settings"], self.settings
         if changed := [key for key in now if before.get(key) != now[key]]:
             differences = ", ".join(f"{key} was {before.get(key)} and is {now[key]}" for key in changed)
             raise config.ConfigError(f"{self.path} holds a run with other settings ({differences}); choose another --out")
         for name, part in self.parts.items():
             part.load_state_dict(saved[name])
-        self.bad_files.reasons.update(saved["bad_files"])
         distributed.say(self.place, f"resuming {self.path} after step {saved['step']}")
         return saved["step"]
 
     def save(self, step):
-        for reasons in distributed.gather_objects(self.bad_files.reasons):
-            self.bad_files.reasons.update(reasons)
+        state = {name: part.state_dict() for name, part in self.parts.items()}
         if self.place.rank == 0:
-            state = {name: part.state_dict() for name, part in self.parts.items()}
-            state |= {"bad_files": self.bad_files.reasons, "settings": self.settings, "step": step}
-            checkpoint.save(self.path, state)
+            checkpoint.save(self.path, {**state, "settings": self.settings, "step": step})

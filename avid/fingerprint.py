@@ -10,12 +10,11 @@ import functools
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from . import config, data, datasets, evaluation, temporal_tasks
 from .distortions import DISTORTIONS, Distortion
-from .figures import plt
+from .figures import plt, write
 from .media import spectrogram
 
 SPEED = Distortion("both", (1.25, 1.5, 2.0), "times as fast, same pitch", lambda clip, *_: clip)  # the rest: Copies.evenly
@@ -58,7 +57,7 @@ def measure(subject, table, modalities, ks):
     subject: evaluation.Subject; table: datasets.Table. The gallery is the n videos that can be read, the queries their copies. A
     distortion of one modality leaves the other as it is; joint features are both, of unit length each, one behind the other [C].
     Besides: videos and gallery_videos, n; skipped: videos that cannot be read; unread_copies: of a video, distortion and strength.
-    Raises ConfigError, MediaError.
+    Features of the copies are kept, so that an interrupted measurement goes on. Raises ConfigError, MediaError.
     """
     if "audio" in modalities:
         check(subject.cfg.audio)
@@ -69,8 +68,8 @@ def measure(subject, table, modalities, ks):
     gallery = {m: found.video_level("features", m)[np.isin(found.index, index)] for m, found in clean.items()}  # n×F each
     originals = datasets.take(table, index)
     matches, labels = {"instance": np.equal}, originals.labels
-    if labels.ndim == 1 and (labels >= 0).all():
-        matches["class"] = lambda query, found: labels[query] == labels[found]
+    if (labels.any(1) if labels.ndim > 1 else labels >= 0).all():
+        matches["class"] = evaluation.same_class(labels, labels)
 
     recalls, unread = {}, 0
     kinds = {name: kind for name, kind in PROTOCOL.items() if kind.modality in (*modalities, "both")}
@@ -78,7 +77,7 @@ def measure(subject, table, modalities, ks):
         bar.set_description(f"{name} {strength:g}")
         query = dict(gallery)
         for modality in modalities if name == "speed" else (kinds[name].modality,):
-            query[modality] = encode(subject, Copies(originals, subject.cfg, modality, name, strength))
+            query[modality] = encode(subject, originals, modality, name, strength)
         read = np.flatnonzero(np.isfinite(np.hstack([*query.values()])).all(1))  # places in the gallery of the copies to be had
         if not len(read):
             raise data.MediaError(f"none of the copies of {table.name} can be used: {name} {strength:g}")
@@ -103,21 +102,19 @@ def check(audio):
                 raise config.ConfigError(f"fingerprinting cannot be done with audio.rate_hz={audio.rate_hz}: {error}") from None
 
 
-@torch.no_grad()
-def encode(subject, copies):
-    """Features of copies, the mean over their clips: n×F float32, unit rows; NaN where a copy cannot be read."""
-    cfg, device, (modality,) = subject.cfg, subject.device, copies.modalities
-    dim = subject.network.get_submodule(f"{modality}_model").dim
-    found = np.full((len(copies), dim), np.nan, np.float32)
-    for batch in data.loader(copies, cfg.data.workers, batch_size=max(1, cfg.eval.batch_size // copies.clips)):
-        for row, reason in batch["failures"]:
-            tqdm.write(f"skipped a copy of {copies.table.root / copies.table.paths[row]}: {reason}")
-        if "index" in batch:
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and cfg.optim.amp != "none"):
-                _, features = subject.network.encode(modality, data.to_device(batch, device)[modality])  # B·K×F
-            features = features.float().view(len(batch["index"]), copies.clips, -1).mean(1)
-            found[batch["index"].numpy()] = F.normalize(features, dim=1).cpu().numpy()
-    return found
+def encode(subject, table, modality, name, strength):
+    """Features of a table's copies, the mean over their clips, kept: n×F float32, unit rows; NaN where a copy cannot be read."""
+
+    def make():
+        copies = Copies(table, subject.cfg, modality, name, strength)
+        found = evaluation.encode(subject.network, copies, subject.device)
+        whole = found.video_level("features", modality)[:, None]  # n×1×F: a clip's worth of disk
+        return evaluation.Features(found.index, {modality: whole}, failures=found.failures)
+
+    found = evaluation.kept(subject, table, (modality,), make, name, strength, subject.cfg.seed)
+    features = np.full((len(table), found.features[modality].shape[-1]), np.nan, np.float32)
+    features[found.index] = found.features[modality][:, 0]
+    return features
 
 
 def with_joint(features):
@@ -163,5 +160,4 @@ def draw(path, result):
         line[0].set_ylabel("R@1, %", fontsize=9)
     legend = {"title": "dotted: not distorted" if len(lines) > 1 else None, "title_fontsize": 8, "fontsize": 9, "ncols": 3}
     figure.legend(handles=places["speed"].get_lines(), loc="outside upper center", **legend)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    write(figure, path)

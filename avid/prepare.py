@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from . import config, datasets, processes
+from . import config, datasets, preflight, processes
 from .datasets import MEDIA, DataError
 from .processes import Crash
 
@@ -47,6 +47,8 @@ def check(table, modalities, out, workers):
     needs = "+".join(modalities)
     rows = _earlier(out, needs, table)
     todo = [i for i, path in enumerate(table.paths) if path not in rows]
+    preflight.check_folder(out.parent)
+    out.parent.mkdir(parents=True, exist_ok=True)
     print(table.report())
     if rows:
         print(f"{len(rows):,} of them were read before, see {out}; delete it to read them again")
@@ -166,8 +168,12 @@ def prepare(src, dst, small, workers):
     media = [file for file in files if os.path.splitext(file)[1].lower() in MEDIA]
     if not media:
         raise DataError(f"no media files below {src}; they end in {', '.join(MEDIA)}")
+    preflight.check_folder(dst)
+    there = _files(dst) if dst.exists() else []
+    if (foreign := [file for file in there if not file.endswith(PART)]) and not (dst / "prepare.json").exists():
+        raise DataError(f"{dst} holds files that were not prepared, e.g. {foreign[0]}; name an empty folder, or a new one")
     dst.mkdir(parents=True, exist_ok=True)
-    for file in _files(dst):
+    for file in there:
         if file.endswith(PART):
             (dst / file).unlink()
     ffmpeg = _ffmpeg(dst, small)
@@ -309,6 +315,8 @@ def _files(root):
 
     files = []
     for folder, names, here in os.walk(root, onerror=stop, followlinks=True):
+        inside = os.path.realpath(folder) + os.sep  # a link back to a folder above would be followed for ever
+        names[:] = [name for name in names if not inside.startswith(os.path.realpath(os.path.join(folder, name)) + os.sep)]
         names[:] = [name for name in names if not name.startswith(".")]
         files += [Path(folder, name).relative_to(root).as_posix() for name in here if not name.startswith(".")]
     return sorted(files)

@@ -8,18 +8,33 @@ padding, or the place in the file.
 """
 
 import argparse
-import json
-import subprocess
 import sys
 from pathlib import Path
-
-import numpy as np
-from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from avid import config, temporal_tasks, toy
+from avid import config
+
+
+def command_line():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=config.Help)
+    parser.add_argument("--root", type=Path, default=Path("data/still"), help="default: data/still")
+    parser.add_argument("--epochs", type=int, default=60, help="default: 60")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":  # before the heavy imports: --help answers at once
+    arguments = command_line()
+
+import json
+import subprocess
+
+import numpy as np
+from tqdm import tqdm
+
+from avid import temporal_tasks, toy
 
 DRAWS = 2  # evaluation.confusions asks about every held-out video so often
 
@@ -41,12 +56,7 @@ def write(root, world, count=300):
         part.replace(path)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=config.Help)
-    parser.add_argument("--root", type=Path, default=Path("data/still"), help="default: data/still")
-    parser.add_argument("--epochs", type=int, default=60, help="default: 60")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    arguments = parser.parse_args()
+def main(arguments):
     cfg = config.load("toy_temporal", arguments.overrides)
     write(arguments.root, cfg.toy)
     out = Path("runs/leak")
@@ -66,4 +76,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(arguments)

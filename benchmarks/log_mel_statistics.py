@@ -9,13 +9,27 @@ import argparse
 import sys
 from pathlib import Path
 
-import numpy as np
-from tqdm import tqdm
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from avid import config, evaluation
+from avid import config
+
+
+def command_line():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=config.Help)
+    parser.add_argument("--root", required=True, help="folder of ESC-50")
+    parser.add_argument("--split", default="all", help="1 to 5, or all (default)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":  # before the heavy imports: --help answers at once
+    arguments = command_line()
+
+import numpy as np
+from tqdm import tqdm
+
+from avid import evaluation
 from avid.media import Media, spectrogram
 
 
@@ -30,12 +44,7 @@ def statistics(table, audio):
     return np.stack(rows)[:, None]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=config.Help)
-    parser.add_argument("--root", required=True, help="folder of ESC-50")
-    parser.add_argument("--split", default="all", help="1 to 5, or all (default)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    arguments = parser.parse_args()
+def main(arguments):
     given = ["data.name=esc50", f"data.root={arguments.root}", f"data.split={arguments.split}", *arguments.overrides]
     cfg = config.load("avid", given)
     with evaluation.plain_errors():
@@ -48,4 +57,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(arguments)

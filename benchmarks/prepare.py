@@ -8,15 +8,28 @@ A clip: the file is opened, 8 frames of a random half second and 2 s of sound ar
 import argparse
 import os
 import sys
-import tempfile
-import time
 from pathlib import Path
-
-import numpy as np
-import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+
+def command_line():
+    shared = Path(os.environ.get("AVID_TEST_DATA", ROOT.parent / "shared" / "data")) / "media"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=shared, help="files to prepare and read (default: %(default)s)")
+    parser.add_argument("--clips", type=int, default=50, help="clips a file (default: %(default)s)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":  # before the heavy imports: --help answers at once
+    arguments = command_line()
+
+import tempfile
+import time
+
+import numpy as np
+import torch
 
 from avid.media import Media, MediaError, decord  # imported there after torch
 from avid.prepare import Small, prepare
@@ -39,12 +52,7 @@ def clip_ms(path, modalities, clips):
     return np.array(times)
 
 
-def main():
-    shared = Path(os.environ.get("AVID_TEST_DATA", ROOT.parent / "shared" / "data")) / "media"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path, default=shared, help="files to prepare and read (default: %(default)s)")
-    parser.add_argument("--clips", type=int, default=50, help="clips a file (default: %(default)s)")
-    arguments = parser.parse_args()
+def main(arguments):
     torch.set_num_threads(1)
     decord.logging.set_level(decord.logging.QUIET)
     with tempfile.TemporaryDirectory() as folder:
@@ -70,4 +78,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(arguments)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from avid import config
+from avid import config, preflight
 from avid.config import ConfigError
 
 PACKAGED = sorted(path.stem for path in config.PACKAGED.glob("*.yaml"))
@@ -55,6 +55,10 @@ def test_layers_win_in_order(tmp_path):
     ("override", "value"),
     [
         ("data.root=/data/with space/a=b:c", "/data/with space/a=b:c"),
+        ("data.root=/data/take #2", "/data/take #2"),
+        ("data.root=~", "~"),
+        ("out=null", "null"),
+        ("out=[a", "[a"),
         ("data.split=1", "1"),
         ("out=7", "7"),
         ("bank.num_negatives=all", "all"),
@@ -69,7 +73,7 @@ def test_layers_win_in_order(tmp_path):
 )
 def test_overrides_become_what_their_setting_is(override, value):
     key = "audio.mels" if override.startswith("audio") else override.partition("=")[0]
-    found = get(config.load("toy", [override]), key)
+    found = get(config.load("avid", [override]), key)
     assert found == value
     assert type(found) is type(value)
 
@@ -89,8 +93,8 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "config.yaml"
     config.save(config.load("toy", ["seed=1"]), path)
 
-    def interrupted(cfg, part):
-        Path(part).write_text("see")
+    def interrupted(cfg, file):
+        file.write("see")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(config.OmegaConf, "save", interrupted)
@@ -144,8 +148,11 @@ def test_a_wrong_key_names_the_nearest_right_one(wrong, right):
         ("video.jitter=3", "3", "a list, such as [0.4, 0.4, 0.4, 0.2]"),
         ("video.jitter=[0,0,x,0]", "[0, 0, 'x', 0]", "a list"),
         ("video.frames.x=3", "{'x': 3}", "a whole number"),
-        ("data.root=null", "None", "a text, such as data"),
         ("bank.num_negatives=true", "True", "a whole number"),
+        ("seed=???", "???", "a value"),
+        ("optim.milestones=[[1]]", "[[1]]", "a list of numbers"),
+        ("video.crop_area={}", "not a list", "one, such as"),
+        ("optim.epochs=99999999999999999999", "99999999999999999999", "a number below 2^63"),
     ],
 )
 def test_a_wrong_type(override, found, expected):
@@ -181,7 +188,7 @@ def test_what_is_not_key_and_value(override):
     assert complaint(override) == f"{override} is no setting; write key=value, --help lists the keys"
 
 
-@pytest.mark.parametrize("override", ["data.root=[", "data.root={a", "video.jitter=[1,2"])
+@pytest.mark.parametrize("override", ["seed=[", "optim.lr={a", "video.jitter=[1,2"])
 def test_an_override_that_is_no_yaml(override):
     assert complaint("seed=1", override).startswith(f"cannot read {override}: ")
 
@@ -239,7 +246,7 @@ def test_method_settings_name_their_source():
 
 def test_help_lists_every_setting_with_its_default(capsys):
     with pytest.raises(SystemExit) as caught:
-        config.command_line("What it does.", ["--help"])
+        preflight.command_line("What it does.", ["--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
     assert "What it does." in text
@@ -250,18 +257,16 @@ def test_help_lists_every_setting_with_its_default(capsys):
 
 
 def test_options_and_settings_in_any_order():
-    cfg = config.command_line("", ["seed=4", "--cfg", "toy", "optim.lr=1", "--out", "there", "optim.epochs=2"])
+    cfg = preflight.command_line("", ["seed=4", "--cfg", "toy", "optim.lr=1", "--out", "there", "optim.epochs=2"])
     assert (cfg.seed, cfg.optim.lr, cfg.out, cfg.optim.epochs) == (4, 1.0, "there", 2)
     arguments = config.evaluation_parser("").parse_args(["seed=4", "--ckpt", "random", "eval.clips=3"])
     assert arguments.overrides == ["seed=4", "eval.clips=3"]
 
 
-@pytest.mark.parametrize(
-    "arguments", [["data=3"], ["optim.lrr=1"], ["--cfg", "nowhere"], ["seed=x"], ["data.root=["], ["nonsense"]]
-)
+@pytest.mark.parametrize("arguments", [["data=3"], ["optim.lrr=1"], ["--cfg", "nowhere"], ["seed=x"], ["seed=["], ["nonsense"]])
 def test_a_mistake_ends_the_program_with_one_line(capsys, arguments):
     with pytest.raises(SystemExit) as caught:
-        config.command_line("", arguments)
+        preflight.command_line("", arguments)
     assert caught.value.code == 2
     out, err = capsys.readouterr()
     assert not out

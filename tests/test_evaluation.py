@@ -2,7 +2,7 @@
 
 import json
 import resource
-from types import SimpleNamespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -130,9 +130,26 @@ def test_numbered_divisions(tmp_path):
 
 
 def test_files_without_a_class_are_an_error_that_counts_them():
-    table = SimpleNamespace(name="x", labels=np.array([0, -1, 1]))
-    with pytest.raises(datasets.DataError, match="1 of 3 files have no class"):
-        evaluation.labels_of(table, evaluation.Features(np.arange(3)))
+    nothing = np.zeros(3)
+    table = datasets.Table("x", Path("."), ["a.mp4", "b.mp4", "c.mp4"], np.array([0, -1, 1]), ["p", "q"], *[nothing] * 3, {}, [])
+    with pytest.raises(datasets.DataError, match=r"x: 1 of 3 files have no class, e\.g\. b\.mp4; give them one"):
+        evaluation.labels_of(table)
+    table.labels = np.array([[0, 1], [1, 1], [0, 0]], np.uint8)
+    with pytest.raises(datasets.DataError, match="x has several classes a file"):
+        evaluation.labels_of(table)
+    with pytest.raises(datasets.DataError, match=r"1 of 3 files have no class, e\.g\. c\.mp4"):
+        evaluation.labels_of(table, several=True)
+
+
+def test_where_videos_have_several_classes_a_match_shares_one():
+    """Every picture finds the next video's sound; the videos 0, 1 and 1, 2 share a class, 2 and 0 none."""
+    eye = np.eye(3, dtype=np.float32)[:, None]  # 3×1×D
+    found = evaluation.Features(np.arange(3), embeddings={"video": eye, "audio": eye[[2, 0, 1]]})
+    labels = np.array([[1, 0, 0, 1], [1, 1, 0, 0], [0, 1, 1, 0]], np.uint8)
+    result = evaluation.cross_modal(found, labels, ks=(1,))
+    assert (result["v→a instance R@1"], result["v→a class R@1"], result["a→v class R@1"]) == pytest.approx((0, 200 / 3, 200 / 3))
+    labels[2] = 0  # without any class
+    assert not any("class" in name for name in evaluation.cross_modal(found, labels, ks=(1,)))
 
 
 def test_features_are_kept_as_they_are(tmp_path):

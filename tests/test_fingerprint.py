@@ -55,8 +55,7 @@ def test_a_copy_without_distortion_is_its_original(world, monkeypatch):
     for name, strength in IDENTITIES.items():
         for modality in data.MODALITIES if name == "speed" else (PROTOCOL[name].modality,):
             clean = evaluation.features(subject, table, (modality,)).video_level("features", modality)
-            copies = Copies(table, subject.cfg, modality, name, strength)
-            np.testing.assert_allclose(fingerprint.encode(subject, copies), clean, atol=1e-5)
+            np.testing.assert_allclose(fingerprint.encode(subject, table, modality, name, strength), clean, atol=1e-5)
 
 
 @pytest.mark.parametrize("name, strength", EACH)
@@ -90,6 +89,25 @@ def test_only_the_distorted_modality_is_read_again(world, monkeypatch):
         assert measured[f"{name} {strength} {kept} instance R@1"] == 100
 
 
+def test_an_interrupted_measurement_goes_on_where_it_stopped(world, monkeypatch):
+    only(monkeypatch, rotation=7, gain=3)
+    for modality in data.MODALITIES:
+        evaluation.features(*world, (modality,))  # kept: of what follows, only copies are read
+    encode, asked = evaluation.encode, []
+
+    def interrupted(network, copies, *more):
+        asked.append(copies.modalities)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return encode(network, copies, *more)
+
+    monkeypatch.setattr(evaluation, "encode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        measure(world)
+    result = measure(world)
+    assert asked == [("video",), ("audio",), ("audio",)] and measure(world) == result
+
+
 def test_joint_features_are_both_of_equal_weight(world, monkeypatch):
     """Against cosines computed the long way, with one modality distorted and with both."""
     subject, table = world
@@ -98,7 +116,7 @@ def test_joint_features_are_both_of_equal_weight(world, monkeypatch):
         only(monkeypatch, **{name: strength})
         query = dict(clean)
         for modality in data.MODALITIES if name == "speed" else ("audio",):
-            query[modality] = fingerprint.encode(subject, Copies(table, subject.cfg, modality, name, strength))
+            query[modality] = fingerprint.encode(subject, table, modality, name, strength)
         cosines = sum(query[m].astype(float) @ clean[m].T.astype(float) for m in data.MODALITIES)  # n×n
         r1 = 100 * (cosines.argmax(1) == np.arange(len(table))).mean()
         assert measure(world)[f"{name} {strength:g} joint instance R@1"] == pytest.approx(r1)

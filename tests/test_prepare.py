@@ -1,6 +1,7 @@
 """What a check finds in files of known faults, and that prepared files show and sound the same at the same times."""
 
 import csv
+import json
 import os
 import shutil
 import signal
@@ -224,6 +225,7 @@ def test_an_interrupted_preparation_goes_on(folder, ffmpeg, tmp_path, capsys):
     (out / "a").mkdir(parents=True)
     (out / "a" / f"long gone.mp4{prepare.PART}").write_bytes(b"half")
     (out / "a" / "mute.mp4").write_bytes(b"there")
+    (out / "prepare.json").write_text(json.dumps(prepare.Small()._asdict()))
     assert run("prepare", folder, out, "--workers", 2) == 0
     assert not left_over(out) and (out / "a/mute.mp4").read_bytes() == b"there"
     assert [path for path, row in rows(out / "failures.csv").items() if "Invalid data" in row["reason"]] == ["b/broken.mp4"]

@@ -1,0 +1,108 @@
+"""The project's scripts in processes that are forked from one that has imported everything: a start takes milliseconds.
+
+In: a script's name and its command line. Out: a process with a group of its own, ended as `python script …` would end.
+"""
+
+import atexit
+import importlib
+import multiprocessing.forkserver
+import multiprocessing.util
+import os
+import runpy
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = ["train", "eval_linear", "eval_retrieval"]  # as modules they import, and do nothing
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(SCRIPTS)
+
+
+def from_here():
+    """Have the processes forked from this one, for scripts that start no threads; OMP_NUM_THREADS must be 1 before torch comes."""
+    global context
+    assert os.environ["OMP_NUM_THREADS"] == "1"
+    sys.path.insert(0, str(ROOT))
+    for name in SCRIPTS:
+        importlib.import_module(name)
+    context = multiprocessing.get_context("fork")
+
+
+def serve():
+    """Start the process that the others are forked from, unless it is there."""
+    if context.get_start_method() == "fork":
+        return
+    before = dict(os.environ)
+    os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    multiprocessing.forkserver.ensure_running()
+    os.environ.clear(), os.environ.update(before)
+
+
+def start(script, arguments, folder, log, environment=None, before=None):
+    """Run a script of the project in `folder` with its output in the file `log`; returns a multiprocessing.Process.
+
+    The process leads a group of its own. before: a function that the process calls first (one that can be pickled).
+    """
+    serve()
+    process = context.Process(target=_run, args=(script, [str(a) for a in arguments], folder, log, environment or {}, before))
+    process.start()
+    while process.is_alive() and os.getpgid(process.pid) != process.pid:
+        time.sleep(0.001)
+    return process
+
+
+def _run(script, arguments, folder, log, environment, before):
+    os.setpgid(0, 0)
+    multiprocessing.set_start_method(None, force=True)  # decoding processes start as they do elsewhere
+    os.chdir(folder)
+    with open(log, "ab") as file:
+        os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", buffering=1, closefd=False)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.update(environment)
+    if before:
+        before()
+    sys.path.insert(0, str(ROOT))
+    sys.argv = [str(ROOT / script), *arguments]
+    code = 0
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException as error:  # the interpreter, too, keeps what was raised until it has gone
+        traceback.print_exc()
+        sys.last_traceback = error.__traceback__
+        code = -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    multiprocessing.util._exit_function()
+    sys.stdout.flush(), sys.stderr.flush()
+    if code < 0:
+        signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
+
+
+def group(leader):
+    """The processes of a group, without zombies."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, its_group = path.read_text().rpartition(")")[2].split()[:3]
+        except (FileNotFoundError, ProcessLookupError):  # it has just ended
+            continue
+        if int(its_group) == leader and state != "Z":
+            found.append(int(path.parent.name))
+    return found
+
+
+def left(leader, seconds):
+    """Those processes of a group that are still there after so many seconds: none, if all is well."""
+    deadline = time.monotonic() + seconds
+    while (found := group(leader)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return found

@@ -1,0 +1,146 @@
+"""An hour of training and evaluation: memory, descriptors, threads, shared memory and processes, to see whether any of them grows.
+
+    python tests/long/soak.py --minutes 60 --out soak
+
+In: nothing; a toy world is written below --out. Out: soak.csv with a line every few seconds, soak.png, and the first quarter's
+figures beside the last quarter's. One process trains again and again, with two decoding processes and checks of held-out videos,
+each time evaluates by probe and by retrieval, and is watched from outside.
+"""
+
+import argparse
+import csv
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch comes
+
+import numpy as np
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[k]) for k in (1, 2)]  # tests, and the project
+import forked
+
+SETTINGS = (
+    "data.root=world toy.train=48 toy.test=16 toy.seconds=2 toy.size=32 data.workers=2 video.size=32 video.frames=4 audio.seconds=0.5 "
+    "audio.mels=32 model.width=4 model.depth=1 model.embedding=16 bank.num_negatives=16 optim.batch_size=8 log.every_steps=6 "
+    "log.check_epochs=4 eval.clips=2"
+).split()
+PANELS = {  # column: what it is
+    "rss_MiB": "resident memory, MiB",
+    "descriptors": "open descriptors",
+    "threads": "threads",
+    "processes": "processes",
+    "shm_MiB": "/dev/shm, MiB",
+    "shm_files": "files in /dev/shm",
+}
+WARM_UP = 0.1  # share of the time that is left out: libraries fill their caches
+
+
+def cycles(epochs):
+    """Train, probe, retrieve, for ever: runs in the watched process."""
+    import runpy
+
+    cycle = 0
+    while True:
+        out = f"run/{cycle % 2}"
+        for name in ("last.pt", "last.previous.pt"):
+            Path(out, name).unlink(missing_ok=True)
+        ckpt = ["--ckpt", f"{out}/last.pt"]
+        for script, more in (("train.py", [f"optim.epochs={epochs}"]), ("eval_linear.py", ckpt), ("eval_retrieval.py", ckpt)):
+            sys.argv = [str(forked.ROOT / script), *more, *SETTINGS, f"out={out}", f"seed={cycle}"]
+            handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+            runpy.run_path(sys.argv[0], run_name="__main__")
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        for path in Path(out, "features").iterdir():  # each checkpoint has its own
+            path.unlink()
+        cycle += 1
+        print(f"cycle {cycle} done", flush=True)
+
+
+def sample(group):
+    """Figures of a group of processes, summed, as /proc has them."""
+    found = dict.fromkeys(PANELS, 0.0)
+    for pid in forked.group(group):
+        try:
+            status = Path(f"/proc/{pid}/status").read_text()
+            fields = dict(line.partition(":")[::2] for line in status.splitlines())
+            # pages that a fork shares count once a process: Pss would be dearer to read
+            found["rss_MiB"] += int(fields["VmRSS"].split()[0]) / 1024 if "VmRSS" in fields else 0
+            found["threads"] += int(fields["Threads"])
+            found["descriptors"] += len(os.listdir(f"/proc/{pid}/fd"))
+            found["processes"] += 1
+        except (FileNotFoundError, ProcessLookupError):  # it has just ended
+            continue
+    shared = [path.stat() for path in Path("/dev/shm").iterdir() if path.name.startswith(("torch_", "psm_", "sem."))]
+    return found | {"shm_MiB": sum(stat.st_size for stat in shared) / 2**20, "shm_files": len(shared)}
+
+
+def draw(rows, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    minutes = [row["s"] / 60 for row in rows]
+    figure, axes = plt.subplots(2, 3, figsize=(12, 5), sharex=True, layout="constrained")
+    for axis, (name, title) in zip(axes.flat, PANELS.items(), strict=True):
+        axis.plot(minutes, [row[name] for row in rows], linewidth=0.8)
+        axis.set(title=title, ylim=(0, None))
+        axis.grid(alpha=0.3)
+    for axis in axes[1]:
+        axis.set_xlabel("minutes")
+    figure.savefig(path, dpi=110)
+
+
+def main(minutes, out, every_s, epochs):
+    out.mkdir(parents=True)
+    begin = time.monotonic()
+    process = forked.start("", [], out, out / "log", before=Cycles(epochs))
+    rows = []
+    with open(out / "soak.csv", "w", newline="") as file:
+        lines = csv.DictWriter(file, ["s", *PANELS])
+        lines.writeheader()
+        while time.monotonic() - begin < 60 * minutes:
+            time.sleep(every_s)
+            if not process.is_alive():
+                raise SystemExit(f"it ended with {process.exitcode}:\n{(out / 'log').read_text()[-3000:]}")
+            rows.append({"s": round(time.monotonic() - begin, 1), **sample(process.pid)})
+            lines.writerow(rows[-1])
+            file.flush()
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(30)
+    leaked = forked.left(process.pid, seconds=10)
+    draw(rows, out / "soak.png")
+    done = (out / "log").read_text().count(" done\n")
+    print(f"{minutes:g} minutes, {done} trainings with evaluation, {len(rows)} samples, {len(leaked)} processes left at the end")
+    rows = [row for row in rows if row["s"] > WARM_UP * 60 * minutes]
+    quarter = len(rows) // 4
+    print(f"{'':12s}{'first quarter':>24s}{'last quarter':>24s}   median (least to most)")
+    for name in PANELS:
+        parts = [np.array([row[name] for row in part]) for part in (rows[:quarter], rows[-quarter:])]
+        print(f"{name:12s}" + "".join(f"{np.median(x):10.1f} ({x.min():.1f} to {x.max():.1f})".rjust(24) for x in parts))
+    return leaked
+
+
+class Cycles:
+    """`cycles`, as forked.start calls it first: it never returns."""
+
+    def __init__(self, epochs):
+        self.epochs = epochs
+
+    def __call__(self):
+        cycles(self.epochs)
+
+
+if __name__ == "__main__":
+    forked.from_here()
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--minutes", type=float, default=60.0)
+    arguments.add_argument("--out", type=Path, required=True, help="folder for world, runs and figures; must not exist")
+    arguments.add_argument("--every", type=float, default=5.0, metavar="S", help="seconds between samples")
+    arguments.add_argument("--epochs", type=int, default=40, help="of each training")
+    arguments = arguments.parse_args()
+    raise SystemExit(1 if main(arguments.minutes, arguments.out.resolve(), arguments.every, arguments.epochs) else 0)

@@ -1,0 +1,326 @@
+"""Kills, signals, full disks, damaged checkpoints, other data and other ranks: what is left is whole, and the same command goes on.
+
+The scripts run in processes forked from one that has imported everything. tests/long/kill.py kills more often.
+"""
+
+import dataclasses
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "long"))
+import forked
+import kill
+
+import train
+from avid import checkpoint, config, data, distributed, losses
+
+SETTINGS = [setting for setting in kill.SETTINGS if not setting.startswith("log.checkpoint_minutes")]
+LONG = ["optim.epochs=100000", "log.check_epochs=0"]
+
+
+def until(holds, process, seconds=300):
+    """Wait until `holds()`; the process must still be there."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert process.is_alive() and time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def ended(process, folder, seconds=300):
+    """(exit code, what it printed) of a process that ends by itself, with nobody left in its group."""
+    process.join(seconds)
+    text = (folder / "log").read_text()
+    assert process.exitcode is not None, text[-3000:]
+    assert forked.left(process.pid, seconds=120) == []
+    return process.exitcode, text
+
+
+def run(folder, *overrides, script="train.py", code=0, before=None):
+    (folder / "log").write_text("")
+    process = forked.start(script, [*SETTINGS, *overrides], folder, folder / "log", before=before)
+    exitcode, text = ended(process, folder)
+    assert exitcode == code, text[-3000:]
+    return text
+
+
+def error(text):
+    """The one line in which a script says what it ended for."""
+    assert "Traceback" not in text, text[-3000:]
+    (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
+    return line
+
+
+FOUR = ["optim.epochs=4", "optim.schedule=constant", "log.check_epochs=0", "data.workers=0"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An undisturbed run of four epochs: folder."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(folder, *FOUR)
+    return folder
+
+
+@pytest.fixture
+def folder(whole, tmp_path):
+    """An empty folder, beside the toy's files."""
+    (tmp_path / "world").symlink_to(whole / "world")
+    return tmp_path
+
+
+# ---------------------------------------------------------------------------------------------------------------- kills
+
+
+def test_three_kills(tmp_path):
+    """While the toy is written, while a checkpoint is, and while features are computed."""
+    phases = ["the toy being written", "a checkpoint being written", "features being computed"]
+    assert kill.main(3, 0, tmp_path / "kills", phases).total() == 3
+
+
+# -------------------------------------------------------------------------------------------------------------- signals
+
+
+def test_sigterm_while_the_toy_is_written_leaves_nobody(tmp_path):
+    process = forked.start("train.py", [*SETTINGS, "toy.train=5000"], tmp_path, tmp_path / "log")
+    until(lambda: any(tmp_path.glob("world/*/train/*.mp4")), process)
+    os.kill(process.pid, signal.SIGTERM)
+    assert ended(process, tmp_path)[0] == -signal.SIGTERM  # a shell says 143
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_no_decoding_process_outlives_the_training(folder, number):
+    process = forked.start("train.py", [*SETTINGS, *LONG, "data.workers=2"], folder, folder / "log")
+    metrics = folder / "run" / "metrics.jsonl"
+    until(lambda: metrics.exists() and metrics.stat().st_size, process)
+    assert len(forked.group(process.pid)) >= 3
+    if number == signal.SIGINT:  # a terminal sends it to all of them
+        os.killpg(process.pid, number)
+    else:
+        os.kill(process.pid, number)
+    code, text = ended(process, folder)
+    assert code == (-number if number == signal.SIGKILL else 128 + number)
+    assert "Traceback" not in text
+    assert ("saved; the same command goes on from here" in text) == (number != signal.SIGKILL)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_no_decoding_process_outlives_an_evaluation(folder, whole, number):
+    arguments = [*SETTINGS, "--ckpt", str(whole / "run" / "last.pt"), "data.workers=2", "eval.clips=200", "eval.batch_size=200"]
+    process = forked.start("eval_linear.py", arguments, folder, folder / "log")
+    until(lambda: len(forked.group(process.pid)) >= 3, process)
+    os.killpg(process.pid, number)
+    assert ended(process, folder)[0] in (-number, 128 + number)
+    assert not list(folder.glob("run/features/*"))
+
+
+def fail_at_the_fourth_step():
+    """An error that nobody foresaw, such as a device's, while decoding processes wait for more to do."""
+    term, calls = losses.robust_xid, []
+
+    def robust_xid(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 4:
+            raise RuntimeError("out of memory")
+        return term(*arguments, **options)
+
+    losses.robust_xid = robust_xid
+
+
+def test_an_unforeseen_error_ends_the_program(folder):
+    process = forked.start(
+        "train.py", [*SETTINGS, *LONG, "data.workers=2"], folder, folder / "log", before=fail_at_the_fourth_step
+    )
+    code, text = ended(process, folder)
+    assert code == 1 and "RuntimeError: out of memory" in text
+
+
+# ----------------------------------------------------------------------------------------------------------------- disk
+
+
+@dataclasses.dataclass
+class FilesOfAtMost:
+    """A process whose files cannot grow beyond so many bytes: as on a full disk."""
+
+    size: int
+
+    def __call__(self):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.size))
+
+
+def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(folder, whole):
+    run(folder, *FOUR, "optim.epochs=2")
+    before = (folder / "run" / "last.pt").read_bytes()
+    text = run(folder, *FOUR, before=FilesOfAtMost(len(before) // 2), code=2)
+    assert error(text).startswith("error: cannot write run/last.pt: File too large; make room on the disk")
+    assert (folder / "run" / "last.pt").read_bytes() == before
+    assert not list(folder.glob("run/*.part"))
+    run(folder, *FOUR)
+    assert kill.differences(kill.outcome(whole), kill.outcome(folder)) == []
+
+
+def in_process(folder, videos=3, **options):
+    """A train.Run in a folder, for a table of so many videos."""
+    cfg = config.load("toy", [f"out={folder / 'run'}"])
+    names = [f"{i}.mp4" for i in range(videos)]
+    table = dataclasses.make_dataclass(
+        "Table", ["paths", "start_s", "end_s"], namespace={"__len__": lambda self: len(self.paths)}
+    )
+    table = table(options.get("names", names), np.zeros(videos), np.full(videos, np.inf))
+    parts = [torch.nn.Linear(2, 2) for _ in range(2)]
+    place = distributed.Place(0, 1, torch.device("cpu"))
+    scaler = torch.amp.GradScaler("cpu")
+    return train.Run(cfg, place, table, *parts, torch.optim.Adam(parts[0].parameters()), scaler)
+
+
+def test_a_log_that_cannot_be_written_ends_the_run(tmp_path):
+    run = in_process(tmp_path)
+    run.metrics = Path("/dev/full")
+    with pytest.raises(
+        checkpoint.CheckpointError, match="cannot write /dev/full: No space left on device; make room on the disk"
+    ):
+        run.log(1, 0.5, loss=1.0)
+
+
+def test_a_curve_that_cannot_be_written_does_not_end_the_run(tmp_path, capsys):
+    run = in_process(tmp_path)
+    run.resume()
+    run.log(1, 0.5, loss=1.0)
+    (tmp_path / "run" / "curves.png").mkdir()
+    run.draw_curves()
+    assert f"warning: cannot write {tmp_path / 'run' / 'curves.png'}: Is a directory; training goes on" in capsys.readouterr().out
+
+
+def test_a_run_folder_that_became_read_only(tmp_path):
+    run = in_process(tmp_path)
+    run.resume()
+    (tmp_path / "run").chmod(0o555)
+    try:
+        if os.access(tmp_path / "run", os.W_OK):
+            pytest.skip("this user may write everywhere (root): permissions keep nothing from it")
+        with pytest.raises(checkpoint.CheckpointError, match=r"cannot write .*last.pt: Permission denied; make it writable"):
+            run.save(1)
+    finally:
+        (tmp_path / "run").chmod(0o755)
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(folder, whole):
+    run(folder, *FOUR)
+    last = folder / "run" / "last.pt"
+    content = bytearray(last.read_bytes())
+    for at in range(len(content) // 2, len(content) // 2 + 1000):  # a thousand flipped bits: between small records is padding
+        content[at] ^= 1
+    last.write_bytes(content)
+    text = run(folder, *FOUR)
+    assert "run/last.pt: it is damaged" in text and "going on from run/last.previous.pt" in text
+    assert "resuming run after step 6" in text  # of 8; one checkpoint an epoch
+    assert kill.differences(kill.outcome(whole), kill.outcome(folder)) == []
+
+
+def test_two_damaged_checkpoints_never_begin_anew(folder):
+    run(folder, *FOUR)
+    for name in ("last.pt", "last.previous.pt"):
+        (folder / "run" / name).write_bytes(b"")
+    log = (folder / "run" / "metrics.jsonl").read_bytes()
+    line = error(run(folder, *FOUR, code=2))
+    assert "last.pt: it is damaged" in line and "last.previous.pt: it is damaged" in line and "choose another --out" in line
+    assert (folder / "run" / "metrics.jsonl").read_bytes() == log
+
+
+def test_a_log_that_lost_lines_is_said_and_goes_on(tmp_path, capsys):
+    first = in_process(tmp_path)
+    first.resume()
+    for step in (1, 2):
+        first.log(step, step / 2, loss=1.0)
+    first.save(2)
+    first.metrics.write_bytes(first.metrics.read_bytes()[:-5])  # in the middle of the second line
+    assert in_process(tmp_path).resume() == 2
+    assert "metrics.jsonl has lost lines" in capsys.readouterr().out
+    assert first.metrics.read_text().count("\n") == 1
+
+
+def test_another_data_set_does_not_resume(tmp_path, capsys):
+    run = in_process(tmp_path)
+    run.resume()
+    run.save(1)
+    for other, says in (
+        ({"videos": 2}, "a run on 3 videos, there are now 2"),
+        ({"names": ["0.mp4", "1.mp4", "3.mp4"]}, "a run on as many videos under other names"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            in_process(tmp_path, **other).resume()
+        text = capsys.readouterr().err
+        assert caught.value.code == 2 and says in text and "choose another --out" in text and text.count("\n") == 1
+
+
+def test_a_checkpoint_of_something_else_does_not_resume(tmp_path, capsys):
+    checkpoint.save(tmp_path / "run" / "last.pt", {"model": {}, "optimizer": {}})
+    with pytest.raises(SystemExit) as caught:
+        in_process(tmp_path).resume()
+    assert caught.value.code == 2 and "last.pt is no checkpoint of train.py, it lacks config" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------- ranks
+
+
+def in_float64():
+    torch.set_default_dtype(torch.float64)
+    torch.Tensor.float = torch.Tensor.double
+    data.constant = lambda values, device: torch.tensor(values, device=device)
+
+
+def ranks(folder, *overrides, before=None):
+    """Two ranks, as torchrun starts them; their output goes to log-0 and log-1."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    return [
+        forked.start(
+            "train.py", [*SETTINGS, *overrides], folder, folder / f"log-{rank}",
+            {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, before,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+
+
+def test_another_number_of_processes_workers_and_epochs_goes_on(folder):
+    """In float64: ranks add in another order."""
+    run(folder, *FOUR, "out=one", before=in_float64)
+    run(folder, *FOUR, "out=two", "optim.epochs=2", before=in_float64)
+    processes = ranks(folder, *FOUR, "out=two", "data.workers=1", before=in_float64)
+    for rank, process in enumerate(processes):
+        process.join(300)
+        assert process.exitcode == 0, (folder / f"log-{rank}").read_text()[-3000:]
+    assert "resuming two after step 4" in (folder / "log-0").read_text()
+    one, two = (checkpoint.load(folder / name / "last.pt") for name in ("one", "two"))
+    for part in ("bank", "network"):
+        for name, value in one[part].items():
+            torch.testing.assert_close(value, two[part][name], atol=1e-7, rtol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_rank_ends_the_other_with_one_line(folder, killed):
+    processes = ranks(folder, *LONG)
+    metrics = folder / "run" / "metrics.jsonl"
+    until(lambda: metrics.exists() and metrics.stat().st_size, processes[0])
+    os.kill(processes[killed].pid, signal.SIGKILL)
+    other = processes[1 - killed]
+    other.join(300)
+    text = (folder / f"log-{1 - killed}").read_text()
+    assert other.exitcode == 1, text[-3000:]
+    assert error(text).startswith(f"error: rank {1 - killed} ends, as another one has gone")
+    for process in processes:
+        assert forked.left(process.pid, seconds=120) == []
