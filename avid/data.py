@@ -126,6 +126,7 @@ class Clips(torch.utils.data.Dataset):
                 clips, item = self.evenly(first_s, last_s), {}
             if "video" in self.modalities:
                 item["video"] = torch.stack([self.picture(media, clip, rng) for clip in clips])
+                media.close_picture()
             if "audio" in self.modalities:
                 item["audio"] = torch.stack([self.loudness(media, clip, rng) for clip in clips])
             return item

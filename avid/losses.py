@@ -92,14 +92,12 @@ def soft_exponents(estimator, own_video, own_audio, video, audio, valid, tau_t):
 
 @torch.no_grad()
 def soft_targets(estimator, own_video, own_audio, video, audio, valid, tau_s, tau_t):
-    """How the candidates relate to each instance, judged by memories alone: S_v(j|i), S_a(j|i), section 4 [P].
+    """What the candidates' memories are on average over S_v(j|i), S_a(j|i), section 4 [P]: all that the loss needs of S.
 
-    Arguments as of `soft_exponents`; tau_s τ_s. -> S_v, S_a, B×C each: rows sum to 1, 0 where not valid. To be looked at: the loss
-    needs only what the memories are on average over them.
+    Arguments as of `soft_exponents`; tau_s τ_s. -> Σ_j S_v(j|i)·ā_j, Σ_j S_a(j|i)·v̄_j, B×D each.
     """
-    *steps, bias = soft_exponents(estimator, own_video, own_audio, video, audio, valid, tau_t)
-    with torch.autocast(valid.device.type, enabled=False):
-        return tuple(F.softmax(x.float() @ k.float().T / tau_s + bias, dim=1) for x, k in steps)
+    S_v, S_a, bias = soft_exponents(estimator, own_video, own_audio, video, audio, valid, tau_t)
+    return attend(*S_v, audio, bias, tau_s)[1], attend(*S_a, video, bias, tau_s)[1]
 
 
 def robust_xid(video, audio, bank_video, bank_audio, valid, column, *, temperature, soft, estimator, tau_s, tau_t):
@@ -112,9 +110,9 @@ def robust_xid(video, audio, bank_video, bank_audio, valid, column, *, temperatu
     own_video, own_audio = bank_video[column].float(), bank_audio[column].float()  # v̄_i, ā_i B×D
     expected_audio, expected_video = own_audio, own_video  # Σ_j 1[i=j]·ā_j, Σ_j 1[i=j]·v̄_j
     if soft:
-        S_v, S_a, bias = soft_exponents(estimator, own_video, own_audio, bank_video, bank_audio, valid, tau_t)
-        expected_audio = (1 - soft) * own_audio + soft * attend(*S_v, bank_audio, bias, tau_s)[1]  # Σ_j T_v(j|i)·ā_j
-        expected_video = (1 - soft) * own_video + soft * attend(*S_a, bank_video, bias, tau_s)[1]  # Σ_j T_a(j|i)·v̄_j
+        S_audio, S_video = soft_targets(estimator, own_video, own_audio, bank_video, bank_audio, valid, tau_s, tau_t)
+        expected_audio = (1 - soft) * own_audio + soft * S_audio  # Σ_j T_v(j|i)·ā_j
+        expected_video = (1 - soft) * own_video + soft * S_video  # Σ_j T_a(j|i)·v̄_j
     return cross_entropy(video, expected_audio, bank_audio, valid, temperature) + cross_entropy(
         audio, expected_video, bank_video, valid, temperature
     )

@@ -51,6 +51,16 @@ def robust_xid(w, soft=0.5, estimator="cycle"):
     return losses.robust_xid(*(getattr(w, name) for name in names), soft=soft, estimator=estimator, **taus)
 
 
+def soft_targets(estimator, own_video, own_audio, video, audio, valid, tau_s, tau_t):
+    """S_v, S_a themselves, B×C, as the means over them are made: the mean of the rows of the identity."""
+    *steps, bias = losses.soft_exponents(estimator, own_video, own_audio, video, audio, valid, tau_t)
+    S = [losses.attend(x, k, torch.eye(len(valid)), bias, tau_s)[1] for x, k in steps]
+    means = losses.soft_targets(estimator, own_video, own_audio, video, audio, valid, tau_s, tau_t)
+    for mean, expected in zip(means, (S[0] @ audio, S[1] @ video), strict=True):
+        torch.testing.assert_close(mean, expected)
+    return S
+
+
 @pytest.fixture(params=[1, 7, 8192])
 def piece(request, monkeypatch):
     """Candidates at a time."""
@@ -168,7 +178,7 @@ def test_w_min_1_weighs_every_pair_exactly_1():
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_soft_targets_agree_with_the_table(estimator):
     w = world()
-    ours = losses.soft_targets(estimator, w.own_video, w.own_audio, w.bank_video, w.bank_audio, w.valid, TAU_S, TAU_T)
+    ours = soft_targets(estimator, w.own_video, w.own_audio, w.bank_video, w.bank_audio, w.valid, TAU_S, TAU_T)
     for S, reference in zip(ours, reference_soft_targets(float64(w), estimator), strict=True):
         assert_close(S, reference)
         assert_close(S.sum(1), np.ones(5))
@@ -190,7 +200,7 @@ def test_cycles_first_term_drops_out():
     finally:
         EXPONENT["cycle"] = exact
     w = world()
-    ours = losses.soft_targets("cycle", w.own_video, w.own_audio, w.bank_video, w.bank_audio, w.valid, TAU_S, TAU_T)
+    ours = soft_targets("cycle", w.own_video, w.own_audio, w.bank_video, w.bank_audio, w.valid, TAU_S, TAU_T)
     for modality in range(2):
         assert_close(ours[modality], S[modality])
         assert_close(ours[modality], without[modality])
@@ -202,8 +212,8 @@ def test_a_faulty_neighbour_counts_less_in_cycle_than_in_swapped():
     audio = video.clone()
     audio[1] = -video[1]  # and column 1's sound belongs elsewhere
     valid = torch.ones(10, dtype=torch.bool)
-    swapped, _ = losses.soft_targets("swapped", own, own, video, audio, valid, TAU_S, TAU_T)
-    cycle, _ = losses.soft_targets("cycle", own, own, video, audio, valid, TAU_S, TAU_T)
+    swapped, _ = soft_targets("swapped", own, own, video, audio, valid, TAU_S, TAU_T)
+    cycle, _ = soft_targets("cycle", own, own, video, audio, valid, TAU_S, TAU_T)
     assert swapped[0, 1] == pytest.approx(swapped[0, 0].item()) and swapped[0, 1] > 0.4
     assert cycle[0, 1] / cycle[0, 0] == pytest.approx(math.exp(-2 / TAU_T), rel=1e-4)
 

@@ -10,6 +10,7 @@ kill, what stands under a final name must be whole, and no process of the group 
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -150,7 +151,9 @@ def kill(folder, phase, moment, seconds):
         if not process.is_alive():
             must_be_well(process, folder)
             return ""
-        if "written" not in phase:
+        if phase == "features being written" and seen(folder, log_from)["bar"]:
+            spin(folder / "run" / "features", process)  # the file is there for a millisecond
+        elif "written" not in phase:
             time.sleep(0.002)
     time.sleep(part * seconds[phase])
     before = seen(folder, log_from)
@@ -176,6 +179,16 @@ def kill(folder, phase, moment, seconds):
     if phase == "a check of held-out videos" and after["checks"] > before["checks"]:
         return "a step"
     return phase
+
+
+def spin(features, process):
+    """Wait for a file that is being written, and kill at once."""
+    while process.is_alive():
+        for _ in range(1000):
+            with contextlib.suppress(FileNotFoundError):
+                if any(name.endswith(".part") for name in os.listdir(features)):
+                    os.killpg(process.pid, signal.SIGKILL)
+                    return
 
 
 def whole(folder, reference):
