@@ -396,9 +396,9 @@ def to_device(batch, device):
 
 @functools.lru_cache
 def constant(values, device):
-    """float32 numbers on the device, there to stay: to copy them at each step would wait for all that the device has to do."""
+    """Numbers on the device, there to stay: to copy them at each step would wait for all that the device has to do."""
     with torch.inference_mode(False):
-        return torch.tensor(values, dtype=torch.float32, device=device)
+        return torch.tensor(values, device=device)
 
 
 def mask(audio, shares):
