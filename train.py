@@ -6,15 +6,13 @@
 The same command again resumes the run exactly where its last checkpoint left it.
 """
 
-from avid import config, preflight
+from avid import preflight
 
 if __name__ == "__main__":  # before the heavy imports: --help and a wrong setting answer at once
     cfg = preflight.command_line(__doc__)
 
 import collections
 import dataclasses
-import hashlib
-import json
 import math
 import os
 import sys
@@ -28,25 +26,10 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from avid import checkpoint, data, datasets, distributed, evaluation, figures, losses, memory_bank, models, temporal_tasks, toy
+from avid import data, datasets, distributed, evaluation, figures, losses, memory_bank, models, run_folder, temporal_tasks, toy
 
 COLLAPSED = 0.95  # mean cosine within a bank that calls for a warning
 LAG = 2  # steps after which a step's numbers are read: the host never waits for the device
-MAY_CHANGE = (
-    "out",
-    "profile",
-    "data.root",
-    "data.workers",
-    "data.in_memory",
-    "data.timeout_s",
-    "data.max_bad_share",
-    "log",
-    "eval",
-    "finetune",
-    "optim.epochs",
-    "bank.spread",
-    "optim.checkpoint_activations",
-)  # when resuming
 
 
 def main(cfg):
@@ -84,7 +67,9 @@ def main(cfg):
 
     # ---------------------------------------------------------------------------------------------------------- resume
     bad_files = data.BadFiles(train_table, cfg.data.max_bad_share)
-    run = Run(cfg, place, train_table, network=network, bank=bank, optimizer=optimizer, scaler=scaler, bad_files=bad_files)
+    run = run_folder.Run(
+        cfg, place, train_table, network=network, bank=bank, optimizer=optimizer, scaler=scaler, bad_files=bad_files
+    )
     first_step = run.resume()
     epoch_steps = len(train_table.paths) // cfg.optim.batch_size
     last_step = cfg.optim.epochs * epoch_steps
@@ -101,6 +86,9 @@ def main(cfg):
     later = Later()
     waited, logged, since, saved_at = 0.0, first_step, time.perf_counter(), time.perf_counter()
     batches = iter(batches)
+    if checked(first_step, epoch_steps, last_step, cfg):  # stopped or killed within its check, a run makes it again
+        with stop.at_once():
+            run.log(first_step, first_step / epoch_steps, **check(network, bank, held_out, cfg, place))
     for step in range(first_step, last_step):
         before = time.perf_counter()
         batch = next(batches)
@@ -165,10 +153,6 @@ def main(cfg):
                     f"epoch {at / epoch_steps:.1f}, loss {values['loss']:.3f}, {line['clips_per_s']:.0f} clips/s, "
                     f"data wait {line['data_wait']:.0%}"
                 )
-        if cfg.log.check_epochs and epoch_ends and (done // epoch_steps % cfg.log.check_epochs == 0 or done == last_step):
-            run.log(done, done / epoch_steps, **check(network, bank, held_out, cfg, place))
-            run.draw_curves()
-            since = time.perf_counter()  # clips/s are those of training
         if save:
             run.save(done)
             saved_at = time.perf_counter()
@@ -179,6 +163,11 @@ def main(cfg):
             )
             distributed.end()
             sys.exit(stop.exit_code)
+        if checked(done, epoch_steps, last_step, cfg):  # after the checkpoint: it may take minutes, and a signal does not wait
+            with stop.at_once():
+                run.log(done, done / epoch_steps, **check(network, bank, held_out, cfg, place))
+                run.draw_curves()
+            since = time.perf_counter()  # clips/s are those of training
     bar.close()
     if trace:
         trace.stop()
@@ -293,6 +282,12 @@ def learning_rate(epoch, optim):
     return optim.lr
 
 
+def checked(step, epoch_steps, last_step, cfg):
+    """Is there a check after `step` steps?"""
+    epoch, rest = divmod(step, epoch_steps)
+    return bool(cfg.log.check_epochs and step and not rest and (epoch % cfg.log.check_epochs == 0 or step == last_step))
+
+
 def check(network, bank, held_out, cfg, place):
     """Every few epochs: what the network finds among held-out videos, and how the bank is."""
     health = bank.health()
@@ -357,107 +352,6 @@ class Later:
             yield facts, *copies
 
 
-class Run:
-    """The run folder: configuration, metrics, checkpoint, curves. Only rank 0 writes."""
-
-    def __init__(self, cfg, place, table, **state):
-        self.cfg, self.place, self.out = cfg, place, Path(cfg.out)
-        videos = json.dumps([table.paths, table.start_s.tolist(), table.end_s.tolist()])
-        self.videos = {"count": len(table), "hash": hashlib.sha256(videos.encode()).hexdigest()[:12]}
-        self.state = state  # {"network": …, "bank": …}, of what has a state_dict
-        self.metrics = self.out / "metrics.jsonl"
-        self.not_finite_in_a_row = 0
-        if place.rank == 0:
-            with checkpoint.writing(self.metrics):
-                self.out.mkdir(parents=True, exist_ok=True)
-                self.metrics.touch()
-
-    def resume(self):
-        """Load last.pt, or the one before where it is damaged; returns the number of steps done. Ends the program where the run
-        is one of other settings or of other videos."""
-        saved, remark = checkpoint.newest(self.out / "last.pt", owner=self.place.rank == 0)
-        if saved is None:
-            self.save_settings()  # they mark the folder as this run's
-            self.cut_log(0)
-            return 0
-        if remark:
-            distributed.say(self.place, remark)
-        if lacking := [name for name in ("config", "videos", "step", "metrics_bytes", *self.state) if name not in saved]:
-            config.stop(
-                f"{self.out / 'last.pt'} is no checkpoint of train.py, it lacks {', '.join(lacking)}; choose another --out"
-            )
-        before, now = (config.flat(c) for c in (saved["config"], dataclasses.asdict(self.cfg)))
-        changed = [k for k in now if before.get(k) != now[k] and not k.startswith(MAY_CHANGE)]
-        if changed:
-            differences = ", ".join(f"{k} was {before.get(k)} and is {now[k]}" for k in changed)
-            config.stop(f"{self.out} holds a run with other settings ({differences}); choose another --out")
-        if saved["videos"] != self.videos:
-            counts = saved["videos"]["count"], self.videos["count"]
-            differ = (
-                f"{counts[0]} videos, there are now {counts[1]}" if counts[0] != counts[1] else "as many videos under other names"
-            )
-            config.stop(f"{self.out} holds a run on {differ}; bring back data.root as it was, or choose another --out")
-        for name, part in self.state.items():
-            part.load_state_dict(saved[name])
-        self.cut_log(saved["metrics_bytes"])
-        distributed.say(self.place, f"resuming {self.out} after step {saved['step']}")
-        return saved["step"]
-
-    def save(self, step):
-        state = {name: part.state_dict() for name, part in self.state.items()}  # by all ranks: each may hold a part
-        if self.place.rank == 0:
-            with checkpoint.writing(self.metrics), open(self.metrics, "ab") as file:
-                os.fsync(file.fileno())  # a checkpoint never knows of lines that a crash of the machine could take
-                state |= {"metrics_bytes": file.tell()}
-            state |= {"step": step, "videos": self.videos, "config": dataclasses.asdict(self.cfg)}
-            checkpoint.save(self.out / "last.pt", state)
-            self.save_settings()
-
-    def save_settings(self):
-        if self.place.rank == 0:
-            with checkpoint.writing(self.out / "config.yaml"):
-                config.save(self.cfg, self.out / "config.yaml")
-
-    def cut_log(self, size):
-        """Leave the first `size` bytes of metrics.jsonl: what was logged after the checkpoint comes again."""
-        if self.place.rank == 0:
-            with checkpoint.writing(self.metrics), open(self.metrics, "rb+") as file:
-                kept = file.read(size)
-                kept = kept[: kept.rfind(b"\n") + 1]  # whole lines
-                file.truncate(len(kept))
-            if len(kept) < size:
-                tqdm.write(
-                    f"warning: {self.metrics} has lost lines that the checkpoint knows of; weights and bank have lost nothing"
-                )
-
-    def log(self, step, epoch, **values):
-        if self.place.rank == 0 and values:
-            with checkpoint.writing(self.metrics), open(self.metrics, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, "epoch": round(epoch, 4), **values}) + "\n")
-
-    def not_finite(self, step, epoch, values, files):
-        """Log a step that was left out; FloatingPointError where there were too many in a row, last.pt is from before them."""
-        what = ", ".join(f"{name} {value}" for name, value in values.items() if not math.isfinite(value))
-        self.log(step, epoch, not_finite=what, files=files)
-        distributed.say(self.place, f"step {step} was left out, it is not finite: {what}; its files stand in {self.metrics}")
-        self.not_finite_in_a_row += 1
-        if self.not_finite_in_a_row == self.cfg.optim.max_bad_steps:
-            raise FloatingPointError(
-                f"{self.not_finite_in_a_row} steps in a row, up to step {step}, were not finite ({what}); the weights did not move "
-                f"since; try a lower optim.lr, optim.clip_grad or optim.amp=none"
-            )
-
-    def draw_curves(self):
-        """Curves can be drawn again at any time: where they cannot be written, training goes on."""
-        if self.place.rank == 0:
-            part = self.out / "curves.part.png"
-            try:
-                figures.curves(self.metrics, part)
-                os.replace(part, self.out / "curves.png")
-            except OSError as error:
-                tqdm.write(f"warning: cannot write {self.out / 'curves.png'}: {error.strerror}; training goes on")
-
-
 if __name__ == "__main__":
-    with evaluation.plain_errors(), distributed.clean_end():
+    with evaluation.plain_errors():
         main(cfg)

@@ -9,6 +9,8 @@ import dataclasses
 import hashlib
 import json
 import os
+import signal
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 from tqdm import tqdm
 
-from . import checkpoint, config, data, datasets, models, preflight, temporal_tasks, toy
+from . import checkpoint, config, data, datasets, distributed, models, preflight, temporal_tasks, toy
 
 NUMBERED = {"ucf101": 3, "hmdb51": 3, "esc50": 5}  # data sets with several official divisions, and how many
 
@@ -61,9 +63,13 @@ USERS = (
 
 @contextlib.contextmanager
 def plain_errors():
-    """What the user can mend ends the program with one line and exit code 2, without a traceback."""
+    """What the user can mend ends the program with one line and exit code 2, Ctrl-C with one and 130, without a traceback."""
     try:
-        yield
+        with distributed.clean_end():
+            yield
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C; the same command goes on from what is kept", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
     except USERS as error:
         message = str(error)
         if message.startswith("Caught "):  # in a decoding process: the last line is the message

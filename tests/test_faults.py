@@ -20,8 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent / "long"))
 import forked
 import kill
 
-import train
-from avid import checkpoint, config, data, distributed, losses
+from avid import checkpoint, config, distributed, losses, run_folder
 
 SETTINGS = [setting for setting in kill.SETTINGS if not setting.startswith("log.checkpoint_minutes")]
 LONG = ["optim.epochs=100000", "log.check_epochs=0"]
@@ -169,17 +168,16 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(folder, whole):
 
 
 def in_process(folder, videos=3, **options):
-    """A train.Run in a folder, for a table of so many videos."""
+    """A run_folder.Run in a folder, for a table of so many videos."""
     cfg = config.load("toy", [f"out={folder / 'run'}"])
     names = [f"{i}.mp4" for i in range(videos)]
     table = dataclasses.make_dataclass(
         "Table", ["paths", "start_s", "end_s"], namespace={"__len__": lambda self: len(self.paths)}
     )
     table = table(options.get("names", names), np.zeros(videos), np.full(videos, np.inf))
-    parts = [torch.nn.Linear(2, 2) for _ in range(2)]
-    place = distributed.Place(0, 1, torch.device("cpu"))
-    scaler = torch.amp.GradScaler("cpu")
-    return train.Run(cfg, place, table, *parts, torch.optim.Adam(parts[0].parameters()), scaler)
+    network, bank = (torch.nn.Linear(2, 2) for _ in range(2))
+    state = {"network": network, "bank": bank, "optimizer": torch.optim.Adam(network.parameters())}
+    return run_folder.Run(cfg, distributed.Place(0, 1, torch.device("cpu")), table, **state)
 
 
 def test_a_log_that_cannot_be_written_ends_the_run(tmp_path):
@@ -278,7 +276,8 @@ def test_a_checkpoint_of_something_else_does_not_resume(tmp_path, capsys):
 def in_float64():
     torch.set_default_dtype(torch.float64)
     torch.Tensor.float = torch.Tensor.double
-    data.constant = lambda values, device: torch.tensor(values, device=device)
+    scaler = torch.amp.GradScaler
+    torch.amp.GradScaler = lambda device, **_: scaler(device, enabled=False)  # it works in float32 alone
 
 
 def ranks(folder, *overrides, before=None):

@@ -21,7 +21,7 @@ class Watch:
 
     def __init__(self, monkeypatch, spoil):
         self.states, self.parts = [], {}
-        objective, to_device, start = train.objective, train.data.to_device, train.Run.__init__
+        objective, to_device, start = train.objective, train.data.to_device, train.run_folder.Run.__init__
 
         def spoilt(output, batch, bank, cfg, place, step, epoch_steps):
             terms, accuracies = objective(output, batch, bank, cfg, place, step, epoch_steps)
@@ -38,7 +38,7 @@ class Watch:
 
         monkeypatch.setattr(train, "objective", spoilt)
         monkeypatch.setattr(train.data, "to_device", watched)
-        monkeypatch.setattr(train.Run, "__init__", remember)
+        monkeypatch.setattr(train.run_folder.Run, "__init__", remember)
 
     def moved(self, step):
         """Which tensors of the whole state a step changed."""
@@ -77,7 +77,7 @@ def test_a_step_that_is_not_finite_moves_nothing_and_is_named(tmp_path, monkeypa
 
 def test_too_many_in_a_row_end_the_run_and_keep_the_checkpoint_from_before(tmp_path, monkeypatch):
     watch = Watch(monkeypatch, dict.fromkeys([1, 4, 5, 6, 7, 8], math.nan))
-    with pytest.raises(FloatingPointError, match=r"3 steps in a row, up to step 7, were not finite .*try a lower optim.lr"):
+    with pytest.raises(FloatingPointError, match=r"3 steps in a row, up to step 7, were not finite .*a lower optim.lr"):
         train.main(settings(tmp_path, "optim.max_bad_steps=3"))
     saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     assert saved["step"] == 6  # the epoch's end, with the weights of step 4

@@ -188,9 +188,9 @@ def test_two_processes_are_one(whole, more, tmp_path):
 
 def test_other_settings_do_not_resume(whole):
     root, out, _ = whole
-    done = subprocess.run(command(root, out, *ROBUST, "optim.lr=1"), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command(root, out, *ROBUST, "loss.delta=1"), capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert "optim.lr was" in done.stderr and "Traceback" not in done.stderr
+    assert "loss.delta was" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_the_evaluations_say_what_was_learned(whole):

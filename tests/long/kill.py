@@ -265,8 +265,9 @@ def main(kills, seed, folder, phases):
                 hit = kill(world, phase, moment, seconds)
                 print(f"round {round_}: aimed at {phase} ({moment:.2f}), hit {hit or 'nothing: it had ended'}", flush=True)
                 whole(world, reference)
-                hits[hit] += bool(hit)
-                if not hit:
+                if hit:
+                    hits[hit] += 1
+                else:
                     missed += 1
                     todo.append(phase)
             process = start(world, stage)
