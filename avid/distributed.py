@@ -34,7 +34,12 @@ def start():
     if cuda:
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
+        store, mine, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=30)))
+        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:  # of several machines, each counts for itself
+            # what torchrun starts again finds the addresses of those that are gone, and waits for them for ever
+            store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=mine, world_size=world, timeout=timedelta(minutes=30))
     return Place(rank(), world_size(), device)
 
 

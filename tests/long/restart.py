@@ -49,7 +49,7 @@ def main():
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True)
     assert start(arguments.out, "whole", 0).wait() == 0, "the undisturbed run failed"
-    process, rng = start(arguments.out, "killed", arguments.kills), random.Random(0)
+    process, rng = start(arguments.out, "killed", 2 * arguments.kills), random.Random(0)
     for kill in range(arguments.kills):
         saved, after = arguments.out / "killed" / "last.pt", time.time()
         while not saved.exists() or saved.stat().st_mtime < after:  # since the last kill, it has gone on
