@@ -1,0 +1,150 @@
+"""Files kept in memory give what is read of them, and spectrograms are of the asked times and pitches."""
+
+import numpy as np
+import pytest
+from conftest import CHIRP_S, chirp, chirp_time, chirps, numbered, numbers, tone
+
+from avid import config, toy
+from avid.media import Media, MediaInMemory, columns, in_memory, spectrogram
+
+MS = 1e-3
+TWO_SECONDS = np.arange(50) / 25  # 25 frames a second
+OPEN_GROUPS = {"x264-params": "open-gop=1:bframes=3:keyint=24:min-keyint=24:scenecut=0"}
+
+
+# -------------------------------------------------------------------------------------------------------------- in memory
+
+
+@pytest.mark.parametrize(
+    ("name", "codecs", "options"),
+    [
+        ("a.mp4", ("libx264", "aac"), {}),
+        ("late.mp4", ("libx264", "flac"), {"sound_from_s": 0.3, "strict": "-2"}),
+        ("gap.mp4", ("libx264", "flac"), {"gap_s": (0.8, 1.2), "strict": "-2"}),
+        ("open.mp4", ("libx264", "aac"), {"encoder": OPEN_GROUPS}),
+        ("a.avi", ("mpeg4", "pcm_s16le"), {}),
+        ("a.mkv", ("libx264", "aac"), {}),
+        ("a.ts", ("libx264", "aac"), {}),
+        ("a.wav", ("", "pcm_s16le"), {}),
+        ("a.flac", ("", "flac"), {}),
+        ("a.mp3", ("", "libmp3lame"), {}),
+        ("a.ogg", ("", "libopus"), {}),
+    ],
+)
+def test_a_file_in_memory_gives_the_same(media_file, name, codecs, options):
+    """Frames bit for bit; sound too, but where an encoder left noise to the decoder, and where time stamps are rounded."""
+    picture = {"frame_s": TWO_SECONDS} if codecs[0] else {}
+    wave = 0.3 * tone(400, 2.0, 44100) + chirps([0.1, 0.9, 1.7], 2.0, 44100)
+    rate_hz = 48000 if name == "a.ogg" else 44100
+    path = media_file(name, wave=wave, rate_hz=rate_hz, codecs=codecs, **picture, **options)
+    modalities = ("video", "audio") if picture else ("audio",)
+    kept = MediaInMemory(path, modalities)
+    assert kept.container is None
+    assert kept.reader is None
+    rng = np.random.default_rng(0)
+    for start_s in rng.uniform(-0.1, 2.1, 20):
+        media = Media(path, modalities)
+        assert (kept.first_s, kept.last_s) == (media.first_s, media.last_s)
+        sound, expected = (m.sound(start_s, 8000, 16000) for m in (kept, media))
+        if name in ("a.mkv", "a.ts"):
+            both = np.abs(np.fft.rfft(sound)), np.abs(np.fft.rfft(expected))
+            np.testing.assert_allclose(*both, atol=0.05 * both[1].max())
+        elif codecs[1] in ("aac", "libmp3lame", "libopus"):
+            np.testing.assert_allclose(sound, expected, atol=1e-3)
+        else:
+            np.testing.assert_array_equal(sound, expected)
+        if picture:
+            times = rng.uniform(-0.1, 2.1, 5)
+            np.testing.assert_array_equal(kept.frames(times), media.frames(times))
+
+
+def test_a_toy_file_in_memory_is_the_same_bits(tmp_path):
+    """What the toy's encoder writes leaves no noise to the decoder."""
+    path, rng, settings = tmp_path / "a.mp4", np.random.default_rng(0), config.Toy(seconds=4.0)
+    toy.encode(path, numbered(range(64)), rng.normal(0, 0.2, 64000).astype(np.float32), settings)
+    kept = MediaInMemory(path)
+    for start_s in rng.uniform(-0.1, 4.1, 30):
+        np.testing.assert_array_equal(kept.sound(start_s, 8000, 16000), Media(path).sound(start_s, 8000, 16000))
+
+
+def test_a_file_is_decoded_once(media_file):
+    path = media_file("a.mp4", frame_s=TWO_SECONDS, wave=tone(600, 2.0, 48000))
+    kept = in_memory(path, start_s=0.5, end_s=1.5)
+    assert (kept.first_s, kept.last_s) == (0.5, 1.5)
+    path.unlink()
+    assert in_memory(path, start_s=0.5, end_s=1.5) is kept
+    assert numbers(kept.frames([0.5 + MS])) == [12]
+
+
+def test_a_file_that_is_cut_off_is_not_kept(media_file, tmp_path):
+    """What is there of it can be used still, by way of Media."""
+    whole = media_file("a.mp4", frame_s=TWO_SECONDS, wave=tone(600, 2.0, 48000), movflags="faststart").read_bytes()
+    for modalities in (("video", "audio"), ("audio",)):
+        cut = tmp_path / f"cut{len(modalities)}.mp4"
+        cut.write_bytes(whole[: len(whole) * 6 // 10])
+        assert np.abs(Media(cut, modalities).sound(0.2, 4000, 16000)).max() > 0.4
+        assert in_memory(cut, modalities) is None
+
+
+# ------------------------------------------------------------------------------------------------------------ spectrogram
+
+
+def test_a_spectrogram_in_plain_numbers(media_file):
+    """Every column against a Fourier transform written out: 10·log10 of the power in a Hann window of unit energy."""
+    rng = np.random.default_rng(0)
+    media = Media(
+        media_file("a.wav", wave=rng.uniform(-0.5, 0.5, (1, 24000)).astype(np.float32), rate_hz=16000, codecs=("", "pcm_s16le")),
+        ("audio",),
+    )
+    audio = config.Audio(seconds=0.5, rate_hz=16000, frames_per_s=50, n_fft=256, mels=0)
+    image = spectrogram(media, 0.3, audio).numpy()
+    assert columns(audio) == 25
+    assert image.shape == (1, 25, 129)
+    assert image.dtype == np.float32
+    wave = media.sound(0.0, 24000, 16000).astype(float)
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(256) / 256)
+    for k in range(25):
+        middle = round((0.3 + (k + 0.5) / 50) * 16000)
+        power = np.abs(np.fft.rfft(wave[middle - 128 : middle + 128] * window)) ** 2 / (window**2).sum()
+        np.testing.assert_allclose(image[0, k], 10 * np.log10(power + 1e-10), atol=0.05)
+
+
+@pytest.mark.parametrize("speed", [1, 2, 4, 8])
+def test_column_k_is_centred_on_its_time(media_file, speed):
+    """A click falls into the column whose time is nearest, at every speed: columns are speed times further apart."""
+    audio = config.Audio(seconds=1.0, rate_hz=16000, frames_per_s=100, n_fft=512, mels=0)
+    start_s, asked = 0.5, (5, 37, 80)
+    at_s = [start_s + (k + 0.5) * speed / 100 for k in asked]
+    wave = np.zeros((1, 10 * 16000), np.float32)
+    for time_s in at_s:
+        wave[0, round(time_s * 16000)] = 0.9
+    media = Media(media_file("a.wav", wave=wave, rate_hz=16000, codecs=("", "pcm_s16le")), ("audio",))
+    image = spectrogram(media, start_s, audio, speed)
+    assert image.shape == (1, 100, 257)
+    loudness = image[0].mean(1)
+    peaks = [k for k in range(1, 99) if loudness[k] >= max(loudness[k - 1], loudness[k + 1]) and loudness[k] > -70]
+    assert peaks == list(asked)
+
+
+@pytest.mark.parametrize("mels", [0, 64])
+def test_speed_keeps_the_pitch(media_file, mels):
+    media = Media(media_file("a.wav", wave=tone(1000, 10.0, 16000), rate_hz=16000, codecs=("", "pcm_s16le")), ("audio",))
+    audio = config.Audio(seconds=1.0, rate_hz=16000, frames_per_s=100, n_fft=512, mels=mels)
+    slow, fast = (spectrogram(media, 0.5, audio, speed) for speed in (1, 8))
+    assert slow.shape == fast.shape == (1, 100, mels or 257)
+    assert set(slow[0].argmax(1).tolist()) == set(fast[0].argmax(1).tolist())
+    assert slow[0, 0].argmax() == (32 if mels == 0 else slow[0].mean(0).argmax())  # 1000 Hz / (16000 Hz / 512)
+    np.testing.assert_allclose(slow[0].max(1).values, fast[0].max(1).values, atol=0.5)
+
+
+def test_silence_is_the_lowest_level(media_file):
+    media = Media(media_file("a.wav", wave=chirps([], 2.0, 16000), rate_hz=16000, codecs=("", "pcm_s16le")), ("audio",))
+    image = spectrogram(media, 0.5, config.Audio(seconds=0.5, rate_hz=16000))
+    np.testing.assert_allclose(image, -100.0, atol=1e-3)
+
+
+def test_the_chirp_itself():
+    """The tests' own ruler: a chirp is found where it was put."""
+    wave = chirps([0.2], 1.0, 16000)[0]
+    assert chirp_time(wave, 16000) == 0.2
+    assert len(chirp(16000)) == round(CHIRP_S * 16000)
