@@ -102,16 +102,17 @@ def main(cfg):
         statistics = [x.clone() for x in network.buffers()]  # batch norm's, before this batch
         with autocast:
             output = model(batch["video"], batch["audio"])
-        terms, accuracies = objective(output, batch, bank, cfg, place, step, epoch_steps)  # {"xid": …, "speed_video": …}
+        everyone = distributed.gather(batch["index"])  # B
+        terms, accuracies = objective(output, batch, everyone, bank, cfg, place, step, epoch_steps)  # {"xid": …, …}
         loss = sum(getattr(cfg.weights, name) * term for name, term in terms.items())
         values = distributed.total(torch.stack([loss, *terms.values()])) / place.world  # over the global batch
         finite = values[0].isfinite()  # where it is not, nothing moves: neither weights, nor statistics, nor bank
 
         optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss * torch.where(finite, 1.0, torch.nan)).backward()
+        scaler.scale(loss).backward()
         gradients = [x.grad for x in network.parameters() if x.grad is not None]
-        total = torch.nn.utils.get_total_norm(gradients)  # the norm of finite numbers may be too large for one
-        gradients[0].mul_(torch.where(total.isfinite(), 1.0, torch.nan))
+        total = torch.nn.utils.get_total_norm(gradients)  # of finite numbers it may still be too large for one
+        gradients[0].mul_(torch.where(finite & total.isfinite(), 1.0, torch.nan))  # which the scaler then leaves out
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(network.parameters(), cfg.optim.clip_grad or math.inf)
         scaler.step(optimizer)
@@ -120,7 +121,6 @@ def main(cfg):
             now.copy_(torch.where(finite, now, kept))
         per_video = (len(batch["index"]), cfg.temporal.moments, -1)
         video, audio = output.video.view(per_video).mean(1), output.audio.view(per_video).mean(1)  # b×D
-        everyone = distributed.gather(batch["index"])  # B
         bank.update(everyone, *(distributed.gather(torch.where(finite, x, torch.nan)) for x in (video, audio)))  # NaN: kept
 
         # ---------------------------------------------------------------------------------------- log, check, save, stop
@@ -199,15 +199,15 @@ def tables(cfg, place):
     return train_table, datasets.take(held_out, few)
 
 
-def objective(output, batch, bank, cfg, place, step, epoch_steps):
+def objective(output, batch, everyone, bank, cfg, place, step, epoch_steps):
     """Every term whose weight is not zero: {name: scalar}, and {task: accuracy} of the temporal tasks.
 
+    batch is this rank's, everyone B the instances of the global one.
     Each rank returns its part, scaled so that the mean over ranks, which DDP takes, is the mean over the global batch.
     """
     terms, accuracies = {}, {}
     moments = len(output.video) // len(batch["index"])
     index = batch["index"].repeat_interleave(moments)  # b·M, as the clips stand
-    everyone = distributed.gather(batch["index"])  # B
     if cfg.weights.xid:
         terms["xid"] = robust_xid(
             output, index, everyone, bank, cfg, place, robust=step >= cfg.loss.warmup_epochs * epoch_steps, seed=cfg.seed + step

@@ -247,13 +247,13 @@ def load(name="toy", overrides=(), base=None):
     if name:
         layers.append(_read(name))
     for override in overrides:
-        key, equals, _ = override.partition("=")
+        key, equals, value = override.partition("=")
         if not equals or "" in key.split("."):
             raise ConfigError(f"{override} is no setting; write key=value, --help lists the keys")
         try:
             if key in TEXTS:  # as it is: YAML would end a folder's name at a # and take ~ for nothing
                 layers.append(OmegaConf.create())
-                OmegaConf.update(layers[-1], key, override.partition("=")[2])
+                OmegaConf.update(layers[-1], key, value)
             else:
                 layers.append(OmegaConf.from_dotlist([override]))
         except Exception as error:  # the YAML parser's own errors

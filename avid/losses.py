@@ -86,7 +86,7 @@ def soft_exponents(estimator, own_video, own_audio, video, audio, valid, tau_t):
         raise ValueError(f"unknown estimator {estimator} of soft targets; expected one of {', '.join(steps)}")
     bias = _exclude(valid)  # C
     if estimator == "cycle":  # the last step, within j; the first, within i, is the same for every j and drops out
-        bias = bias + _agreement(video, audio) / tau_t
+        bias = bias + agreement(video, audio) / tau_t
     return *steps[estimator], bias
 
 
@@ -144,12 +144,12 @@ def contrast(x, usual, positives, negatives, temperature):
 
 
 @torch.no_grad()
-def _agreement(video, audio):
+def agreement(video, audio):
     """s_j = v̄_j·ā_j: C×D, C×D of any float type -> C."""
-    agreement = torch.empty(len(video), device=video.device)
-    for part, v, a in zip(agreement.split(PIECE), video.split(PIECE), audio.split(PIECE), strict=True):
+    agreed = torch.empty(len(video), device=video.device)
+    for part, v, a in zip(agreed.split(PIECE), video.split(PIECE), audio.split(PIECE), strict=True):
         torch.sum(v.float() * a.float(), 1, out=part)
-    return agreement
+    return agreed
 
 
 def _exclude(valid):

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from . import distributed
 from .config import ConfigError
+from .losses import agreement
 
 PIECE = 65536  # rows that are drawn, compared or gathered at a time
 HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -41,8 +42,7 @@ class MemoryBank(torch.nn.Module):
             for index in torch.arange(num_instances).split(PIECE):
                 memory = F.normalize(torch.randn(len(index), dim, generator=generator), dim=1)
                 self._write(modality, index, memory)
-        pieces = zip(self.video.split(PIECE), self.audio.split(PIECE), strict=True)
-        self.register_buffer("agreement", torch.cat([_agreement(v, a) for v, a in pieces]))  # N
+        self.register_buffer("agreement", agreement(self.video, self.audio))  # N
         self.register_buffer("agreement_sum", self._total(self.agreement.double().sum()))
         self.register_buffer("agreement_sum_squares", self._total(self.agreement.double().square().sum()))
 
@@ -129,12 +129,12 @@ class MemoryBank(torch.nn.Module):
         first = _first_occurrence(index)  # B   rows of one instance all write the same: their order does not matter
         video = self._moved(self.read("video", index), video[first])  # B×D
         audio = self._moved(self.read("audio", index), audio[first])  # B×D
-        agreement = _agreement(video, audio)  # B
+        agreed = agreement(video, audio)  # B
         once = (first == torch.arange(len(index), device=index.device)).double()  # B
-        old, new = self.read("agreement", index).double(), agreement.double()
+        old, new = self.read("agreement", index).double(), agreed.double()
         self.agreement_sum += (once * (new - old)).sum()
         self.agreement_sum_squares += (once * (new.square() - old.square())).sum()
-        for name, value in {"video": video, "audio": audio, "agreement": agreement}.items():
+        for name, value in {"video": video, "audio": audio, "agreement": agreed}.items():
             self._write(name, index, value)
 
     def _moved(self, memory, embedding):
@@ -212,10 +212,6 @@ class SpreadBank(MemoryBank):
                 stored[: len(saved)] = saved.to(stored.device)
             else:
                 stored.copy_(saved)
-
-
-def _agreement(video, audio):
-    return (video.float() * audio.float()).sum(1)
 
 
 def _gumbel(seed, n, device):

@@ -134,9 +134,7 @@ class Run:
     def draw_curves(self):
         """Curves can be drawn again at any time: where they cannot be written, training goes on."""
         if self.place.rank == 0:
-            part = self.out / "curves.part.png"
             try:
-                figures.curves(self.metrics, part)
-                os.replace(part, self.out / "curves.png")
+                figures.curves(self.metrics, self.out / "curves.png")
             except OSError as error:
                 tqdm.write(f"warning: cannot write {self.out / 'curves.png'}: {error.strerror}; training goes on")

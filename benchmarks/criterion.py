@@ -45,7 +45,6 @@ import math
 import numpy as np
 import report
 import torch
-from step import memory_gb, peak_gb
 from torch.nn import functional as F
 
 from avid import losses, memory_bank
@@ -131,9 +130,9 @@ def everything(bank, arguments):
     for batch in arguments.batches:
         step = Step(bank, batch, "all")
         step.run(shared, True)
-        before = memory_gb()
+        before = report.memory_gb()
         step.run(shared, True)
-        memory = 1e3 * (peak_gb() - before)
+        memory = 1e3 * (report.peak_gb() - before)
         ms = report.in_turns({"all": lambda s=step: s.run(shared, True)}, max(arguments.repeats // 10, 1), warm_up=0)["all"]
         yield {"what": "robust, all negatives", "batch": batch, "ms": float(np.median(ms)), "peak MB": memory}
 
@@ -158,9 +157,9 @@ def neighbourhood(bank, arguments):
             bank.neighbourhood("video", index, contrast, range(64))
 
         ms = report.in_turns({name: draw}, max(arguments.repeats // 5, 1), warm_up=1)[name]
-        before = memory_gb()
+        before = report.memory_gb()
         draw()
-        memory = 1e3 * (peak_gb() - before)
+        memory = 1e3 * (report.peak_gb() - before)
         yield {"what": name, "batch": 64, "ms": float(np.median(ms)), "peak MB": memory}
 
 

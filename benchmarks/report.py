@@ -1,11 +1,14 @@
-"""What the benchmarks share: things timed in turns, the machine that they ran on, a table and its JSON.
+"""What the benchmarks share: things timed in turns, memory, the machine that they ran on, a table and its JSON.
 
 Import it before avid: it lets the scripts find the package of their own checkout.
 """
 
+import ctypes
+import gc
 import json
 import os
 import platform
+import re
 import sys
 import time
 from pathlib import Path
@@ -47,6 +50,26 @@ def in_turns(works, repeats, warm_up=2):
 def synchronise():
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def memory_gb():
+    """What is held now, in 10⁹ bytes: CUDA's allocations, or this process's resident memory. The peak starts anew."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / 1e9
+    ctypes.CDLL(None).malloc_trim(0)  # glibc: what is free goes back, or the next step would seem to need nothing
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
+    return resident_gb("VmRSS")
+
+
+def peak_gb():
+    return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else resident_gb("VmHWM")
+
+
+def resident_gb(what):
+    return int(re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
 
 
 def show(title, rows, path=None, **more):

@@ -34,7 +34,6 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # evaluation.nearest ranks on the CPU, 
 import numpy as np
 import report
 import torch
-from step import memory_gb, peak_gb
 
 from avid import evaluation
 
@@ -66,9 +65,9 @@ def measure(arguments):
             ways["plain topk"] = lambda x=queries, y=gallery: plain(x, y, K)
         peak, found = {}, {}
         for name, way in ways.items():
-            before = memory_gb()
+            before = report.memory_gb()
             found[name] = way()
-            peak[name] = 1e3 * (peak_gb() - before)
+            peak[name] = 1e3 * (report.peak_gb() - before)
         ms = report.in_turns(ways, arguments.repeats, warm_up=0)
         for name in ways:
             row = {"what": name, "queries": q, "gallery": g, "ms": float(np.median(ms[name])), "peak MB": peak[name]}

@@ -50,9 +50,7 @@ def command_line():
 if __name__ == "__main__":  # before the heavy imports: --help answers at once
     arguments = command_line()
 
-import ctypes
 import dataclasses
-import gc
 import re
 import tempfile
 import time
@@ -141,7 +139,7 @@ class Step:
         with self.autocast:
             output = self.model(batch["video"], batch["audio"])
         lap("forward")
-        terms, _ = train.objective(output, batch, self.bank, cfg, self.place, self.done, epoch_steps=1)
+        terms, _ = train.objective(output, batch, batch["index"], self.bank, cfg, self.place, self.done, epoch_steps=1)
         loss = sum(getattr(cfg.weights, name) * term for name, term in terms.items())
         lap("objective")
         self.optimizer.zero_grad(set_to_none=True)
@@ -167,27 +165,7 @@ class Step:
         return sum(size for pointer, size in kept.items() if pointer not in own) / 1e9
 
 
-# ---------------------------------------------------------------------------------------------------- memory, arithmetic
-
-
-def memory_gb():
-    """What is held now, in 10⁹ bytes: CUDA's allocations, or this process's resident memory. The peak starts anew."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated() / 1e9
-    ctypes.CDLL(None).malloc_trim(0)  # glibc: what is free goes back, or the next step would seem to need nothing
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
-    return resident_gb("VmRSS")
-
-
-def peak_gb():
-    return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else resident_gb("VmHWM")
-
-
-def resident_gb(what):
-    return int(re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
+# ---------------------------------------------------------------------------------------------------- arithmetic
 
 
 def peak_tflops(given):
@@ -218,12 +196,12 @@ def measure(cfg, place, arguments):
     size = f"{cfg.video.frames}×{cfg.video.size}²"
     steps, memory = {}, {}
     for name, given in variants(place.device.type == "cuda", arguments.compile).items():
-        before = memory_gb()
+        before = report.memory_gb()
         try:
             step = Step(cfg, place, some, arguments.instances, **given)
             for _ in range(2):
                 step()
-            memory[name] = {"peak GB": peak_gb() - before, "kept GB": "" if step.compiled else step.kept_gb()}
+            memory[name] = {"peak GB": report.peak_gb() - before, "kept GB": "" if step.compiled else step.kept_gb()}
             steps[name] = step
         except torch.OutOfMemoryError:
             step = None

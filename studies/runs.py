@@ -11,6 +11,7 @@ import csv
 import dataclasses
 import hashlib
 import importlib
+import io
 import os
 import platform
 import re
@@ -218,13 +219,11 @@ def add(path, row):
     rows = [other for other in read(path) if [other[key] for key in keys] != [row[key] for key in keys]] + [row]
     rows.sort(key=lambda row: [row[key] for key in keys])
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    with open(part, "w", newline="", encoding="utf-8") as file:
-        lines = csv.DictWriter(file, columns, restval="", lineterminator="\n")
-        lines.writeheader()
-        lines.writerows(rows)
-    os.replace(part, path)
+    text = io.StringIO()
+    lines = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    lines.writeheader()
+    lines.writerows(rows)
+    write(path, text.getvalue())
 
 
 def text_of(value):

@@ -23,8 +23,9 @@ class Watch:
         self.states, self.parts = [], {}
         objective, to_device, start = train.objective, train.data.to_device, train.run_folder.Run.__init__
 
-        def spoilt(output, batch, bank, cfg, place, step, epoch_steps):
-            terms, accuracies = objective(output, batch, bank, cfg, place, step, epoch_steps)
+        def spoilt(*arguments):
+            terms, accuracies = objective(*arguments)
+            step = arguments[-2]
             return {name: term * spoil.get(step, 1.0) for name, term in terms.items()}, accuracies
 
         def remember(run, *arguments, **state):
