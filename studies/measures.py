@@ -111,6 +111,11 @@ def estimate(estimator, video, audio, tau_s, tau_t):
     return S_v.softmax(1), S_a.softmax(1)
 
 
+def kinds(table):
+    """What is seen and what is heard in each video by the manifest, places in SOUNDS: N, N."""
+    return [np.array([SOUNDS.index(kind) for kind in table.columns[column]]) for column in ("label", "sound")]
+
+
 def soft_targets(bank, table, loss, estimator):
     """Where an estimator's soft targets put their mass, over the whole bank, an instance's own place left out (percent).
 
@@ -118,8 +123,7 @@ def soft_targets(bank, table, loss, estimator):
     that the query shows, or sounds like. → {their mean; what falls to faulty pairs; what an instance gives itself}, and S_v by kind
     (10×12, row by row: kind of the picture, kind of the sound, music and noise last).
     """
-    seen = np.array([SOUNDS.index(kind) for kind in table.columns["label"]])  # N
-    heard = np.array([SOUNDS.index(kind) for kind in table.columns["sound"]])  # N
+    seen, heard = kinds(table)  # N
     S_v, S_a = (S.numpy() for S in estimate(estimator, bank.video, bank.audio, loss.tau_s, loss.tau_t))  # N×N
     own = (S_v.diagonal().mean() + S_a.diagonal().mean()) / 2
     for S in (S_v, S_a):

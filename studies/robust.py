@@ -5,8 +5,9 @@
     python -m studies.robust --table --figures     tables and figures from what is there
 
 Methods: xid, plain; weighted, weights alone; four estimators of soft targets alone; robust, weights and the cycle's soft targets; oracle,
-weights by the manifest, 1 of a true pair and 0 of a faulty one, instead of the weights, or so from the first step on. Each at 0, 30
-and 60 % of faulty pairs. Then robust at 30 % with one setting changed at a time.
+weights by the manifest, 1 of a true pair and 0 of a faulty one, or so from the first step on; soft-oracle, soft targets by the
+manifest. Each at 0, 30 and 60 % of faulty pairs. Then at 30 %, xid, soft-cycle and robust where something is changed for all three
+(conditions), and robust with one setting changed at a time (robust-changed).
 """
 
 from . import runs
@@ -14,12 +15,14 @@ from . import runs
 if __name__ == "__main__":
     arguments = runs.command_line(__doc__)
 
+import contextlib
 from unittest import mock
 
 import numpy as np
 import torch
 
 import train
+from avid import losses, memory_bank
 
 from . import figures, measures
 
@@ -35,8 +38,13 @@ METHODS = {
     **{f"soft-{estimator}": (*SOFT, f"loss.estimator={estimator}") for estimator in measures.ESTIMATORS},
     "robust": ROBUST,
 }
-ORACLES = {"oracle": (), "oracle-from-start": ("loss.warmup_epochs=0",)}  # weights of 0 and 1 from the manifest
+ORACLES = {"soft-oracle": SOFT, "oracle": (), "oracle-from-start": ("loss.warmup_epochs=0",)}  # told by the manifest
 FAULTY = (0.0, 0.3, 0.6)
+CONDITIONS = {  # where might soft targets help? changed for these methods at 30 %
+    "48 epochs, warm-up 24": ("optim.epochs=48", "loss.warmup_epochs=24"),
+    "τ = 0.1": ("loss.temperature=0.1",),
+}
+ASKED = ("xid", "soft-cycle", "robust")
 CHANGES = {  # one at a time, of robust at 30 %
     "δ": ("loss.delta", -1, 1),
     "κ": ("loss.kappa", 0.1, 2),
@@ -44,7 +52,7 @@ CHANGES = {  # one at a time, of robust at 30 %
     "λ": ("loss.soft", 0.25, 0.75),
     "τ_s": ("loss.tau_s", 0.05, 0.1),
     "τ_t": ("loss.tau_t", 0.03, 0.3),
-    "warm-up, epochs": ("loss.warmup_epochs", 0, 4, 8, 16, 20),
+    "warm-up, epochs": ("loss.warmup_epochs", 0, 4, 20),
 }
 MEASURES = {  # of the table: column of the CSV, head
     "kind probe video": "kind by picture, probe",
@@ -59,13 +67,18 @@ CURVES = ("v→a class R@1", "a→v class R@1", "agreement_mean", "agreement_std
 
 
 def plan(seeds):
-    """The comparison of all seeds first, then the changes."""
+    """The comparison of all seeds first, then conditions and changes."""
     made = []
     for seed in seeds:
         made.append(runs.Run(group("untrained", 0.0), seed, ()))
         for faulty in FAULTY:
-            methods = METHODS | (ORACLES if faulty else {})
+            methods = METHODS | {m: s for m, s in ORACLES.items() if faulty or m == "soft-oracle"}
             made += [runs.Run(group(m, faulty), seed, (f"toy.faulty={faulty:g}", *s)) for m, s in methods.items()]
+    for seed in seeds:
+        for name, changed in CONDITIONS.items():
+            for m in ASKED:
+                settings = ("toy.faulty=0.3", *METHODS[m], *changed)
+                made.append(runs.Run(group("conditions", 0.3, f"{m}, {name}"), seed, settings))
     for seed in seeds:
         for name, (key, *values) in CHANGES.items():
             for value in values:
@@ -84,10 +97,7 @@ def measure(run, cfg):
     if method == "untrained":
         return measures.knowledge(measures.untrained(cfg), cfg)
     table, _ = measures.tables(cfg)
-    if method in ORACLES:
-        with mock.patch.object(train, "pair_weights", by_manifest(table)):
-            train.main(cfg)
-    else:
+    with told(method, table):
         train.main(cfg)
     network, saved = measures.trained(cfg)
     bank = measures.bank_of(saved, cfg)
@@ -100,10 +110,36 @@ def measure(run, cfg):
     return result | measures.curve(cfg, CURVES)
 
 
-def by_manifest(table):
-    """In place of train.pair_weights: 1 of a true pair, 0 of a faulty one; 1 during the warm-up."""
+@contextlib.contextmanager
+def told(method, table):
+    """While it lasts, the manifest is in place of what an oracle's training would estimate: of the weights, or of soft targets."""
     true = torch.tensor(np.array(table.columns["faulty"]) == "0").float()  # N
-    return lambda index, bank, loss, robust: true[index] if robust else torch.ones(len(index))
+    seen, heard = map(torch.from_numpy, measures.kinds(table))  # N
+    draw, drawn = memory_bank.MemoryBank.candidates, []
+
+    def pair_weights(index, bank, loss, robust):
+        """1 of a true pair, 0 of a faulty one; 1 during the warm-up."""
+        return true[index] if robust else torch.ones(len(index))
+
+    def candidates(bank, *arguments):
+        drawn[:] = [draw(bank, *arguments)]
+        return drawn[0]
+
+    def soft_targets(estimator, own_video, own_audio, video, audio, valid, tau_s, tau_t):
+        """S_v the same for all sounds of the kind that is seen, S_a for all pictures of the kind that is heard; where there is none, the own."""
+        index, column, own = drawn[0].index, drawn[0].column, torch.nn.functional.one_hot(drawn[0].column, len(valid)).bool()
+        S_v = (seen[index[column], None] == heard[index]) & valid  # B×C
+        S_a = (heard[index[column], None] == seen[index]) & valid
+        S_v, S_a = (torch.where(S.any(1, keepdim=True), S, own).float() for S in (S_v, S_a))
+        return (S_v / S_v.sum(1, keepdim=True)) @ audio, (S_a / S_a.sum(1, keepdim=True)) @ video
+
+    with contextlib.ExitStack() as patches:
+        if method == "soft-oracle":
+            patches.enter_context(mock.patch.object(memory_bank.MemoryBank, "candidates", candidates))
+            patches.enter_context(mock.patch.object(losses, "soft_targets", soft_targets))
+        elif method in ORACLES:
+            patches.enter_context(mock.patch.object(train, "pair_weights", pair_weights))
+        yield
 
 
 def tables(rows):
@@ -129,15 +165,18 @@ def tables(rows):
         mine = [runs.select(main, method=method, faulty=f) for f in shares]
         lines.append([name, *((m, f"{e} same kind") for m in mine), *((m, f"{e} on faulty") for m in mine[1:])])
     text["robust-targets"] = runs.table(head, lines)
-    same_seeds = {row["seed"] for row in runs.select(rows, method="robust-changed")}
-    as_it_is = [row for row in runs.select(main, method="robust", faulty="0.3") if row["seed"] in same_seeds]
-    changed = {change: runs.select(rows, change=change) for change in dict.fromkeys(row["change"] for row in rows) if change}
-    lines = [
-        [change, *((mine, column) for column in MEASURES), str(len(mine))]
-        for change, mine in {"robust, as it is": as_it_is, **changed}.items()
-    ]
-    if changed:
-        text["robust-changes"] = runs.table(["30 % faulty", *MEASURES.values(), "runs"], lines)
+    as_they_are = {f"{m}, as it is": runs.select(main, method=m, faulty="0.3") for m in ASKED}
+    for name in ("conditions", "changed"):
+        mine = runs.select(rows, method="robust-changed" if name == "changed" else name)
+        changed = {change: runs.select(mine, change=change) for change in dict.fromkeys(row["change"] for row in mine)}
+        usual = {"robust, as it is": as_they_are["robust, as it is"]} if name == "changed" else as_they_are
+        lines = [
+            [change, *((some, column) for column in MEASURES), str(len(some))]
+            for change, some in (usual | changed).items()
+            if some
+        ]
+        if changed:
+            text[f"robust-{name}"] = runs.table(["30 % faulty", *MEASURES.values(), "runs"], lines)
     return text
 
 

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+import train
 from avid import config, datasets, losses, memory_bank, toy
 from studies import both, measures, robust, runs, temporal
 
 STUDIES = {study.name: study for study in (robust.STUDY, temporal.STUDY, both.STUDY)}
 SOME = {  # methods of the quick form: every way through `measure`
-    "robust": ["untrained", "xid", "robust", "oracle"],
+    "robust": ["untrained", "xid", "robust", "oracle", "soft-oracle"],
     "temporal": ["contrast", "all", "all-hard-no-positives", "sound-alone"],
     "both": ["robust_temporal"],
 }
@@ -65,6 +66,24 @@ def test_a_study_from_nothing_to_tables_and_figures(name, perform, folder, capsy
     perform(name, "--only", *SOME[name])  # again: nothing is left to do, and the same comes out
     assert " 0 to do" in capsys.readouterr().out
     assert (results / f"{name}.csv").read_bytes() == before
+
+
+def test_soft_targets_by_the_manifest_are_the_same_for_all_of_the_kind():
+    seen, heard = ["drum", "bell", "drum", "voice"], ["drum", "drum", "music", "voice"]
+    columns = {"label": seen, "sound": heard, "faulty": ["0", "1", "1", "0"]}
+    table = datasets.Table("toy", None, list("abcd"), None, [], None, None, None, columns, [])
+    bank = memory_bank.MemoryBank(4, 8, momentum=0.5, seed=0)
+    with robust.told("soft-oracle", table):
+        found = bank.candidates(torch.tensor([0, 1, 2]), 32, 0)
+        video, audio = bank.video[found.index], bank.audio[found.index]
+        own = video[found.column], audio[found.column]
+        v, a = losses.soft_targets("cycle", *own, video, audio, found.valid, 0.02, 0.07)
+    assert set(found.index[found.valid].tolist()) == {0, 1, 2, 3}  # all are candidates
+    torch.testing.assert_close(v[0], (bank.audio[0] + bank.audio[1]) / 2)  # a drum is seen, two are heard
+    torch.testing.assert_close(v[1], bank.audio[1])  # a bell is seen, none is heard: its own
+    torch.testing.assert_close(a[1], (bank.video[0] + bank.video[2]) / 2)  # a drum is heard, two are seen
+    torch.testing.assert_close(a[2], bank.video[2])  # music: its own
+    assert losses.soft_targets.__name__ == "soft_targets" and not bank.candidates.__qualname__.startswith("told")
 
 
 def test_all_runs_are_different_and_have_settings_that_can_be_used():
@@ -176,7 +195,7 @@ def test_the_cycle_doubts_faulty_neighbours():
 def test_the_oracle_weighs_by_the_manifest():
     table = world(0.3)
     faulty = np.array(table.columns["faulty"]) == "1"
-    weigh = robust.by_manifest(table)
     index = torch.arange(200)
-    assert torch.equal(weigh(index, None, None, robust=True), torch.tensor(~faulty).float())
-    assert torch.equal(weigh(index, None, None, robust=False), torch.ones(200))
+    with robust.told("oracle", table):
+        assert torch.equal(train.pair_weights(index, None, None, robust=True), torch.tensor(~faulty).float())
+        assert torch.equal(train.pair_weights(index, None, None, robust=False), torch.ones(200))
