@@ -25,15 +25,15 @@ def save(figure, path):
     return path
 
 
-def legend(figure, title=None):
+def legend(figure):
     """One legend, in the first panel that has something to name."""
     if axis := next((axis for axis in figure.axes if axis.get_legend_handles_labels()[0]), None):
-        axis.legend(title=title, fontsize=7, title_fontsize=7)
+        axis.legend(fontsize=7)
 
 
 def bars(path, rows, methods, columns, group=None):
-    """A panel a column, a bar a method, with the deviation over seeds and a dot a run; with `group` (column, values), a bar a value beside
-    each other."""
+    """A panel a column, a bar a method, with the deviation over seeds and a dot a run; with `group` (column, {value: its name}), a bar a
+    value beside each other."""
     key, values = group or (None, [None])
     figure, axes = plt.subplots(
         1, len(columns), figsize=(4.8 * len(columns), 0.9 + 0.34 * len(methods)), squeeze=False, layout="constrained"
@@ -42,7 +42,7 @@ def bars(path, rows, methods, columns, group=None):
     for axis, (column, title) in zip(axes[0], columns.items(), strict=True):
         for k, value in enumerate(values):
             if key:
-                axis.barh(0, 0, color=f"C{k}", alpha=0.7, label=value)
+                axis.barh(0, 0, color=f"C{k}", alpha=0.7, label=values[value])
             for at, method in enumerate(methods):
                 mine = runs.select(rows, method=method, **({key: value} if key else {}))
                 if not (found := runs.mean_std(mine, column)):
@@ -55,7 +55,7 @@ def bars(path, rows, methods, columns, group=None):
         axis.set_xlabel(title)
         axis.grid(alpha=0.3, axis="x")
     if key:
-        legend(figure, key)
+        legend(figure)
     return save(figure, path)
 
 
@@ -154,13 +154,13 @@ def neighbours(path, found, table, cfg):
     return path
 
 
-def pictures(study, methods, images, folder, arguments, faulty=None):
-    """Maps of the untrained network and of the runs of these methods, seed 0, and what the last of them finds; nothing where their
-    checkpoints are not at hand."""
+def pictures(study, methods, images, folder, arguments, **group):
+    """Maps of the untrained network and of the runs of these methods and this group, seed 0, and what the last of them finds; nothing
+    where their checkpoints are not at hand."""
     subjects = {}
     for run in study.plan(arguments.seeds[:1]):
         method = run.group["method"]
-        if method not in methods or run.group.get("change") or run.group.get("faulty") not in (None, faulty):
+        if method not in methods or any(run.group[key] != value for key, value in group.items()):
             continue
         cfg = runs.configuration(study, run, arguments.quick, arguments.root, runs.folder_of(study, run, folder, arguments.quick))
         if not subjects:

@@ -34,7 +34,7 @@ from avid import datasets, evaluation, media
 from . import both, figures, measures, robust, temporal
 
 METHODS = {  # study: method, group
-    robust.STUDY: [{"method": m, "faulty": f, "change": ""} for f in ("0", "0.3") for m in ("xid", "robust")],
+    robust.STUDY: [{"method": m, "faulty": "0.3", "change": robust.LONG} for m in ("xid", "weighted", "robust")],
     temporal.STUDY: [{"method": m} for m in ("contrast", "all", "sound-alone")],
     both.STUDY: [{"method": m} for m in ("robust_temporal",)],
 }

@@ -6,8 +6,8 @@
 
 Methods: xid, plain; weighted, weights alone; four estimators of soft targets alone; robust, weights and the cycle's soft targets; oracle,
 weights by the manifest, 1 of a true pair and 0 of a faulty one, or so from the first step on; soft-oracle, soft targets by the
-manifest. Each at 0, 30 and 60 % of faulty pairs. Then at 30 %, xid, soft-cycle and robust where something is changed for all three
-(conditions), and robust with one setting changed at a time (robust-changed).
+manifest. All train for 24 epochs at 0, 30 and 60 % of faulty pairs, and for 48 epochs at 30 %. Then xid, soft-cycle and robust at a lower
+temperature, and robust of 48 epochs with one setting changed at a time (robust-changed).
 """
 
 from . import runs
@@ -40,19 +40,16 @@ METHODS = {
 }
 ORACLES = {"soft-oracle": SOFT, "oracle": (), "oracle-from-start": ("loss.warmup_epochs=0",)}  # told by the manifest
 FAULTY = (0.0, 0.3, 0.6)
-CONDITIONS = {  # where might soft targets help? changed for these methods at 30 %
-    "48 epochs, warm-up 24": ("optim.epochs=48", "loss.warmup_epochs=24"),
-    "τ = 0.1": ("loss.temperature=0.1",),
-}
-ASKED = ("xid", "soft-cycle", "robust")
-CHANGES = {  # one at a time, of robust at 30 %
+LONG, LONGER = "48 epochs", ("toy.faulty=0.3", "optim.epochs=48", "loss.warmup_epochs=24")
+COLD = "τ = 0.1"
+CHANGES = {  # one at a time, of robust at 30 %, 48 epochs
     "δ": ("loss.delta", -1, 1),
     "κ": ("loss.kappa", 0.1, 2),
     "w_min": ("loss.w_min", 0, 0.5),
     "λ": ("loss.soft", 0.25, 0.75),
     "τ_s": ("loss.tau_s", 0.05, 0.1),
     "τ_t": ("loss.tau_t", 0.03, 0.3),
-    "warm-up, epochs": ("loss.warmup_epochs", 0, 4, 20),
+    "warm-up, epochs": ("loss.warmup_epochs", 0, 12, 36),
 }
 MEASURES = {  # of the table: column of the CSV, head
     "kind probe video": "kind by picture, probe",
@@ -67,23 +64,23 @@ CURVES = ("v→a class R@1", "a→v class R@1", "agreement_mean", "agreement_std
 
 
 def plan(seeds):
-    """The comparison of all seeds first, then conditions and changes."""
+    """Every seed's runs of 48 epochs first, then those of 24, then the changes."""
     made = []
     for seed in seeds:
+        for m, s in (METHODS | {m: ORACLES[m] for m in ("soft-oracle", "oracle")}).items():
+            made.append(runs.Run(group(m, 0.3, LONG), seed, (*LONGER, *s)))
+    for seed in seeds:
+        for m in ("xid", "soft-cycle", "robust"):
+            made.append(runs.Run(group(m, 0.3, COLD), seed, ("toy.faulty=0.3", *METHODS[m], "loss.temperature=0.1")))
         made.append(runs.Run(group("untrained", 0.0), seed, ()))
         for faulty in FAULTY:
             methods = METHODS | {m: s for m, s in ORACLES.items() if faulty or m == "soft-oracle"}
             made += [runs.Run(group(m, faulty), seed, (f"toy.faulty={faulty:g}", *s)) for m, s in methods.items()]
     for seed in seeds:
-        for name, changed in CONDITIONS.items():
-            for m in ASKED:
-                settings = ("toy.faulty=0.3", *METHODS[m], *changed)
-                made.append(runs.Run(group("conditions", 0.3, f"{m}, {name}"), seed, settings))
-    for seed in seeds:
         for name, (key, *values) in CHANGES.items():
             for value in values:
-                settings = ("toy.faulty=0.3", *ROBUST, f"{key}={value:g}")
-                made.append(runs.Run(group("robust-changed", 0.3, f"{name} = {value:g}"), seed, settings))
+                changed = group("robust-changed", 0.3, f"{name} = {value:g}")
+                made.append(runs.Run(changed, seed, (*LONGER, *ROBUST, f"{key}={value:g}")))
     return made
 
 
@@ -145,38 +142,38 @@ def told(method, table):
 def tables(rows):
     main, text = runs.select(rows, change=""), {}
     shares = [f"{faulty:g}" for faulty in FAULTY]
+    untrained = runs.select(main, method="untrained")
+
+    def compare(name, head, lines):
+        lines = {"untrained": untrained} | lines
+        cells = [[what, *((mine, column) for column in MEASURES), str(len(mine))] for what, mine in lines.items() if mine]
+        text[name] = runs.table([head, *MEASURES.values(), "runs"], cells)
+
+    methods = [*METHODS, *ORACLES]
     for faulty in shares:
-        lines = []
-        for method in ["untrained", *METHODS, *ORACLES]:
-            mine = runs.select(main, method=method, faulty="0" if method == "untrained" else faulty)
-            if mine:
-                lines.append([method, *((mine, column) for column in MEASURES), str(len(mine))])
-        if lines:
-            text[f"robust-{faulty}"] = runs.table([f"{float(faulty):.0%} faulty", *MEASURES.values(), "runs"], lines)
+        compare(
+            f"robust-{faulty}", f"{float(faulty):.0%} faulty", {m: runs.select(main, method=m, faulty=faulty) for m in methods}
+        )
+    long = {m: runs.select(rows, method=m, change=LONG) for m in methods}
+    compare("robust-long", f"30% faulty, {LONG}", long)
+    compare("robust-cold", f"30% faulty, {COLD}", {m: runs.select(rows, method=m, change=COLD) for m in methods})
+    changed = runs.select(rows, method="robust-changed")
+    changes = {change: runs.select(changed, change=change) for change in dict.fromkeys(row["change"] for row in changed)}
+    compare("robust-changed", f"30% faulty, {LONG}", {"robust, as it is": long["robust"]} | changes)
     judged = {f"{e}, plain xID's bank": (e, "xid") for e in measures.ESTIMATORS}
     judged |= {f"{e}, the bank trained with it": (e, f"soft-{e}") for e in measures.ESTIMATORS}
     head = [
         "mass, %",
         *(f"same kind, {float(f):.0%} faulty" for f in shares),
+        f"same kind, 30% faulty, {LONG}",
         *(f"on faulty, {float(f):.0%}" for f in shares[1:]),
+        f"on faulty, 30%, {LONG}",
     ]
     lines = []
     for name, (e, method) in judged.items():
-        mine = [runs.select(main, method=method, faulty=f) for f in shares]
+        mine = [*(runs.select(main, method=method, faulty=f) for f in shares), long[method]]
         lines.append([name, *((m, f"{e} same kind") for m in mine), *((m, f"{e} on faulty") for m in mine[1:])])
     text["robust-targets"] = runs.table(head, lines)
-    as_they_are = {f"{m}, as it is": runs.select(main, method=m, faulty="0.3") for m in ASKED}
-    for name in ("conditions", "changed"):
-        mine = runs.select(rows, method="robust-changed" if name == "changed" else name)
-        changed = {change: runs.select(mine, change=change) for change in dict.fromkeys(row["change"] for row in mine)}
-        usual = {"robust, as it is": as_they_are["robust, as it is"]} if name == "changed" else as_they_are
-        lines = [
-            [change, *((some, column) for column in MEASURES), str(len(some))]
-            for change, some in (usual | changed).items()
-            if some
-        ]
-        if changed:
-            text[f"robust-{name}"] = runs.table(["30 % faulty", *MEASURES.values(), "runs"], lines)
     return text
 
 
@@ -184,12 +181,15 @@ def draw(rows, images, folder, arguments):
     main, methods = runs.select(rows, change=""), [*METHODS, *ORACLES]
     shares = [f"{faulty:g}" for faulty in FAULTY]
     shown = {c: f"{head}, %" for c, head in MEASURES.items() if "probe" in c or "class" in c}
-    yield figures.bars(images / "robust.png", main, methods, shown, ("faulty", shares))
+    yield figures.bars(images / "robust.png", main, methods, shown, ("faulty", {f: f"{float(f):.0%} faulty" for f in shares}))
+    some = runs.select(rows, faulty="0.3")
+    lengths = {"": "24 epochs", LONG: LONG}
+    yield figures.bars(images / "robust-long.png", some, methods, shown, ("change", lengths))
     curves = {"v→a class R@1": "picture → sound, R@1 by kind, %", "a→v class R@1": "sound → picture, R@1 by kind, %"}
-    yield figures.bands(images / "robust-curves.png", runs.select(main, faulty="0.3"), methods, curves)
+    yield figures.bands(images / "robust-curves.png", runs.select(some, change=LONG), methods, curves)
     yield figures.weights(images / "robust-weights.png", main, ("xid", "weighted", "robust"), shares[1:])
     yield figures.soft_targets(images / "robust-targets.png", runs.select(main, method="xid"), shares)
-    yield from figures.pictures(STUDY, ("xid", "robust"), images, folder, arguments, faulty="0.3")
+    yield from figures.pictures(STUDY, ("xid", "robust"), images, folder, arguments, faulty="0.3", change=LONG)
 
 
 STUDY = runs.Study("robust", "toy", BASE, plan, measure, tables, draw)
