@@ -16,7 +16,9 @@ from avid.temporal_tasks import TASKS
 
 from . import figures, robust, temporal
 
-BASE = (*temporal.BASE, "toy.faulty=0.3", "loss.temperature=0.3", "bank.num_negatives=512", "loss.warmup_epochs=8")
+BASE = (  # twice as long as temporal: soft targets need it, see robust
+    *temporal.BASE, "toy.faulty=0.3", "bank.num_negatives=512", "loss.temperature=0.3", "optim.epochs=40", "loss.warmup_epochs=20",
+)  # fmt: skip
 ALONE = (
     "weights.xid=1", *(f"weights.{name}=0" for name in (*temporal.CONTRASTS, *TASKS)), "temporal.speeds=[1]", "temporal.reverse=false",
 )  # fmt: skip
