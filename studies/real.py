@@ -2,7 +2,7 @@
 
     python -m studies.real --esc10 DIR                 ESC-10 by the studies' checkpoints: 5 folds, linear SVM on frozen features
     python -m studies.real --esc10 DIR --media DIR     besides, a sheet: pieces of the videos in a folder, and what finds what
-    python -m studies.real --table                     only the table, from studies/results/real.csv
+    python -m studies.real                             only the table, from studies/results/real.csv
 
 Run the other studies first: their checkpoints are needed, below --runs. A checkpoint that has a row is not asked again.
 """
@@ -14,15 +14,21 @@ from avid import config
 
 from . import runs
 
-if __name__ == "__main__":
+
+def command_line(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--esc10", metavar="DIR", help="folder of ESC-50 or ESC-10, with audio/ and meta/")
     parser.add_argument("--media", metavar="DIR", help="folder of videos with sound")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="S", help="default: 0 1 2")
     parser.add_argument("--runs", default="runs", metavar="DIR", help="where the studies' checkpoints are (default: runs)")
-    parser.add_argument("--results", metavar="DIR", help="folder of the CSV and the table (default: the repository's)")
-    parser.add_argument("--table", action="store_true", help="only the table, from the CSV")
-    arguments = parser.parse_args()
+    parser.add_argument(
+        "--results", metavar="DIR", help="folder of the CSV and all that is made of it (default: the repository's)"
+    )
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":  # before the heavy imports: --help answers at once
+    arguments = command_line()
 
 import json
 
@@ -33,17 +39,17 @@ from avid import datasets, evaluation, media
 
 from . import both, figures, measures, robust, temporal
 
-METHODS = {  # study: method, group
-    robust.STUDY: [{"method": m, "faulty": "0.3", "change": robust.LONG} for m in ("xid", "weighted", "robust")],
-    temporal.STUDY: [{"method": m} for m in ("contrast", "all", "sound-alone")],
-    both.STUDY: [{"method": m} for m in ("robust_temporal",)],
-}
+METHODS = (  # of each study, whose features are asked
+    (robust.STUDY, [{"method": m, "faulty": "0.3", "change": robust.LONG} for m in ("xid", "weighted", "robust")]),
+    (temporal.STUDY, [{"method": m} for m in ("contrast", "all", "sound-alone")]),
+    (both.STUDY, [{"method": "robust_temporal"}]),
+)
 PIECE_S = 2.0  # of a real video
 
 
 def checkpoints(folder, seeds):
     """(study, group, seed, run folder) of the runs whose features are asked, where they have a checkpoint."""
-    for study, groups in METHODS.items():
+    for study, groups in METHODS:
         for run in study.plan(seeds):
             out = runs.folder_of(study, run, Path(folder) / "studies" / study.name, quick=False)
             if run.group in groups and (out / "last.pt").exists():
@@ -124,6 +130,7 @@ def main(arguments):
         if not last:
             config.stop(f"no checkpoints of the studies below {arguments.runs}; run them first")
         images = results / "images" if arguments.results else runs.ROOT / "docs" / "images"
+        images.mkdir(parents=True, exist_ok=True)
         sheet(images / "real-neighbours.png", arguments.media, last[-1][-1])
     rows = runs.read(path)
     if not rows:

@@ -192,7 +192,7 @@ def draw(rows, images, folder, arguments):
     yield from figures.pictures(STUDY, ("xid", "robust"), images, folder, arguments, faulty="0.3", change=LONG)
 
 
-STUDY = runs.Study("robust", "toy", BASE, plan, measure, tables, draw)
+STUDY = runs.Study("robust", "toy", tuple(BASE), plan, measure, tables, draw)
 
 if __name__ == "__main__":
     runs.main(STUDY, arguments)

@@ -1,15 +1,17 @@
 """The studies, each in its --quick form, and the arithmetic of their measures on banks whose answer is known."""
 
 import csv
+import shutil
 import signal
 
 import numpy as np
 import pytest
 import torch
+from conftest import tone, write_media
 
 import train
 from avid import config, datasets, losses, memory_bank, toy
-from studies import both, measures, robust, runs, temporal
+from studies import both, measures, real, robust, runs, temporal
 
 STUDIES = {study.name: study for study in (robust.STUDY, temporal.STUDY, both.STUDY)}
 SOME = {  # methods of the quick form: every way through `measure`
@@ -66,6 +68,35 @@ def test_a_study_from_nothing_to_tables_and_figures(name, perform, folder, capsy
     perform(name, "--only", *SOME[name])  # again: nothing is left to do, and the same comes out
     assert " 0 to do" in capsys.readouterr().out
     assert (results / f"{name}.csv").read_bytes() == before
+
+
+def test_real_sounds_and_videos_by_the_checkpoint_of_a_study(perform, folder, tmp_path, capsys):
+    perform("robust", "--only", "xid")
+    (quick,) = (folder / "runs" / "studies-quick" / "robust").glob("xid-*")
+    (run,) = (run for run in robust.STUDY.plan([0]) if run.group == robust.group("xid", 0.3, robust.LONG))
+    shutil.copytree(quick, runs.folder_of(robust.STUDY, run, tmp_path / "studies" / "robust", quick=False))
+    lines = ["filename,fold,target,category,esc10"]
+    for name in ("dog", "rain"):
+        for i in range(20):
+            wave = tone({"dog": 300, "rain": 2000}[name] + 20 * i, 1.2, 16000)
+            write_media(tmp_path / "esc" / "audio" / f"{name}{i}.wav", wave=wave, rate_hz=16000, codecs=(None, "pcm_s16le"))
+            lines.append(f"{name}{i}.wav,{i % 5 + 1},0,{name},True")
+    (tmp_path / "esc" / "meta").mkdir()
+    (tmp_path / "esc" / "meta" / "esc50.csv").write_text("\n".join(lines))
+    world = toy.write(tmp_path, config.Toy(train=3, test=1, seconds=6.0, size=40), seed=0, workers=1, progress=False)
+    (world / "train" / "silent.mp4").write_bytes(b"no video")
+    command = ["--esc10", tmp_path / "esc", "--media", world / "train", "--runs", tmp_path, "--results", tmp_path / "results"]
+    arguments = real.command_line([str(word) for word in command])
+    real.main(arguments)
+    assert "left out" in capsys.readouterr().out
+    with open(tmp_path / "results" / "real.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["method"] for row in rows] == ["untrained, as in robust", "xid"]
+    assert all(float(row["ESC-10 top1"]) > 80 for row in rows)  # a low and a high tone
+    assert (tmp_path / "results" / "images" / "real-neighbours.png").stat().st_size > 5000
+    before = (tmp_path / "results" / "real.csv").read_bytes()
+    real.main(arguments)  # again: no checkpoint is asked twice
+    assert (tmp_path / "results" / "real.csv").read_bytes() == before
 
 
 def test_soft_targets_by_the_manifest_are_the_same_for_all_of_the_kind():
