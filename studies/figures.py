@@ -145,12 +145,13 @@ def maps(path, subjects, labels):
     return save(figure, path)
 
 
-def neighbours(path, found, table, cfg):
-    """Pictures of evaluation videos, and the sounds that each found first among them."""
+def neighbours(path, found, table, cfg, query="video", key="audio", space="embeddings"):
+    """Some videos' pictures, or sounds, and the sounds that each found first among all others, by embeddings or by features."""
     some = np.random.default_rng(0).permutation(len(found.index))[:SHOWN]
-    nearest = evaluation.nearest(found.video_level("embeddings", "video")[some], found.video_level("embeddings", "audio"), SHOWN)
+    queries, gallery = found.video_level(space, query)[some], found.video_level(space, key)
+    nearest = evaluation.nearest(queries, gallery, SHOWN, exclude=some if query == key else None)
     finds = [datasets.take(table, found.index[row]) for row in nearest]
-    single.contact_sheet(path, datasets.take(table, found.index[some]), finds, "video", "audio", cfg)
+    single.contact_sheet(path, datasets.take(table, found.index[some]), finds, query, key, cfg)
     return path
 
 

@@ -1,8 +1,8 @@
 """Real sound and real videos, which the toy's networks have never heard or seen.
 
-    python -m studies.real --esc10 DIR                 ESC-10 by the studies' checkpoints: 5 folds, linear SVM on frozen features
-    python -m studies.real --esc10 DIR --media DIR     besides, a sheet: pieces of the videos in a folder, and what finds what
-    python -m studies.real                             only the table, from studies/results/real.csv
+    python -m studies.real --esc10 DIR     ESC-10 by the studies' checkpoints: 5 folds, linear SVM on frozen features; a sheet of sounds
+    python -m studies.real --media DIR     a sheet: pieces of the videos in a folder, and the sounds that their pictures find
+    python -m studies.real                 only the table, from studies/results/real.csv
 
 Run the other studies first: their checkpoints are needed, below --runs. A checkpoint that has a row is not asked again.
 """
@@ -110,14 +110,13 @@ def pieces(folder):
     return datasets.Table("real videos", Path(folder), paths, labels, classes, starts_s, ends_s, fold, {}, [])
 
 
-def sheet(path, folder, out):
-    """Pictures of pieces of real videos, and the sounds that a checkpoint finds first among all pieces."""
+def sheet(path, parts, out, query, space):
+    """Pictures or sounds of a table of real files, and the sounds that a checkpoint finds first among them all."""
     cfg = config.load(str(out / "config.yaml"), ["data.workers=0", f"out={out}"])
     network, _ = measures.trained(cfg)
-    parts = pieces(folder)
-    found = evaluation.extract(network, parts, cfg, next(network.parameters()).device, clips=1)
-    figures.neighbours(path, found, parts, cfg)
-    print(f"written: {path}")
+    device = next(network.parameters()).device
+    found = evaluation.extract(network, parts, cfg, device, modalities=tuple(dict.fromkeys((query, "audio"))), clips=1)
+    print(f"written: {figures.neighbours(path, found, parts, cfg, query=query, space=space)}")
 
 
 def main(arguments):
@@ -125,13 +124,17 @@ def main(arguments):
     path = results / "real.csv"
     if arguments.esc10:
         esc10(path, arguments.esc10, arguments.runs, arguments.seeds)
-    if arguments.media:
+    if arguments.esc10 or arguments.media:
         last = list(checkpoints(arguments.runs, arguments.seeds[:1]))
         if not last:
             config.stop(f"no checkpoints of the studies below {arguments.runs}; run them first")
         images = results / "images" if arguments.results else runs.ROOT / "docs" / "images"
         images.mkdir(parents=True, exist_ok=True)
-        sheet(images / "real-neighbours.png", arguments.media, last[-1][-1])
+    if arguments.esc10:
+        sounds = datasets.load(config.Data(name="esc50", root=arguments.esc10, subset="esc10"), "all")
+        sheet(images / "real-sounds.png", sounds, last[-1][-1], "audio", "features")
+    if arguments.media:
+        sheet(images / "real-neighbours.png", pieces(arguments.media), last[-1][-1], "video", "embeddings")
     rows = runs.read(path)
     if not rows:
         config.stop(f"{path} holds nothing yet; run: python -m studies.real --esc10 DIR")

@@ -93,7 +93,7 @@ def test_real_sounds_and_videos_by_the_checkpoint_of_a_study(perform, folder, tm
         rows = list(csv.DictReader(file))
     assert [row["method"] for row in rows] == ["untrained, as in robust", "xid"]
     assert all(float(row["ESC-10 top1"]) > 80 for row in rows)  # a low and a high tone
-    assert (tmp_path / "results" / "images" / "real-neighbours.png").stat().st_size > 5000
+    assert all((tmp_path / "results" / "images" / f"real-{name}.png").stat().st_size > 5000 for name in ("sounds", "neighbours"))
     before = (tmp_path / "results" / "real.csv").read_bytes()
     real.main(arguments)  # again: no checkpoint is asked twice
     assert (tmp_path / "results" / "real.csv").read_bytes() == before
