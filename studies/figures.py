@@ -25,21 +25,32 @@ def save(figure, path):
     return path
 
 
+def panels(count, width, height):
+    """A figure of up to four panels a line, and their axes."""
+    across = min(count, 4)
+    down = -(-count // across)
+    figure, axes = plt.subplots(down, across, figsize=(width * across + 1.4, height * down), squeeze=False, layout="constrained")
+    for axis in axes.flat[count:]:
+        axis.set_axis_off()
+    return figure, axes.flat[:count]
+
+
 def legend(figure):
-    """One legend, in the first panel that has something to name."""
-    if axis := next((axis for axis in figure.axes if axis.get_legend_handles_labels()[0]), None):
-        axis.legend(fontsize=7)
+    """One legend of all that the panels name, beside them."""
+    named = {}
+    for axis in figure.axes:
+        for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
+            named.setdefault(name, handle)
+    figure.legend(named.values(), named.keys(), loc="outside right upper", fontsize=8)
 
 
 def bars(path, rows, methods, columns, group=None):
     """A panel a column, a bar a method, with the deviation over seeds and a dot a run; with `group` (column, {value: its name}), a bar a
     value beside each other."""
     key, values = group or (None, [None])
-    figure, axes = plt.subplots(
-        1, len(columns), figsize=(4.8 * len(columns), 0.9 + 0.34 * len(methods)), squeeze=False, layout="constrained"
-    )
+    figure, axes = panels(len(columns), 4.4, 0.9 + 0.34 * len(methods))
     height = 0.8 / len(values)
-    for axis, (column, title) in zip(axes[0], columns.items(), strict=True):
+    for axis, (column, title) in zip(axes, columns.items(), strict=True):
         for k, value in enumerate(values):
             if key:
                 axis.barh(0, 0, color=f"C{k}", alpha=0.7, label=values[value])
@@ -61,68 +72,64 @@ def bars(path, rows, methods, columns, group=None):
 
 def bands(path, rows, methods, columns):
     """A panel a column of curves: mean over seeds and, as a band, the deviation, over epochs."""
-    across = min(len(columns), 4)
-    down = -(-len(columns) // across)
-    figure, axes = plt.subplots(down, across, figsize=(4 * across, 3.2 * down), squeeze=False, layout="constrained")
-    for axis in axes.flat[len(columns) :]:
-        axis.set_axis_off()
-    for axis, (column, title) in zip(axes.flat, columns.items(), strict=False):
+    figure, axes = panels(len(columns), 3.8, 3.0)
+    colours = plt.get_cmap("tab20" if len(methods) > 10 else "tab10")
+    for axis, (column, title) in zip(axes, columns.items(), strict=True):
         for k, method in enumerate(methods):
             mine = [row for row in runs.select(rows, method=method) if row.get(f"curve {column}")]
             lines = [(runs.numbers(row, "curve epoch"), runs.numbers(row, f"curve {column}")) for row in mine]
             if not lines:
                 continue
             x, y = np.array(lines[0][0]), np.array([y for _, y in lines])  # seeds×checks
-            axis.plot(x, y.mean(0), color=f"C{k}", label=method, linewidth=1.3)
+            axis.plot(x, y.mean(0), color=colours(k), label=method, linewidth=1.3)
             if len(y) > 1:
                 deviation = y.std(0, ddof=1)
-                axis.fill_between(x, y.mean(0) - deviation, y.mean(0) + deviation, color=f"C{k}", alpha=0.15, linewidth=0)
+                axis.fill_between(x, y.mean(0) - deviation, y.mean(0) + deviation, color=colours(k), alpha=0.15, linewidth=0)
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.3)
     legend(figure)
     return save(figure, path)
 
 
-def weights(path, rows, methods, shares):
-    """Histograms of the weights of true and of faulty pairs, all seeds together: a row a share of faulty pairs, a column a method."""
+def weights(path, groups, methods):
+    """Histograms of the weights of true and of faulty pairs, all seeds together: a row a group, {title: rows}, a column a method."""
     figure, axes = plt.subplots(
-        len(shares), len(methods), figsize=(3.2 * len(methods), 2.2 * len(shares)), squeeze=False, layout="constrained"
+        len(groups), len(methods), figsize=(3.2 * len(methods) + 1.4, 2.2 * len(groups)), squeeze=False, layout="constrained"
     )
     left, width = measures.BINS[:-1], np.diff(measures.BINS)
-    for line, share in zip(axes, shares, strict=True):
+    for line, (title, rows) in zip(axes, groups.items(), strict=True):
         for axis, method in zip(line, methods, strict=True):
-            mine = [row for row in runs.select(rows, method=method, faulty=share) if row.get("weights true")]
+            mine = [row for row in runs.select(rows, method=method) if row.get("weights true")]
             for name, colour in (("true", "tab:blue"), ("faulty", "tab:red")):
                 if mine:
                     count = np.sum([runs.numbers(row, f"weights {name}") for row in mine], 0)
                     axis.bar(left, count / count.sum(), width, align="edge", alpha=0.6, color=colour, label=f"{name} pairs")
             auroc = runs.mean_std(mine, "AUROC")
-            axis.set_title(f"{method}, {float(share):.0%} faulty" + (f": AUROC {auroc[0]:.2f}" if auroc else ""), fontsize=9)
+            axis.set_title(f"{method}, {title}" + (f": AUROC {auroc[0]:.2f}" if auroc else ""), fontsize=9)
             axis.set(yticks=[], xlabel="weight")
     legend(figure)
     return save(figure, path)
 
 
-def soft_targets(path, rows, shares):
-    """Where soft targets put their mass, mean over seeds: a row a share of faulty pairs, a column an estimator; in each, from the kind of
+def soft_targets(path, groups):
+    """Where soft targets put their mass, mean over seeds: a row a group, {title: rows}, a column an estimator; in each, from the kind of
     the picture (rows) to that of the sound (columns; music and noise last), the own instance left out."""
     names = measures.ESTIMATORS
     figure, axes = plt.subplots(
-        len(shares), len(names), figsize=(2.9 * len(names), 2.7 * len(shares)), squeeze=False, layout="constrained"
+        len(groups), len(names), figsize=(2.9 * len(names), 2.7 * len(groups)), squeeze=False, layout="constrained"
     )
-    for line, share in zip(axes, shares, strict=True):
+    for line, (title, rows) in zip(axes, groups.items(), strict=True):
         for axis, name in zip(line, names, strict=True):
-            mine = [runs.numbers(row, f"matrix {name}") for row in runs.select(rows, faulty=share) if row.get(f"matrix {name}")]
+            mine = [runs.numbers(row, f"matrix {name}") for row in rows if row.get(f"matrix {name}")]
             axis.set(xticks=[], yticks=[])
-            axis.set_title(f"{name}, {float(share):.0%} faulty", fontsize=9)
-            if not mine:
-                continue
-            matrix = np.mean(mine, 0).reshape(len(toy.KINDS), len(measures.SOUNDS))
-            axis.imshow(matrix, vmin=0, vmax=1, cmap="Blues")
-            if axis is line[0]:
-                axis.set_yticks(range(len(matrix)), toy.KINDS, fontsize=6)
-            if line is axes[-1]:
-                axis.set_xticks(range(matrix.shape[1]), measures.SOUNDS, fontsize=6, rotation=90)
+            axis.set_title(f"{name}, {title}", fontsize=9)
+            if mine:
+                matrix = np.mean(mine, 0).reshape(len(toy.KINDS), len(measures.SOUNDS))
+                axis.imshow(matrix, vmin=0, vmax=1, cmap="Blues")
+    for axis in axes[:, 0]:
+        axis.set_yticks(range(len(toy.KINDS)), toy.KINDS, fontsize=6)
+    for axis in axes[-1]:
+        axis.set_xticks(range(len(measures.SOUNDS)), measures.SOUNDS, fontsize=6, rotation=90)
     return save(figure, path)
 
 

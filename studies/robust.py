@@ -159,7 +159,8 @@ def tables(rows):
     compare("robust-cold", f"30% faulty, {COLD}", {m: runs.select(rows, method=m, change=COLD) for m in methods})
     changed = runs.select(rows, method="robust-changed")
     changes = {change: runs.select(changed, change=change) for change in dict.fromkeys(row["change"] for row in changed)}
-    compare("robust-changed", f"30% faulty, {LONG}", {"robust, as it is": long["robust"]} | changes)
+    if changes:
+        compare("robust-changed", f"30% faulty, {LONG}", {"robust, as it is": long["robust"]} | changes)
     judged = {f"{e}, plain xID's bank": (e, "xid") for e in measures.ESTIMATORS}
     judged |= {f"{e}, the bank trained with it": (e, f"soft-{e}") for e in measures.ESTIMATORS}
     head = [
@@ -187,8 +188,13 @@ def draw(rows, images, folder, arguments):
     yield figures.bars(images / "robust-long.png", some, methods, shown, ("change", lengths))
     curves = {"v→a class R@1": "picture → sound, R@1 by kind, %", "a→v class R@1": "sound → picture, R@1 by kind, %"}
     yield figures.bands(images / "robust-curves.png", runs.select(some, change=LONG), methods, curves)
-    yield figures.weights(images / "robust-weights.png", main, ("xid", "weighted", "robust"), shares[1:])
-    yield figures.soft_targets(images / "robust-targets.png", runs.select(main, method="xid"), shares)
+    groups = {f"{float(f):.0%} faulty": runs.select(main, faulty=f) for f in shares} | {
+        f"30% faulty, {LONG}": runs.select(rows, change=LONG)
+    }
+    faulty = {title: mine for title, mine in groups.items() if not title.startswith("0%")}
+    yield figures.weights(images / "robust-weights.png", faulty, ("xid", "weighted", "robust"))
+    xid = {title: runs.select(mine, method="xid") for title, mine in groups.items()}
+    yield figures.soft_targets(images / "robust-targets.png", xid)
     yield from figures.pictures(STUDY, ("xid", "robust"), images, folder, arguments, faulty="0.3", change=LONG)
 
 

@@ -105,7 +105,9 @@ def tables(rows):
 def draw(rows, images, folder, arguments):
     shown = {column: f"{head}, %" for column, head in MEASURES.items() if "probe" in column}
     yield figures.bars(images / "temporal.png", rows, ["untrained", *METHODS], shown)
-    yield figures.bands(images / "temporal-curves.png", rows, list(METHODS), {"v→a class R@1": "picture → sound, R@1 by kind, %"})
+    some = ["contrast", *(m for m in METHODS if "order" in m or m in ("speed", "direction", "all"))]
+    some += [m for m in METHODS if m.endswith(("no-positives", "40-epochs"))]
+    yield figures.bands(images / "temporal-curves.png", rows, some, {"v→a class R@1": "picture → sound, R@1 by kind, %"})
     tasks = {f"held-out {task} %": f"{task.replace('_', ', ')}, held-out %" for task in TASKS}
     told = [method for method, settings in METHODS.items() if not method.startswith("contrast")]
     yield figures.bands(images / "temporal-tasks.png", rows, told, tasks)
