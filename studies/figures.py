@@ -27,8 +27,8 @@ def save(figure, path):
 
 def panels(count, width, height):
     """A figure of up to four panels a line, and their axes."""
-    across = min(count, 4)
-    down = -(-count // across)
+    down = -(-count // 4)
+    across = -(-count // down)
     figure, axes = plt.subplots(down, across, figsize=(width * across + 1.4, height * down), squeeze=False, layout="constrained")
     for axis in axes.flat[count:]:
         axis.set_axis_off()
