@@ -120,7 +120,7 @@ def sheet(path, parts, out, query, space):
 
 
 def main(arguments):
-    results = Path(arguments.results or runs.ROOT / "studies" / "results")
+    results, images = runs.folders(arguments)
     path = results / "real.csv"
     if arguments.esc10:
         esc10(path, arguments.esc10, arguments.runs, arguments.seeds)
@@ -128,8 +128,6 @@ def main(arguments):
         last = list(checkpoints(arguments.runs, arguments.seeds[:1]))
         if not last:
             config.stop(f"no checkpoints of the studies below {arguments.runs}; run them first")
-        images = results / "images" if arguments.results else runs.ROOT / "docs" / "images"
-        images.mkdir(parents=True, exist_ok=True)
     if arguments.esc10:
         sounds = datasets.load(config.Data(name="esc50", root=arguments.esc10, subset="esc10"), "all")
         sheet(images / "real-sounds.png", sounds, last[-1][-1], "audio", "features")
@@ -138,11 +136,7 @@ def main(arguments):
     rows = runs.read(path)
     if not rows:
         config.stop(f"{path} holds nothing yet; run: python -m studies.real --esc10 DIR")
-    text = table(rows)
-    runs.write(results / "real.md", text)
-    for page in runs.PAGES if not arguments.results else ():
-        runs.insert(page, "real", text)
-    print(text)
+    runs.publish("real", table(rows), arguments)
 
 
 if __name__ == "__main__":

@@ -78,9 +78,8 @@ def command_line(doc, argv=None):
 
 def main(study, arguments):
     """The command of a study. Exit code 2 for what the user can mend; other errors of a run end it, and the rest is kept."""
-    results = Path(arguments.results or ROOT / "studies" / "results")
+    results, images = folders(arguments)
     path = results / f"{study.name}.csv"
-    images = results / "images" if arguments.results else ROOT / "docs" / "images"
     folder = Path(arguments.runs) / f"studies{'-quick' * arguments.quick}" / study.name
     if not (arguments.table or arguments.figures):
         runs = study.plan(arguments.seeds[:1] if arguments.quick else arguments.seeds)
@@ -98,14 +97,26 @@ def main(study, arguments):
     everything = not (arguments.table or arguments.figures)
     if arguments.table or everything:
         for name, text in study.tables(rows).items():
-            write(results / f"{name}.md", text)
-            for page in PAGES if not arguments.results else ():
-                insert(page, name, text)
-            print(f"\n{text}")
+            publish(name, text, arguments)
     if arguments.figures or everything:
-        images.mkdir(parents=True, exist_ok=True)
         for picture in study.figures(rows, images, folder, arguments):
             print(f"written: {picture}")
+
+
+def folders(arguments):
+    """Where results and where pictures go: into --results DIR, or to their places in the repository."""
+    results = Path(arguments.results or ROOT / "studies" / "results")
+    images = results / "images" if arguments.results else ROOT / "docs" / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    return results, images
+
+
+def publish(name, text, arguments):
+    """Print a table and write it as <results>/<name>.md and, without --results, between its marks in the pages."""
+    write(folders(arguments)[0] / f"{name}.md", text)
+    for page in PAGES if not arguments.results else ():
+        insert(page, name, text)
+    print(f"\n{text}")
 
 
 # ------------------------------------------------------------------------------------------------------------- the runs

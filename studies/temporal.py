@@ -109,7 +109,7 @@ def draw(rows, images, folder, arguments):
     some += [m for m in METHODS if m.endswith(("no-positives", "40-epochs"))]
     yield figures.bands(images / "temporal-curves.png", rows, some, {"v→a class R@1": "picture → sound, R@1 by kind, %"})
     tasks = {f"held-out {task} %": f"{task.replace('_', ', ')}, held-out %" for task in TASKS}
-    told = [method for method, settings in METHODS.items() if not method.startswith("contrast")]
+    told = [method for method in METHODS if not method.startswith("contrast")]
     yield figures.bands(images / "temporal-tasks.png", rows, told, tasks)
     yield from figures.pictures(STUDY, ("contrast", "all"), images, folder, arguments)
 
