@@ -2,6 +2,7 @@
 
     python -m studies.robust                       all runs that are not in studies/results/robust.csv yet, then tables and figures
     python -m studies.robust --only xid robust     only these methods
+    python -m studies.robust --seeds 3 4 --only "48 epochs"     two more seeds of what trains longer
     python -m studies.robust --table --figures     tables and figures from what is there
 
 Methods: xid, plain; weighted, weights alone; four estimators of soft targets alone; robust, weights and the cycle's soft targets; oracle,
@@ -160,7 +161,8 @@ def tables(rows):
     changed = runs.select(rows, method="robust-changed")
     changes = {change: runs.select(changed, change=change) for change in dict.fromkeys(row["change"] for row in changed)}
     if changes:
-        compare("robust-changed", f"30% faulty, {LONG}", {"robust, as it is": long["robust"]} | changes)
+        same = [row for row in long["robust"] if row["seed"] in {row["seed"] for row in changed}]
+        compare("robust-changed", f"30% faulty, {LONG}", {"robust, as it is": same} | changes)
     judged = {f"{e}, plain xID's bank": (e, "xid") for e in measures.ESTIMATORS}
     judged |= {f"{e}, the bank trained with it": (e, f"soft-{e}") for e in measures.ESTIMATORS}
     head = [

@@ -58,7 +58,7 @@ def command_line(doc, argv=None):
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs side by side, each on one core (default: 2)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="S", help="default: 0 1 2")
-    parser.add_argument("--only", nargs="+", metavar="METHOD", help="only the runs of these methods")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="only the runs of a method or of a change of these names")
     parser.add_argument(
         "--quick", action="store_true", help="one tiny run a method, to see that all of it works; needs --results"
     )
@@ -83,11 +83,12 @@ def main(study, arguments):
     folder = Path(arguments.runs) / f"studies{'-quick' * arguments.quick}" / study.name
     if not (arguments.table or arguments.figures):
         runs = study.plan(arguments.seeds[:1] if arguments.quick else arguments.seeds)
-        methods = {run.group["method"]: run for run in runs}
-        runs = list(methods.values()) if arguments.quick else runs
-        if unknown := set(arguments.only or ()) - set(methods):
-            config.stop(f"no method {', '.join(sorted(unknown))} in this study; it has {', '.join(methods)}")
-        runs = [run for run in runs if not arguments.only or run.group["method"] in arguments.only]
+        names = dict.fromkeys(name for run in runs for name in run.group.values() if name)
+        if unknown := set(arguments.only or ()) - set(names):
+            config.stop(f"no {', '.join(sorted(unknown))} in this study; it has {', '.join(names)}")
+        runs = [run for run in runs if not arguments.only or set(arguments.only) & set(run.group.values())]
+        if arguments.quick:
+            runs = list({run.group["method"]: run for run in runs}.values())
         perform(study, runs, path, folder, arguments)
         if arguments.list:
             return

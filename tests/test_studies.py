@@ -99,6 +99,20 @@ def test_real_sounds_and_videos_by_the_checkpoint_of_a_study(perform, folder, tm
     assert (tmp_path / "results" / "real.csv").read_bytes() == before
 
 
+def test_only_takes_methods_and_changes_and_says_what_it_does_not_know(tmp_path, capsys):
+    def chosen(*names):
+        options = ["--list", "--results", str(tmp_path), "--seeds", "3", "--only", *names]
+        runs.main(robust.STUDY, runs.command_line("", options))
+        return [line.split("/")[-1].split(":")[0] for line in capsys.readouterr().out.splitlines()[1:]]
+
+    long = chosen(robust.LONG)
+    assert len(long) == 9 and all("-48epochs-seed3-" in name for name in long)
+    assert len(chosen(robust.LONG, "untrained")) == 10
+    with pytest.raises(SystemExit) as end:
+        chosen("xid", "xdi")
+    assert end.value.code == 2 and "no xdi in this study; it has xid," in capsys.readouterr().err
+
+
 def test_soft_targets_by_the_manifest_are_the_same_for_all_of_the_kind():
     seen, heard = ["drum", "bell", "drum", "voice"], ["drum", "drum", "music", "voice"]
     columns = {"label": seen, "sound": heard, "faulty": ["0", "1", "1", "0"]}
