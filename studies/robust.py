@@ -158,11 +158,8 @@ def tables(rows):
     long = {m: runs.select(rows, method=m, change=LONG) for m in methods}
     compare("robust-long", f"30% faulty, {LONG}", long)
     compare("robust-cold", f"30% faulty, {COLD}", {m: runs.select(rows, method=m, change=COLD) for m in methods})
-    changed = runs.select(rows, method="robust-changed")
-    changes = {change: runs.select(changed, change=change) for change in dict.fromkeys(row["change"] for row in changed)}
-    if changes:
-        same = [row for row in long["robust"] if row["seed"] in {row["seed"] for row in changed}]
-        compare("robust-changed", f"30% faulty, {LONG}", {"robust, as it is": same} | changes)
+    if changed := one_at_a_time(rows):
+        compare("robust-changed", f"30% faulty, {LONG}", changed)
     judged = {f"{e}, plain xID's bank": (e, "xid") for e in measures.ESTIMATORS}
     judged |= {f"{e}, the bank trained with it": (e, f"soft-{e}") for e in measures.ESTIMATORS}
     head = [
@@ -178,6 +175,15 @@ def tables(rows):
         lines.append([name, *((m, f"{e} same kind") for m in mine), *((m, f"{e} on faulty") for m in mine[1:])])
     text["robust-targets"] = runs.table(head, lines)
     return text
+
+
+def one_at_a_time(rows):
+    """{a change: its rows}, before them robust as it is, of the same seeds; empty where nothing was changed yet."""
+    changed = runs.select(rows, method="robust-changed")
+    seeds = {row["seed"] for row in changed}
+    as_it_is = [row for row in runs.select(rows, method="robust", change=LONG) if row["seed"] in seeds]
+    changes = dict.fromkeys(row["change"] for row in changed)
+    return {"robust, as it is": as_it_is} | {c: runs.select(changed, change=c) for c in changes} if changed else {}
 
 
 def draw(rows, images, folder, arguments):
@@ -197,6 +203,9 @@ def draw(rows, images, folder, arguments):
     yield figures.weights(images / "robust-weights.png", faulty, ("xid", "weighted", "robust"))
     xid = {title: runs.select(mine, method="xid") for title, mine in groups.items()}
     yield figures.soft_targets(images / "robust-targets.png", xid)
+    if changed := one_at_a_time(rows):
+        named = [row | {"method": change} for change, mine in changed.items() for row in mine]
+        yield figures.bars(images / "robust-changed.png", named, list(changed), shown)
     yield from figures.pictures(STUDY, ("xid", "robust"), images, folder, arguments, faulty="0.3", change=LONG)
 
 
