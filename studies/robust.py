@@ -146,7 +146,8 @@ def tables(rows):
     untrained = runs.select(main, method="untrained")
 
     def compare(name, head, lines):
-        lines = {"untrained": untrained} | lines
+        seeds = {row["seed"] for mine in lines.values() for row in mine}
+        lines = {"untrained": [row for row in untrained if row["seed"] in seeds]} | lines
         cells = [[what, *((mine, column) for column in MEASURES), str(len(mine))] for what, mine in lines.items() if mine]
         text[name] = runs.table([head, *MEASURES.values(), "runs"], cells)
 
@@ -157,6 +158,8 @@ def tables(rows):
         )
     long = {m: runs.select(rows, method=m, change=LONG) for m in methods}
     compare("robust-long", f"30% faulty, {LONG}", long)
+    gains = [[m, *((over(mine, long["xid"]), column) for column in MEASURES)] for m, mine in long.items() if mine and m != "xid"]
+    text["robust-gains"] = runs.table([f"30% faulty, {LONG}, over plain xID", *MEASURES.values()], gains)
     compare("robust-cold", f"30% faulty, {COLD}", {m: runs.select(rows, method=m, change=COLD) for m in methods})
     if changed := one_at_a_time(rows):
         compare("robust-changed", f"30% faulty, {LONG}", changed)
@@ -175,6 +178,13 @@ def tables(rows):
         lines.append([name, *((m, f"{e} same kind") for m in mine), *((m, f"{e} on faulty") for m in mine[1:])])
     text["robust-targets"] = runs.table(head, lines)
     return text
+
+
+def over(rows, others):
+    """What each row has more than the row of the same seed among `others`, by column of MEASURES: rows."""
+    by_seed = {row["seed"]: row for row in others}
+    pairs = [(row, by_seed[row["seed"]]) for row in rows if row["seed"] in by_seed]
+    return [{column: str(float(row[column]) - float(other[column])) for column in MEASURES} for row, other in pairs]
 
 
 def one_at_a_time(rows):

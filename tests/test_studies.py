@@ -113,6 +113,16 @@ def test_only_takes_methods_and_changes_and_says_what_it_does_not_know(tmp_path,
     assert end.value.code == 2 and "no xdi in this study; it has xid," in capsys.readouterr().err
 
 
+def test_gains_are_between_rows_of_the_same_seed():
+    def rows(by_seed):
+        return [dict.fromkeys(robust.MEASURES, value) | {"seed": seed} for seed, value in by_seed.items()]
+
+    mine, others = rows({"0": "50.5", "1": "60", "2": "70"}), rows({"2": "71", "0": "50"})
+    gains = robust.over(mine, others)
+    assert [float(row["kind probe video"]) for row in gains] == [0.5, -1]  # seed 1 has no other
+    assert runs.mean_std(robust.over(mine, mine), "AUROC") == (0, 0)  # no difference is a number, too
+
+
 def test_soft_targets_by_the_manifest_are_the_same_for_all_of_the_kind():
     seen, heard = ["drum", "bell", "drum", "voice"], ["drum", "drum", "music", "voice"]
     columns = {"label": seen, "sound": heard, "faulty": ["0", "1", "1", "0"]}
