@@ -11,19 +11,23 @@ fewshot    linear SVM from 1, 5 and 20 labelled videos a class, mean and deviati
 finetune   the whole network, trained on (settings finetune.*); under torchrun on several GPUs; the same command resumes
 """
 
-from avid import config
+from avid import cli, config
 
 MODES = ("linear", "svm", "fewshot", "finetune")
 
 
 def command_line(argv=None):
-    arguments = config.evaluation_parser(__doc__)
-    arguments.add_argument("--modality", choices=("video", "audio"), help="default: what the data set has, both if it can")
+    arguments = cli.evaluation_parser(__doc__)
+    arguments.add_argument(
+        "--modality", choices=("video", "audio"), help="default: what the data set has, both if it can"
+    )
     arguments.add_argument("--mode", choices=MODES, default="linear", help="default: linear")
     arguments.add_argument(
-        "--save", metavar="FILE.npz", help="also write features, embeddings, labels and paths of the evaluated part"
+        "--save",
+        metavar="FILE.npz",
+        help="also write features, embeddings, labels and paths of the evaluated part",
     )
-    return arguments.parse_args(argv)
+    return cli.evaluation(arguments, argv)
 
 
 if __name__ == "__main__":  # before the heavy imports: --help and a wrong argument answer at once
@@ -33,7 +37,7 @@ from pathlib import Path
 
 import numpy as np
 
-from avid import distributed, evaluation, finetune, preflight
+from avid import distributed, evaluation, files, finetune
 
 
 def main(arguments):
@@ -49,14 +53,20 @@ def main(arguments):
     divisions = {modality: [] for modality in modalities}
     for train_table, test_table in tables:
         print(f"{train_table.report()}\n{test_table.report()}")
-        evaluation.settle(subject, train_table, modalities)
+        evaluation.calibrate_batch_norm(subject, train_table, modalities)
         if arguments.mode == "finetune":
             for modality in modalities:
-                divisions[modality].append(finetune.finetune(subject, train_table, test_table, modality, subject.out))
+                divisions[modality].append(
+                    finetune.finetune(subject, train_table, test_table, modality, subject.out)
+                )
             continue
         train, test = (evaluation.features(subject, table, modalities) for table in (train_table, test_table))
         train_y, test_y = train_table.labels[train.index], test_table.labels[test.index]
-        counts = {"train_videos": len(train_y), "videos": len(test_y), "skipped": len(train.failures) + len(test.failures)}
+        counts = {
+            "train_videos": len(train_y),
+            "videos": len(test_y),
+            "skipped": len(train.failures) + len(test.failures),
+        }
         for modality in modalities:
             known = (train.features[modality], train_y, test.features[modality], test_y, subject.cfg.seed)
             if arguments.mode == "fewshot":
@@ -65,7 +75,12 @@ def main(arguments):
                 result = evaluation.linear_probe(*known, arguments.mode)
             divisions[modality].append({**counts, **result})
         if arguments.save:
-            test.save(arguments.save, labels=test_y, classes=test_table.classes, paths=np.array(test_table.paths)[test.index])
+            test.save(
+                arguments.save,
+                labels=test_y,
+                classes=test_table.classes,
+                paths=np.array(test_table.paths)[test.index],
+            )
 
     first = distributed.rank() == 0
     distributed.end()
@@ -75,8 +90,18 @@ def main(arguments):
     for modality in modalities:
         scores = [key for key in divisions[modality][0] if key.endswith(("top1", "top5", "std"))]
         mean = {key: np.mean([d[key] for d in divisions[modality]]).item() for key in scores}
-        row = {"mode": arguments.mode, "modality": modality, "label": subject.cfg.data.label, **divisions[modality][0], **mean}
-        rows.append(evaluation.write_result(subject, f"{arguments.mode}-{modality}", {**row, "divisions": divisions[modality]}))
+        row = {
+            "mode": arguments.mode,
+            "modality": modality,
+            "label": subject.cfg.data.label,
+            **divisions[modality][0],
+            **mean,
+        }
+        rows.append(
+            evaluation.write_result(
+                subject, f"{arguments.mode}-{modality}", {**row, "divisions": divisions[modality]}
+            )
+        )
     evaluation.print_table(rows, ("modality", "label", "train_videos", "videos", *scores))
 
 
@@ -84,12 +109,18 @@ def can_save(arguments, divisions):
     """Raise ConfigError where --save asks for what there is not, or would overwrite a file."""
     path = Path(arguments.save)
     if arguments.mode == "finetune":
-        raise config.ConfigError(f"--save {path} cannot be written: there are no frozen features with --mode finetune")
+        raise config.ConfigError(
+            f"--save {path} cannot be written: there are no frozen features with --mode finetune"
+        )
     if divisions > 1:
-        raise config.ConfigError(f"--save {path} cannot be written: it keeps one division; name it, such as --split 1")
+        raise config.ConfigError(
+            f"--save {path} cannot be written: it keeps one division; name it, such as --split 1"
+        )
     if path.exists():
-        raise config.ConfigError(f"--save {path} exists, and is not overwritten; delete it, or name another file")
-    preflight.check_folder(path.parent)
+        raise config.ConfigError(
+            f"--save {path} exists, and is not overwritten; delete it, or name another file"
+        )
+    files.check_folder(path.parent)
 
 
 if __name__ == "__main__":

@@ -11,15 +11,17 @@ fingerprint    distorted copies of the evaluation videos, each of 13 distortions
                only where asked for: it reads the files some 40 times
 """
 
-from avid import config
+from avid import cli, config
 
 TASKS = ("video", "audio", "cross", "fingerprint")
 
 
 def command_line(argv=None):
-    arguments = config.evaluation_parser(__doc__)
-    arguments.add_argument("--task", choices=TASKS, help="default: all that the data set allows but fingerprint")
-    return arguments.parse_args(argv)
+    arguments = cli.evaluation_parser(__doc__)
+    arguments.add_argument(
+        "--task", choices=TASKS, help="default: all that the data set allows but fingerprint"
+    )
+    return cli.evaluation(arguments, argv)
 
 
 if __name__ == "__main__":  # before the heavy imports: --help and a wrong argument answer at once
@@ -27,7 +29,8 @@ if __name__ == "__main__":  # before the heavy imports: --help and a wrong argum
 
 import numpy as np
 
-from avid import datasets, evaluation, figures, fingerprint
+from avid import datasets, evaluation
+from avid.tools import figures, fingerprint
 
 RANKS = (1, 5, 10, 20)
 SHOWN = 6  # queries on a contact sheet, and videos found by each
@@ -37,7 +40,9 @@ def main(arguments):
     subject = evaluation.subject(arguments)
     held = evaluation.modalities_of(subject.cfg)
     if arguments.task in ("video", "cross") and "video" not in held:
-        config.stop(f"--task {arguments.task} needs pictures, and {subject.cfg.data.name} has none; use --task audio")
+        config.stop(
+            f"--task {arguments.task} needs pictures, and {subject.cfg.data.name} has none; use --task audio"
+        )
     tasks = [arguments.task] if arguments.task else [*held] + ["cross"] * (len(held) == 2)
     modalities = held if arguments.task in (None, "cross", "fingerprint") else (arguments.task,)
     for task in tasks:
@@ -50,7 +55,7 @@ def main(arguments):
     results = {task: [] for task in tasks}
     for train_table, table in divisions:
         print(f"{train_table.report()}\n{table.report()}")
-        evaluation.settle(subject, train_table, modalities)
+        evaluation.calibrate_batch_norm(subject, train_table, modalities)
         if arguments.task == "fingerprint":
             results["fingerprint"].append(fingerprint.measure(subject, table, modalities, RANKS))
             continue
@@ -67,12 +72,20 @@ def main(arguments):
             counts = {"videos": len(query), "gallery_videos": len(key), "skipped": len(found.failures)}
             results[task].append({**counts, **result})
             if len(results[task]) == 1:
-                draw(subject, task, found, table, gallery, gallery_table, evaluation.nearest(query, key, SHOWN))
+                draw(
+                    subject, task, found, table, gallery, gallery_table, evaluation.nearest(query, key, SHOWN)
+                )
 
     for task in tasks:
         recalls = [name for name in results[task][0] if "R@" in name]
         mean = {name: np.mean([result[name] for result in results[task]]).item() for name in recalls}
-        row = {"task": task, "label": subject.cfg.data.label, **results[task][0], **mean, "divisions": results[task]}
+        row = {
+            "task": task,
+            "label": subject.cfg.data.label,
+            **results[task][0],
+            **mean,
+            "divisions": results[task],
+        }
         row = evaluation.write_result(subject, f"retrieval-{task}", row)
         print(f"{task}: {row['videos']} queries, {row['gallery_videos']} videos to find")
         if task == "fingerprint":
@@ -91,9 +104,12 @@ def picture(subject, task):
 
 def by_class(query, key, query_y, key_y):
     """R@k by class; chance is what a random order would give for k = 1."""
-    match, everything = evaluation.same_class(query_y, key_y), np.arange(len(key_y))
+    match, everything = datasets.same_class(query_y, key_y), np.arange(len(key_y))
     chance = 100 * np.mean([match(q, everything).mean() for q in range(len(query_y))]).item()
-    return {**evaluation.recall(evaluation.nearest(query, key, max(RANKS)), match, RANKS), "chance R@1": chance}
+    return {
+        **evaluation.recall(evaluation.nearest(query, key, max(RANKS)), match, RANKS),
+        "chance R@1": chance,
+    }
 
 
 def draw(subject, task, found, table, gallery, gallery_table, nearest):

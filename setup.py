@@ -11,7 +11,7 @@ setup(
     long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
-    packages=["avid", "avid.configs"],
+    packages=["avid", "avid.configs", "avid.tools"],
     package_data={"avid.configs": ["*.yaml"]},
     python_requires=">=3.10,<3.14",
     install_requires=[
@@ -29,6 +29,8 @@ setup(
     ],
     extras_require={
         "dev": ["pytest>=8,<10", "hypothesis>=6.100,<7", "ruff>=0.12"],
-        "prepare": ["imageio-ffmpeg>=0.6,<0.9"],  # brings ffmpeg for `python -m avid.data prepare`; tested: 0.8.1, ffmpeg 9.0
+        "prepare": [
+            "imageio-ffmpeg>=0.6,<0.9"
+        ],  # brings ffmpeg for `python -m avid prepare`; tested: 0.8.1, ffmpeg 9.0
     },
 )

@@ -6,11 +6,10 @@ Out: a `Config`. A wrong key, type or value raises `ConfigError`, one line that 
 Sources: [P] the papers, [A] the public AVID-CMA code, [F] published follow-up work, [C] our choice; docs/method.md explains.
 """
 
-import argparse
 import dataclasses
 import difflib
+import functools
 import math
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,189 +17,323 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
+from . import datasets, files
+from .files import ConfigError
+
 PACKAGED = Path(__file__).parent / "configs"
-DATA_SETS = ("toy", "folder", "manifest", "kinetics400", "kinetics600", "kinetics700", "vggsound", "audioset")
-DATA_SETS += ("ucf101", "hmdb51", "esc50")
-SOUND_ONLY = ("esc50",)  # data sets without pictures
-TOY_LABELS = ("label", "motion", "tempo", "faulty", "sound", "pitch_hz")  # columns of the toy's manifest that can be the class
-BACKBONES = ("avid", "r2plus1d_18", "r3d_18", "s3d")
+TOY_LABELS = (
+    "label",
+    "motion",
+    "tempo",
+    "faulty",
+    "sound",
+    "pitch_hz",
+)  # columns of the toy's manifest that can be the class
+RENAMED = {"eval.settle_batches": "eval.calibration_batches"}  # settings of earlier versions
 WRITTEN = "# settings of a run, written by train.py; the run folder is known by this line\n"
 
 
-class ConfigError(ValueError):
-    """A setting that cannot be used; the message is one line that says which and what to do."""
-
-    def __init__(self, message):
-        super().__init__(str(message).replace("\n", "\\n"))  # what was given may have several
-
-
-def setting(default, help):
+def setting(default, help, *, at_least=None, above=None, at_most=None, below=None, choices=None):
+    """A field with its default, what it is, and its range (of a list: of each of its numbers) or its choices."""
+    metadata = {
+        "help": help,
+        "at_least": at_least,
+        "above": above,
+        "at_most": at_most,
+        "below": below,
+        "choices": choices,
+    }
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def range_text(at_least=None, above=None, at_most=None, below=None, choices=None, **_):
+    """The range or the choices of a setting in words; empty where every value will do."""
+    if choices:
+        return "one of " + ", ".join(map(str, choices))
+    low = (
+        f"more than {above:g}"
+        if above is not None
+        else f"{at_least:g} or more"
+        if at_least is not None
+        else ""
+    )
+    high = (
+        f"less than {below:g}" if below is not None else f"at most {at_most:g}" if at_most is not None else ""
+    )
+    if at_least is not None and at_most is not None:
+        return f"{at_least:g} to {at_most:g}"
+    return " and ".join(filter(None, (low, high)))
+
+
+def in_range(value, at_least=None, above=None, at_most=None, below=None, choices=None, **_):
+    if choices:
+        return value in choices
+    return (
+        (at_least is None or value >= at_least)
+        and (above is None or value > above)
+        and (at_most is None or value <= at_most)
+        and (below is None or value < below)
+    )
 
 
 @dataclass
 class Data:
-    name: str = setting("toy", f"data set: {', '.join(DATA_SETS)}")
-    root: str = setting("data", "folder of the data set; the toy is written into a folder of its own below it")
+    name: str = setting("toy", "data set", choices=tuple(datasets.DATA))
+    root: str = setting(
+        "data", "folder of the data set; the toy is written into a folder of its own below it"
+    )
     split: str = setting("", "part to read; empty: the data set's own train (test for evaluation)")
     label: str = setting("label", "column of the manifest that is the class (evaluation only)")
     subset: str = setting("", "esc10: the 10 classes of ESC-10 of data set esc50; empty: the whole data set")
-    workers: int = setting(8, "decoding processes a rank; 0: none, and a decoder that hangs or dies is the end of the run [C]")
-    timeout_s: float = setting(60.0, "s; a file on which a decoding process takes longer, twice, is given up [C]")
-    in_memory: bool = setting(False, "each process keeps what it decoded, whole and as it is: for small data sets [C]")
-    max_bad_share: float = setting(0.1, "stop when more than this share of the drawn files cannot be used [C]")
+    workers: int = setting(
+        8,
+        "decoding processes a rank; 0: none, and a decoder that hangs or dies is the end of the run [C]",
+        at_least=0,
+    )
+    timeout_s: float = setting(
+        60.0,
+        "s; a file on which a decoding process takes longer, twice, is given up [C]",
+        above=0,
+        at_most=86400,
+    )
+    in_memory: bool = setting(
+        False, "each process keeps what it decoded, whole and as it is: for small data sets [C]"
+    )
+    max_bad_share: float = setting(
+        0.1, "stop when more than this share of the drawn files cannot be used [C]", at_least=0, at_most=1
+    )
 
 
 @dataclass
 class Video:
-    frames: int = setting(8, "frames a clip [A]")
-    fps: float = setting(16.0, "frames a second of the clip, whatever the file's [A]")
-    size: int = setting(112, "side of the square clip, pixels [A: 224; C: 112]")
-    crop_area: list[float] = setting([0.08, 1.0], "area of the random crop, share of the frame [A]")
-    crop_ratio: list[float] = setting([0.75, 1.3333], "width / height of the random crop [A]")
-    flip: float = setting(0.5, "probability of a horizontal flip [A]")
-    jitter: list[float] = setting([0.4, 0.4, 0.4, 0.2], "strength of brightness, contrast, saturation, hue [A]")
-    grey: float = setting(0.0, "probability of a clip without colour. temporal: 0.2 [C]")
+    frames: int = setting(8, "frames a clip [A]", at_least=1)
+    fps: float = setting(16.0, "frames a second of the clip, whatever the file's [A]", above=0)
+    size: int = setting(112, "side of the square clip, pixels [A: 224; C: 112]", at_least=1)
+    crop_area: list[float] = setting(
+        [0.08, 1.0], "area of the random crop, share of the frame [A]", above=0, at_most=1
+    )
+    crop_ratio: list[float] = setting([0.75, 1.3333], "width / height of the random crop [A]", above=0)
+    flip: float = setting(0.5, "probability of a horizontal flip [A]", at_least=0, at_most=1)
+    jitter: list[float] = setting(
+        [0.4, 0.4, 0.4, 0.2], "strength of brightness, contrast, saturation, hue [A]", at_least=0, at_most=1
+    )
+    grey: float = setting(
+        0.0, "probability of a clip without colour. temporal: 0.2 [C]", at_least=0, at_most=1
+    )
 
 
 @dataclass
 class Audio:
-    seconds: float = setting(2.0, "length of the sound clip, s [A]")
-    rate_hz: int = setting(24000, "sample rate, Hz [A]")
-    frames_per_s: int = setting(100, "spectrogram columns a second [A]")
-    n_fft: int = setting(512, "window and FFT length, samples: 257 linear bins [A]")
-    mels: int = setting(80, "mel bands; 0: the linear bins [C; A: linear]")
-    volume: float = setting(0.1, "random gain, ± this share [A]")
-    mask_time: float = setting(0.0, "widest masked stretch, share of the columns. temporal: 0.2 [C]")
-    mask_frequency: float = setting(0.0, "widest masked band, share of the bins. temporal: 0.2 [C]")
+    seconds: float = setting(2.0, "length of the sound clip, s [A]", above=0)
+    rate_hz: int = setting(24000, "sample rate, Hz [A]", at_least=1)
+    frames_per_s: int = setting(100, "spectrogram columns a second [A]", at_least=1)
+    n_fft: int = setting(512, "window and FFT length, samples: 257 linear bins [A]", at_least=1)
+    mels: int = setting(80, "mel bands; 0: the linear bins [C; A: linear]", at_least=0)
+    volume: float = setting(0.1, "random gain, ± this share [A]", at_least=0, below=1)
+    mask_time: float = setting(
+        0.0, "widest masked stretch, share of the columns. temporal: 0.2 [C]", at_least=0, at_most=1
+    )
+    mask_frequency: float = setting(
+        0.0, "widest masked band, share of the bins. temporal: 0.2 [C]", at_least=0, at_most=1
+    )
 
 
 @dataclass
 class Temporal:
-    moments: int = setting(1, "clips a video: 1, or 2, which order and the contrast within a modality need [P]")
-    speeds: list[int] = setting([1], "playback speeds, drawn equally often. temporal: 1, 2, 4, 8 [C]")
+    moments: int = setting(
+        1, "clips a video: 1, or 2, which order and the contrast within a modality need [P]", choices=(1, 2)
+    )
+    speeds: list[int] = setting(
+        [1], "playback speeds, drawn equally often. temporal: 1, 2, 4, 8 [C]", at_least=1
+    )
     reverse: bool = setting(False, "half of the clips run backwards [P]")
 
 
 @dataclass
 class Model:
-    video: str = setting("avid", f"video network: {', '.join(BACKBONES)} (all but avid are torchvision's) [A]")
-    width: int = setting(64, "channels of the stem; features are 8 × this [A]")
-    depth: int = setting(2, "residual blocks a stage of the video network [A]")
-    embedding: int = setting(128, "D, dimensions of the embeddings [A]")
-    head_norm: str = setting("none", "none [A], or batch: batch norm in the heads and at their end [C]")
+    video: str = setting(
+        "avid",
+        "video network: avid, or torchvision's r2plus1d_18, r3d_18, s3d, which ignore width and depth [A]",
+    )
+    audio: str = setting("avid", "audio network: avid [A]")
+    width: int = setting(64, "channels of the stem; features are 8 × this [A]", at_least=1)
+    depth: int = setting(2, "residual blocks a stage of the video network [A]", at_least=1)
+    embedding: int = setting(128, "D, dimensions of the embeddings [A]", at_least=1)
+    head_norm: str = setting(
+        "none", "none [A], or batch: batch norm in the heads and at their end [C]", choices=("none", "batch")
+    )
 
 
 @dataclass
 class Bank:
-    momentum: float = setting(0.5, "m: memory ← m · memory + (1 − m) · embedding [A]")
-    num_negatives: int | str = setting(1024, "K, negatives drawn a step and shared by the batch; all: every instance [A]")
-    dtype: str = setting("float32", "what memories are stored as: float32 [A], float16, bfloat16 [C]")
-    spread: bool = setting(False, "each rank holds a part of the bank instead of all of it, docs/scaling.md [C]")
+    momentum: float = setting(0.5, "m: memory ← m · memory + (1 − m) · embedding [A]", at_least=0, at_most=1)
+    num_negatives: int | str = setting(
+        1024, "K, negatives drawn a step and shared by the batch; all: every instance [A]"
+    )
+    dtype: str = setting(
+        "float32",
+        "what memories are stored as: float32 [A], float16, bfloat16 [C]",
+        choices=("float32", "float16", "bfloat16"),
+    )
+    spread: bool = setting(
+        False, "each rank holds a part of the bank instead of all of it, docs/scaling.md [C]"
+    )
 
 
 @dataclass
 class Loss:
-    temperature: float = setting(0.07, "τ [A]")
-    w_min: float = setting(1.0, "least weight of a faulty positive; 1: weights off. robust: 0.25 [F]")
+    temperature: float = setting(0.07, "τ [A]", above=0)
+    w_min: float = setting(
+        1.0, "least weight of a faulty positive; 1: weights off. robust: 0.25 [F]", at_least=0, at_most=1
+    )
     delta: float = setting(0.0, "δ: the weights' threshold is μ + δσ [F]")
-    kappa: float = setting(0.5, "κ: the weights' variance is κσ² [F]")
-    soft: float = setting(0.0, "λ, share of the soft target; 0: one-hot. robust: 0.5 [F]")
-    estimator: str = setting("cycle", "soft target: bootstrap, swapped, neighbor, cycle [P]")
-    tau_s: float = setting(0.02, "τ_s of the soft targets [F]")
-    tau_t: float = setting(0.07, "τ_t of the cycle's outer steps [F]")
-    warmup_epochs: int = setting(0, "epochs of plain xID before weights and soft targets [C]")
+    kappa: float = setting(0.5, "κ: the weights' variance is κσ² [F]", above=0)
+    soft: float = setting(
+        0.0, "λ, share of the soft target; 0: one-hot. robust: 0.5 [F]", at_least=0, at_most=1
+    )
+    estimator: str = setting(
+        "cycle",
+        "soft target: bootstrap, swapped, neighbor, cycle [P]",
+        choices=("bootstrap", "swapped", "neighbor", "cycle"),
+    )
+    tau_s: float = setting(0.02, "τ_s of the soft targets [F]", above=0)
+    tau_t: float = setting(0.07, "τ_t of the cycle's outer steps [F]", above=0)
+    warmup_epochs: int = setting(0, "epochs of plain xID before weights and soft targets [C]", at_least=0)
 
 
 @dataclass
 class Contrast:
-    temperature: float = setting(0.07, "τ of the contrast between clips [C]")
-    n_pos: int = setting(4, "positives from the bank besides the usual one; 0: none [C]")
-    k_pos: int = setting(32, "they are drawn from the k nearest memories, which are never negatives [C]")
-    tau_p: float = setting(0.1, "τ_p: drawn with probability ∝ exp(sim/τ_p) [C]")
-    negatives: int = setting(1024, "negatives drawn for each instance [C]")
-    tau_n: float = setting(float("inf"), "τ_n: drawn with probability ∝ exp(sim/τ_n); .inf: uniformly, smaller: harder [C]")
+    temperature: float = setting(0.07, "τ of the contrast between clips [C]", above=0)
+    n_pos: int = setting(4, "positives from the bank besides the usual one; 0: none [C]", at_least=0)
+    k_pos: int = setting(
+        32, "they are drawn from the k nearest memories, which are never negatives [C]", at_least=0
+    )
+    tau_p: float = setting(0.1, "τ_p: drawn with probability ∝ exp(sim/τ_p) [C]", above=0)
+    negatives: int = setting(1024, "negatives drawn for each instance [C]", at_least=1)
+    tau_n: float = setting(
+        float("inf"),
+        "τ_n: drawn with probability ∝ exp(sim/τ_n); .inf: uniformly, smaller: harder [C]",
+        above=0,
+    )
 
 
 @dataclass
 class Weights:
-    xid: float = setting(1.0, "cross-modal instance discrimination, plain or robust [P]")
-    contrast_vv: float = setting(0.0, "contrast of the two moments' video clips, (v, v') [P]")
-    contrast_aa: float = setting(0.0, "contrast of the two moments' audio clips, (a, a') [P]")
-    contrast_va: float = setting(0.0, "contrast of a video clip with sounds, (v, a) [P]")
-    contrast_av: float = setting(0.0, "contrast of an audio clip with videos, (a, v) [P]")
-    speed_video: float = setting(0.0, "playback speed of a video clip [P]")
-    speed_audio: float = setting(0.0, "playback speed of an audio clip [P]")
-    direction_video: float = setting(0.0, "direction of a video clip [P]")
-    direction_audio: float = setting(0.0, "direction of an audio clip [P]")
-    order_video: float = setting(0.0, "order of two video clips, (v, v') [P]")
-    order_audio: float = setting(0.0, "order of two audio clips, (a, a') [P]")
-    order_cross: float = setting(0.0, "order of a video clip and an audio clip, (v, a') and (a, v') [P]")
+    xid: float = setting(1.0, "cross-modal instance discrimination, plain or robust [P]", at_least=0)
+    contrast_vv: float = setting(0.0, "contrast of the two moments' video clips, (v, v') [P]", at_least=0)
+    contrast_aa: float = setting(0.0, "contrast of the two moments' audio clips, (a, a') [P]", at_least=0)
+    contrast_va: float = setting(0.0, "contrast of a video clip with sounds, (v, a) [P]", at_least=0)
+    contrast_av: float = setting(0.0, "contrast of an audio clip with videos, (a, v) [P]", at_least=0)
+    speed_video: float = setting(0.0, "playback speed of a video clip [P]", at_least=0)
+    speed_audio: float = setting(0.0, "playback speed of an audio clip [P]", at_least=0)
+    direction_video: float = setting(0.0, "direction of a video clip [P]", at_least=0)
+    direction_audio: float = setting(0.0, "direction of an audio clip [P]", at_least=0)
+    order_video: float = setting(0.0, "order of two video clips, (v, v') [P]", at_least=0)
+    order_audio: float = setting(0.0, "order of two audio clips, (a, a') [P]", at_least=0)
+    order_cross: float = setting(
+        0.0, "order of a video clip and an audio clip, (v, a') and (a, v') [P]", at_least=0
+    )
 
 
 @dataclass
 class Optim:
-    epochs: int = setting(200, "epochs; one is N / batch_size steps [C; A: 400]")
-    batch_size: int = setting(256, "clips a step over all ranks [A]")
-    draws: str = setting("epoch", "epoch: shuffled passes [A]; iid: instances drawn independently, with replacement [C]")
-    lr: float = setting(2e-4, "learning rate of Adam [A]")
-    weight_decay: float = setting(1e-5, "L2 penalty of Adam [A]")
-    schedule: str = setting("cosine", "after the warm-up: cosine [C], steps, or constant [A]")
-    warmup_epochs: float = setting(5.0, "epochs of linear warm-up [C]")
-    milestones: list[float] = setting([0.5, 0.75], "schedule=steps: shares of the run after which lr is multiplied by gamma [C]")
-    gamma: float = setting(0.1, "factor of schedule=steps [C]")
-    max_bad_steps: int = setting(10, "stop when so many steps in a row are not finite [C]")
-    clip_grad: float = setting(0.0, "largest norm of the gradient; 0: no clipping [C]")
-    amp: str = setting("bf16", "autocast on CUDA: bf16, fp16 (with loss scaling) or none; CPU always float32 [C]")
+    epochs: int = setting(200, "epochs; one is N / batch_size steps [C; A: 400]", at_least=1)
+    batch_size: int = setting(256, "clips a step over all ranks [A]", at_least=1)
+    draws: str = setting(
+        "epoch",
+        "epoch: shuffled passes [A]; iid: instances drawn independently, with replacement [C]",
+        choices=("epoch", "iid"),
+    )
+    lr: float = setting(2e-4, "learning rate of Adam [A]", above=0)
+    weight_decay: float = setting(1e-5, "L2 penalty of Adam [A]", at_least=0)
+    schedule: str = setting(
+        "cosine",
+        "after the warm-up: cosine [C], steps, or constant [A]",
+        choices=("cosine", "steps", "constant"),
+    )
+    warmup_epochs: float = setting(5.0, "epochs of linear warm-up [C]", at_least=0)
+    milestones: list[float] = setting(
+        [0.5, 0.75],
+        "schedule=steps: shares of the run after which lr is multiplied by gamma [C]",
+        at_least=0,
+        at_most=1,
+    )
+    gamma: float = setting(0.1, "factor of schedule=steps [C]", at_least=0)
+    max_bad_steps: int = setting(10, "stop when so many steps in a row are not finite [C]", at_least=1)
+    clip_grad: float = setting(0.0, "largest norm of the gradient; 0: no clipping [C]", at_least=0)
+    amp: str = setting(
+        "bf16",
+        "autocast on CUDA: bf16, fp16 (with loss scaling) or none; CPU always float32 [C]",
+        choices=("bf16", "fp16", "none"),
+    )
     compile: bool = setting(False, "torch.compile the network [C]")
-    checkpoint_activations: bool = setting(False, "backward computes the video network again: less memory, more time [C]")
+    checkpoint_activations: bool = setting(
+        False, "backward computes the video network again: less memory, more time [C]"
+    )
     sync_bn: bool = setting(True, "batch statistics over all ranks [C]")
 
 
 @dataclass
 class Finetune:
-    epochs: int = setting(160, "passes over the labelled videos, one clip each, by the whole network [A: 16 of 10 clips]")
-    warmup_epochs: int = setting(50, "passes before them that train the classifier alone [A: 5 of 10 clips]")
-    batch_size: int = setting(64, "clips a step over all ranks [A; of 32 frames: 32]")
-    lr: float = setting(1e-4, "learning rate of Adam [A]")
-    weight_decay: float = setting(0.0, "L2 penalty of Adam [A]")
-    milestones: list[float] = setting([0.375, 0.625, 0.875], "shares of the epochs after which lr is multiplied by gamma [A]")
-    gamma: float = setting(0.3, "factor at the milestones [A]")
-    dropout: float = setting(0.5, "probability that a feature is dropped before the classifier [A]")
+    epochs: int = setting(
+        160,
+        "passes over the labelled videos, one clip each, by the whole network [A: 16 of 10 clips]",
+        at_least=1,
+    )
+    warmup_epochs: int = setting(
+        50, "passes before them that train the classifier alone [A: 5 of 10 clips]", at_least=0
+    )
+    batch_size: int = setting(64, "clips a step over all ranks [A; of 32 frames: 32]", at_least=1)
+    lr: float = setting(1e-4, "learning rate of Adam [A]", above=0)
+    weight_decay: float = setting(0.0, "L2 penalty of Adam [A]", at_least=0)
+    milestones: list[float] = setting(
+        [0.375, 0.625, 0.875],
+        "shares of the epochs after which lr is multiplied by gamma [A]",
+        at_least=0,
+        at_most=1,
+    )
+    gamma: float = setting(0.3, "factor at the milestones [A]", at_least=0)
+    dropout: float = setting(
+        0.5, "probability that a feature is dropped before the classifier [A]", at_least=0, below=1
+    )
 
 
 @dataclass
 class Log:
-    every_steps: int = setting(20, "steps between two lines of metrics.jsonl")
-    check_epochs: int = setting(5, "epochs between two checks on held-out videos; 0: none")
-    check_videos: int = setting(2000, "held-out videos a check looks at, at most")
-    checkpoint_minutes: float = setting(10.0, "minutes between two checkpoints within an epoch")
+    every_steps: int = setting(20, "steps between two lines of metrics.jsonl", at_least=1)
+    check_epochs: int = setting(5, "epochs between two checks on held-out videos; 0: none", at_least=0)
+    check_videos: int = setting(2000, "held-out videos a check looks at, at most", at_least=1)
+    checkpoint_minutes: float = setting(10.0, "minutes between two checkpoints within an epoch", at_least=0)
 
 
 @dataclass
 class Eval:
-    clips: int = setting(10, "clips a video, evenly spaced [A]")
-    crop: float = setting(0.875, "side of the central crop, share of the short side [A]")
-    batch_size: int = setting(64, "videos a forward pass")
-    settle_batches: int = setting(20, "batches that set an untrained network's batch-norm statistics [C]")
+    clips: int = setting(10, "clips a video, evenly spaced [A]", at_least=1)
+    crop: float = setting(0.875, "side of the central crop, share of the short side [A]", above=0, at_most=1)
+    batch_size: int = setting(64, "videos a forward pass", at_least=1)
+    calibration_batches: int = setting(
+        20, "batches that set an untrained network's batch-norm statistics [C]", at_least=0
+    )
 
 
 @dataclass
 class Toy:
-    train: int = setting(800, "training videos")
-    test: int = setting(300, "test videos")
-    seconds: float = setting(6.0, "length of a video, s")
-    size: int = setting(64, "side of a video, pixels")
-    fps: int = setting(16, "frames a second")
-    rate_hz: int = setting(16000, "sample rate of the sound, Hz")
-    faulty: float = setting(0.0, "share of training videos whose sound does not belong to them")
+    train: int = setting(800, "training videos", at_least=1)
+    test: int = setting(300, "test videos", at_least=1)
+    seconds: float = setting(6.0, "length of a video, s", above=0)
+    size: int = setting(64, "side of a video, pixels", at_least=1)
+    fps: int = setting(16, "frames a second", at_least=1)
+    rate_hz: int = setting(16000, "sample rate of the sound, Hz", at_least=1)
+    faulty: float = setting(
+        0.0, "share of training videos whose sound does not belong to them", at_least=0, at_most=1
+    )
 
 
 @dataclass
 class Config:
-    seed: int = setting(0, "decides everything random, the toy data included")
+    seed: int = setting(0, "decides everything random, the toy data included", at_least=0)
     out: str = setting("", "run folder; empty: runs/<name of the configuration>")
     profile: bool = setting(False, "trace a few steps of training with torch's profiler")
     data: Data = field(default_factory=Data)
@@ -219,14 +352,20 @@ class Config:
     toy: Toy = field(default_factory=Toy)
 
 
-def settings(schema=Config, prefix=""):
-    """Every setting as (dotted key, default, help)."""
+def fields(schema=Config, prefix=""):
+    """Every setting as (dotted key, dataclasses.Field)."""
     for f in dataclasses.fields(schema):
         if dataclasses.is_dataclass(f.type):
-            yield from settings(f.type, f"{prefix}{f.name}.")
+            yield from fields(f.type, f"{prefix}{f.name}.")
         else:
-            default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
-            yield prefix + f.name, default, f.metadata["help"]
+            yield prefix + f.name, f
+
+
+def settings():
+    """Every setting as (dotted key, default, help with the range)."""
+    for key, f in fields():
+        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
+        yield key, default, "; ".join(filter(None, (f.metadata["help"], range_text(**f.metadata))))
 
 
 TEXTS = {key for key, default, _ in settings() if isinstance(default, str)}
@@ -259,6 +398,10 @@ def load(name="toy", overrides=(), base=None):
         except Exception as error:  # the YAML parser's own errors
             raise ConfigError(f"cannot read {override}: {_fault(error)}") from None
     for layer in layers:
+        for old, new in RENAMED.items():
+            if (value := OmegaConf.select(layer, old)) is not None:
+                OmegaConf.update(layer, new, value)
+                del OmegaConf.select(layer, old.rpartition(".")[0])[old.rpartition(".")[2]]
         for key, value in OmegaConf.to_container(layer).items():
             if key in GROUPS and not isinstance(value, dict):
                 raise ConfigError(f"{key} is not a setting but a group of them, such as {GROUPS[key]}")
@@ -268,7 +411,9 @@ def load(name="toy", overrides=(), base=None):
             if isinstance(default, list) and any(OmegaConf.is_dict(value) for value in given):
                 raise ConfigError(f"wrong value for {key}: not a list; expected one, such as {default}")
         if missing := set().union(*map(OmegaConf.missing_keys, layers)):
-            raise ConfigError(f"wrong value for {min(missing)}: ???; expected a value, which ??? does not give")
+            raise ConfigError(
+                f"wrong value for {min(missing)}: ???; expected a value, which ??? does not give"
+            )
         cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), *layers))
     except OmegaConfBaseException as error:
         raise ConfigError(_one_line(error, layers)) from None
@@ -317,9 +462,13 @@ def _one_line(error, layers):
         return f"unknown setting {key}" + (f"; did you mean {near}?" if near else "; --help lists them all")
     if isinstance(error, InterpolationResolutionError):
         return f"wrong value for {key}: {str(error).splitlines()[0]}"
-    given = [OmegaConf.select(layer, key, default=OmegaConf) for layer in layers]  # OmegaConf: this layer does not name it
+    given = [
+        OmegaConf.select(layer, key, default=OmegaConf) for layer in layers
+    ]  # OmegaConf: this layer does not name it
     value = next(value for value in reversed(given) if value is not OmegaConf)
-    kind = {bool: "true or false", int: "a whole number", float: "a number", list: "a list", str: "a text"}[type(defaults[key])]
+    kind = {bool: "true or false", int: "a whole number", float: "a number", list: "a list", str: "a text"}[
+        type(defaults[key])
+    ]
     example = str(defaults[key]).lower() if isinstance(defaults[key], bool) else defaults[key]
     return f"wrong value for {key}: {value}; expected {kind}, such as {example}"
 
@@ -337,123 +486,76 @@ def _nearest(key, known):
 
 
 def _check(cfg):
-    """Values that the types let through and no run could use."""
+    """Values that the types let through and no run could use: each by itself, then what concerns several."""
 
-    def require(ok, key, expected):
-        value = cfg
-        for part in key.split("."):
-            value = getattr(value, part)
-        if not ok(value):
-            raise ConfigError(f"wrong value for {key}: {value}; expected {expected}")
+    def wrong(key, expected):
+        raise ConfigError(f"wrong value for {key}: {value(key)}; expected {expected}")
 
-    def one_of(key, names):
-        require(lambda v: v in names, key, "one of " + ", ".join(name or "nothing" for name in names))
+    def value(key):
+        return functools.reduce(getattr, key.split("."), cfg)
 
-    for key, default, _ in settings():
-        if isinstance(default, float) and math.isfinite(default):
-            require(math.isfinite, key, "a finite number")
-        if isinstance(default, int):
-            require(lambda v: isinstance(v, str) or abs(v) < 2**63, key, "a number below 2^63")
-        if isinstance(default, list):
-            require(lambda v: all(type(x) in (int, float) for x in v), key, f"a list of numbers, such as {default}")
-    one_of("data.name", DATA_SETS)
-    require(lambda v: not {"/", "\\"} & set(v), "data.split", "a name without / and \\, it becomes part of file names")
-    if cfg.data.name == "toy":
-        one_of("data.split", ("", "train", "test", "all"))
-        one_of("data.label", TOY_LABELS)
-        require(lambda v: not v, "data.subset", "none, the toy has no subsets")
-    one_of("model.video", BACKBONES)
-    one_of("model.head_norm", ("none", "batch"))
-    one_of("loss.estimator", ("bootstrap", "swapped", "neighbor", "cycle"))
-    one_of("optim.draws", ("epoch", "iid"))
-    one_of("optim.schedule", ("cosine", "steps", "constant"))
-    one_of("optim.amp", ("bf16", "fp16", "none"))
-    require(lambda k: k == "all" or (isinstance(k, int) and k >= 1), "bank.num_negatives", "a count, or all")
-    one_of("bank.dtype", ("float32", "float16", "bfloat16"))
-    if cfg.bank.spread and cfg.bank.num_negatives == "all":
-        raise ConfigError("bank.spread=true needs a count of bank.num_negatives: to read all memories is to hold them all")
-    for name in ("contrast_vv", "contrast_aa", "contrast_va", "contrast_av"):
-        if cfg.bank.spread and getattr(cfg.weights, name):
-            raise ConfigError(f"weights.{name} needs bank.spread=false: each rank looks for neighbours in the whole bank")
-    require(lambda v: v in (1, 2), "temporal.moments", "1 or 2")
-    require(lambda v: v and min(v) >= 1 and sorted(set(v)) == v, "temporal.speeds", "whole numbers from 1 on, ascending")
-    needs = {
+    for key, f in fields():
+        given, default = value(key), f.default
+        numbers = given if isinstance(given, list) else [given] if not isinstance(given, str) else []
+        if isinstance(given, list) and not all(type(x) in (int, float) for x in given):
+            wrong(key, f"a list of numbers, such as {f.default_factory()}")
+        endless = isinstance(default, float) and math.isinf(
+            default
+        )  # contrast.tau_n: .inf is a value of its own
+        if any(math.isnan(x) or (math.isinf(x) and not endless) for x in numbers):
+            wrong(key, "a finite number")
+        if any(isinstance(x, int) and abs(x) >= 2**63 for x in numbers):
+            wrong(key, "a number below 2^63")
+        for x in given if isinstance(given, list) else [given]:
+            if not in_range(x, **f.metadata):
+                wrong(key, ("each " if isinstance(given, list) else "") + range_text(**f.metadata))
+
+    data, video, audio, bank = cfg.data, cfg.video, cfg.audio, cfg.bank
+    if {"/", "\\"} & set(data.split):
+        wrong("data.split", "a name without / and \\, it becomes part of file names")
+    if data.name == "toy":
+        for key, choices in {
+            "data.split": ("", "train", "test", "all"),
+            "data.label": TOY_LABELS,
+            "data.subset": ("",),
+        }.items():
+            if value(key) not in choices:
+                wrong(key, "one of " + ", ".join(name or "nothing" for name in choices))
+    for key in ("video.crop_area", "video.crop_ratio"):
+        if len(value(key)) != 2 or value(key)[0] > value(key)[1]:
+            wrong(key, "[least, largest]")
+    if len(video.jitter) != 4 or video.jitter[3] > 0.5:
+        wrong("video.jitter", "four of 0 to 1, the last at most 0.5")
+    if not cfg.temporal.speeds or sorted(set(cfg.temporal.speeds)) != cfg.temporal.speeds:
+        wrong("temporal.speeds", "whole numbers from 1 on, ascending")
+    if audio.seconds < audio.n_fft / audio.rate_hz:
+        wrong("audio.seconds", "at least a window, audio.n_fft / audio.rate_hz")
+    if audio.rate_hz % audio.frames_per_s:
+        wrong("audio.frames_per_s", f"a divisor of audio.rate_hz = {audio.rate_hz}")
+    if audio.mels > audio.n_fft // 2 + 1:
+        wrong("audio.mels", f"at most {audio.n_fft // 2 + 1}, the linear bins")
+    if cfg.toy.seconds * cfg.toy.fps < 1:
+        wrong("toy.seconds", f"at least a frame, 1/{cfg.toy.fps}")
+    if cfg.contrast.n_pos > cfg.contrast.k_pos:
+        wrong("contrast.n_pos", f"at most contrast.k_pos = {cfg.contrast.k_pos}")
+    if bank.num_negatives != "all" and (isinstance(bank.num_negatives, str) or bank.num_negatives < 1):
+        wrong("bank.num_negatives", "a count, or all")
+    if bank.spread and bank.num_negatives == "all":
+        raise ConfigError(
+            "bank.spread=true needs a count of bank.num_negatives: to read all memories is to hold them all"
+        )
+    needs = {  # terms that have a meaning only with other settings
         "order_": (cfg.temporal.moments == 2, "temporal.moments=2"),
         "contrast_vv": (cfg.temporal.moments == 2, "temporal.moments=2"),
         "contrast_aa": (cfg.temporal.moments == 2, "temporal.moments=2"),
         "speed_": (len(cfg.temporal.speeds) > 1, "temporal.speeds=[1,2,4,8]"),
         "direction_": (cfg.temporal.reverse, "temporal.reverse=true"),
+        "contrast_": (not bank.spread, "bank.spread=false: each rank looks for neighbours in the whole bank"),
     }
     for name, weight in vars(cfg.weights).items():
-        for prefix, (there, setting_) in needs.items():
+        for prefix, (there, needed) in needs.items():
             if weight and name.startswith(prefix) and not there:
-                raise ConfigError(f"weights.{name}={weight} needs {setting_}")
-    require(lambda v: v <= cfg.contrast.k_pos, "contrast.n_pos", f"at most contrast.k_pos = {cfg.contrast.k_pos}")
-    for key in (
-        "contrast.temperature contrast.tau_p contrast.tau_n contrast.negatives optim.epochs optim.batch_size optim.lr eval.clips eval.batch_size video.frames video.fps video.size audio.seconds "
-        "audio.rate_hz audio.frames_per_s audio.n_fft model.width model.depth model.embedding loss.temperature loss.tau_s "
-        "loss.tau_t loss.kappa toy.train toy.test toy.seconds toy.size toy.fps toy.rate_hz log.every_steps log.check_videos "
-        "finetune.epochs finetune.batch_size finetune.lr optim.max_bad_steps"
-    ).split():
-        require(lambda v: v > 0, key, "more than 0")
-    for key in "data.max_bad_share video.flip video.grey audio.mask_time audio.mask_frequency bank.momentum loss.w_min loss.soft toy.faulty".split():
-        require(lambda v: 0 <= v <= 1, key, "0 to 1")
-    for key in (
-        "seed contrast.n_pos contrast.k_pos data.workers loss.warmup_epochs optim.warmup_epochs optim.weight_decay optim.gamma optim.clip_grad log.check_epochs "
-        "log.checkpoint_minutes eval.settle_batches audio.mels finetune.warmup_epochs finetune.weight_decay finetune.gamma"
-    ).split() + [f"weights.{f.name}" for f in dataclasses.fields(Weights)]:
-        require(lambda v: 0 <= v < 2**63, key, "0 or more")
-    require(lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1, "video.crop_area", "[least, largest], shares of the frame")
-    require(lambda v: len(v) == 2 and 0 < v[0] <= v[1] < math.inf, "video.crop_ratio", "[least, largest]")
-    require(
-        lambda v: len(v) == 4 and all(0 <= x <= 1 for x in v) and v[3] <= 0.5,
-        "video.jitter",
-        "four of 0 to 1, the last at most 0.5",
-    )
-    for key in ("optim.milestones", "finetune.milestones"):
-        require(lambda v: all(0 <= x <= 1 for x in v), key, "shares of the run, 0 to 1")
-    require(lambda v: 0 < v <= 86400, "data.timeout_s", "more than 0 s and at most 86400 s, a day")
-    require(lambda v: 0 <= v < 1, "finetune.dropout", "0 or more, less than 1")
-    require(lambda v: 0 < v <= 1, "eval.crop", "a share of the short side, more than 0 and at most 1")
-    require(lambda v: 0 <= v < 1, "audio.volume", "0 or more, less than 1")
-    require(lambda v: v >= cfg.audio.n_fft / cfg.audio.rate_hz, "audio.seconds", "at least a window, audio.n_fft / audio.rate_hz")
-    require(lambda v: cfg.audio.rate_hz % v == 0, "audio.frames_per_s", f"a divisor of audio.rate_hz = {cfg.audio.rate_hz}")
-    require(lambda v: v <= cfg.audio.n_fft // 2 + 1, "audio.mels", f"at most {cfg.audio.n_fft // 2 + 1}, the linear bins")
-    require(lambda v: v * cfg.toy.fps >= 1, "toy.seconds", f"at least a frame, 1/{cfg.toy.fps}")
-
-
-class CommandLine(argparse.ArgumentParser):
-    def parse_args(self, args=None, namespace=None):
-        """Options and settings in any order."""
-        return self.parse_intermixed_args(args, namespace)
-
-
-class Help(argparse.RawDescriptionHelpFormatter):
-    def __init__(self, prog):
-        super().__init__(prog, width=120, max_help_position=30)
-
-
-def parser(description):
-    """A command line of --cfg, --out and key=value; the help lists every setting."""
-    lines = [f"  {key + '=' + str(default).replace(' ', ''):42s} {help}" for key, default, help in settings()]
-    arguments = CommandLine(description=description, formatter_class=Help, epilog="settings (key=default):\n" + "\n".join(lines))
-    names = ", ".join(sorted(p.stem for p in PACKAGED.glob("*.yaml")))
-    arguments.add_argument("--cfg", metavar="FILE", help=f"a YAML file, or one of {names} (default: toy)")
-    arguments.add_argument("--out", metavar="DIR", help="run folder; the same as out=DIR")
-    arguments.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
-    return arguments
-
-
-def evaluation_parser(description):
-    """A command line as `parser`'s, with the checkpoint to evaluate and the data to evaluate it on."""
-    arguments = parser(description)
-    arguments.add_argument("--ckpt", required=True, metavar="PATH|random", help="a checkpoint; random: an untrained network")
-    arguments.add_argument("--data", choices=DATA_SETS, metavar="NAME", help="the same as data.name=NAME (default: the run's)")
-    arguments.add_argument("--root", metavar="DIR", help="the same as data.root=DIR")
-    arguments.add_argument(
-        "--split", metavar="S", help="evaluated part: test, val, …; of ucf101, hmdb51 and esc50: 1, 2, … or all, their mean"
-    )
-    return arguments
+                raise ConfigError(f"weights.{name}={weight} needs {needed}")
 
 
 def stop(message):
@@ -472,8 +574,35 @@ def flat(nested, prefix=""):
 
 def save(cfg, path):
     """Write the configuration as YAML that `load` reads, whole or not at all."""
-    part = f"{path}.part"
-    with open(part, "w", encoding="utf-8") as file:
+    with files.replacing(path) as file:
         file.write(WRITTEN)
         OmegaConf.save(OmegaConf.structured(cfg), file)
-    os.replace(part, path)
+
+
+MAY_CHANGE = (  # when a run goes on
+    "out", "profile", "log", "eval", "finetune", "data.root", "data.workers", "data.in_memory", "data.timeout_s",
+    "data.max_bad_share", "bank.spread", "optim.checkpoint_activations", "optim.epochs", "optim.max_bad_steps",
+    "optim.lr", "optim.clip_grad", "optim.amp",
+)  # fmt: skip
+
+
+def same_run(before, now):
+    """What a run that goes on has changed: lines to print, of those settings that alter its result.
+
+    before, now: Config, or nested dicts of settings. Raises ConfigError where a setting differs that may not.
+    """
+    before, now = (flat(c if isinstance(c, dict) else dataclasses.asdict(c)) for c in (before, now))
+    before = {RENAMED.get(key, key): value for key, value in before.items()}
+    changed = {k: f"{k} was {before[k]} and is {now[k]}" for k in now if k in before and before[k] != now[k]}
+    # a setting that the checkpoint does not know of had its default
+    defaults = {key: default for key, default, _ in settings()}
+    changed |= {
+        k: f"{k} is {now[k]}, which the run did not have"
+        for k in now
+        if k not in before and now[k] != defaults[k]
+    }
+    if fixed := [text for k, text in changed.items() if not k.startswith(MAY_CHANGE)]:
+        raise ConfigError(
+            f"{now['out']} holds a run with other settings ({', '.join(fixed)}); choose another --out"
+        )
+    return [f"from here on {text}" for k, text in changed.items() if k.startswith("optim.")]

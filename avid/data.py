@@ -8,16 +8,15 @@ M is the number of clips a video. Every random choice is a function of (seed, st
 not depend on workers, ranks or interruptions.
 """
 
-if __name__ == "__main__":  # python -m avid.data check|prepare; before the heavy imports: --help answers at once
-    from .prepare import main
+if __name__ == "__main__":  # python -m avid check|prepare is python -m avid check|prepare
+    from .__main__ import main
 
-    main()
+    raise SystemExit(main())
 
 import atexit
 import csv
 import functools
 import multiprocessing
-import os
 import signal
 import weakref
 from collections import Counter, deque
@@ -29,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from . import distributed, processes, temporal_tasks
+from . import distributed, files, processes, temporal_tasks
 from .config import ConfigError
 from .media import MODALITIES, Media, MediaError, in_memory, spectrogram
 
@@ -38,7 +37,9 @@ LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in grey [ITU-R BT.601]
 DB_MEAN, DB_STD = -50.0, 20.0  # a log spectrogram's usual level and spread [C]
 TRIES = 20  # files a sample tries before it gives up
 DEATHS = 2  # of decoding processes on a file before it is given up; the first may be a disk's or the memory's fault
-torch.utils.data._utils.signal_handling._SIGCHLD_handler_set = True  # else torch raises their end amid whatever happens just then
+torch.utils.data._utils.signal_handling._SIGCHLD_handler_set = (
+    True  # else torch raises their end amid whatever happens just then
+)
 
 
 def random_crop(height, width, area, ratio, rng):
@@ -93,7 +94,7 @@ class Clips(torch.utils.data.Dataset):
             index = int(rng.integers(len(self)))
         raise MediaError(
             f"{TRIES} files in a row cannot be used, the last one {shown(self.table, failures[-1][0])}: "
-            f"{failures[-1][1]}; check the folder with: python -m avid.data check"
+            f"{failures[-1][1]}; check the folder with: python -m avid check"
         )
 
     @contextmanager
@@ -106,7 +107,9 @@ class Clips(torch.utils.data.Dataset):
             yield
             return
         self.reading[process.id] = index
-        signal.setitimer(signal.ITIMER_REAL, self.cfg.data.timeout_s)  # SIGALRM ends what hangs within a decoder, too
+        signal.setitimer(
+            signal.ITIMER_REAL, self.cfg.data.timeout_s
+        )  # SIGALRM ends what hangs within a decoder, too
         try:
             yield
         finally:
@@ -121,7 +124,9 @@ class Clips(torch.utils.data.Dataset):
             first_s, last_s = self.usable(media)
             if self.training:
                 clips, labels = temporal_tasks.plan(first_s, last_s, self.length_s, self.cfg.temporal, rng)
-                item = {name: torch.tensor(label) for name, label in labels.items()} | self.draws(len(clips), rng)
+                item = {name: torch.tensor(label) for name, label in labels.items()} | self.draws(
+                    len(clips), rng
+                )
             else:
                 clips, item = self.evenly(first_s, last_s), {}
             if "video" in self.modalities:
@@ -166,9 +171,13 @@ class Clips(torch.utils.data.Dataset):
             top, left, height, width = random_crop(height, width, video.crop_area, video.crop_ratio, rng)
         else:
             top, left, height, width = central_crop(height, width, self.cfg.eval.crop)
-        frames = torch.from_numpy(frames[:, top : top + height, left : left + width]).permute(0, 3, 1, 2)  # T×3×h×w
+        frames = torch.from_numpy(frames[:, top : top + height, left : left + width]).permute(
+            0, 3, 1, 2
+        )  # T×3×h×w
         # rows of RGB as they are, in bytes: the channels become planes when the item is put together
-        return F.interpolate(frames, [video.size, video.size], mode="bilinear", antialias=True).transpose(0, 1)
+        return F.interpolate(frames, [video.size, video.size], mode="bilinear", antialias=True).transpose(
+            0, 1
+        )
 
     def loudness(self, media, clip, rng):
         """float32 1×F×bins, dB: the log spectrogram, with a random gain. Where a video is too short the sound ends in silence."""
@@ -179,7 +188,7 @@ class Clips(torch.utils.data.Dataset):
         return image.flip(1) if clip.backward else image
 
 
-class Draws(torch.utils.data.Sampler):
+class BatchSampler(torch.utils.data.Sampler):
     """Which instances each step takes: this rank's share of every global batch from `first_step` on, as lists of (index, draw).
 
     how="epoch": shuffled passes over all n instances; how="iid": every place of a batch drawn independently. Both are functions of
@@ -188,12 +197,16 @@ class Draws(torch.utils.data.Sampler):
 
     def __init__(self, n, batch_size, how, seed, first_step, last_step, rank=0, world=1):
         if batch_size > n:
-            raise ConfigError(f"a batch of {batch_size} is larger than the data set of {n} videos; lower optim.batch_size")
+            raise ConfigError(
+                f"a batch of {batch_size} is larger than the data set of {n} videos; lower optim.batch_size"
+            )
         if batch_size % world:
-            raise ConfigError(f"optim.batch_size = {batch_size} clips cannot be shared evenly by {world} processes")
+            raise ConfigError(
+                f"optim.batch_size = {batch_size} clips cannot be shared evenly by {world} processes"
+            )
         self.n, self.batch_size, self.how, self.seed = n, batch_size, how, seed
         self.steps = range(first_step, last_step)
-        self.mine = range(rank * batch_size // world, (rank + 1) * batch_size // world)
+        self.local = range(rank * batch_size // world, (rank + 1) * batch_size // world)
         self.epoch, self.order = None, None
 
     def __len__(self):
@@ -211,7 +224,7 @@ class Draws(torch.utils.data.Sampler):
     def __iter__(self):
         for step in self.steps:
             batch = self.global_batch(step)
-            yield [(int(batch[place]), (3, step, place)) for place in self.mine]
+            yield [(int(batch[place]), (3, step, place)) for place in self.local]
 
 
 def collate(items):
@@ -271,7 +284,9 @@ class Loader:
                 yield batch
 
         while True:
-            reading = self.clips.reading = torch.full((self.workers,), -1).share_memory_() if self.workers else None
+            reading = self.clips.reading = (
+                torch.full((self.workers,), -1).share_memory_() if self.workers else None
+            )
             ahead = self.start(keys())
             decoding = ahead._workers if self.workers else []
             DECODING.update(decoding)
@@ -283,7 +298,9 @@ class Loader:
                 return
             except (RuntimeError, OSError, EOFError):  # torch's, or of the pipe
                 wait([process.sentinel for process in decoding], timeout=1.0)
-                ended = {n: process.exitcode for n, process in enumerate(decoding) if process.exitcode is not None}
+                ended = {
+                    n: process.exitcode for n, process in enumerate(decoding) if process.exitcode is not None
+                }
                 if not ended:
                     raise
                 for n, code in ended.items():
@@ -308,7 +325,9 @@ class Loader:
                 num_workers=self.workers,
                 collate_fn=collate,
                 pin_memory=torch.cuda.is_available(),
-                prefetch_factor=2 if self.workers else None,  # batches a process; each lies in shared memory, and then pinned
+                prefetch_factor=2
+                if self.workers
+                else None,  # batches a process; each lies in shared memory, and then pinned
                 worker_init_fn=at_start,
                 generator=torch.Generator(),  # the global one stays as it is
             )
@@ -317,7 +336,9 @@ class Loader:
     def blame(self, index, code):
         """A process ended with this exit code while it read a file (−1: while it read none)."""
         if index < 0:
-            tqdm.write(f"a decoding process died with {processes.ending(code)} between two files; another goes on")
+            tqdm.write(
+                f"a decoding process died with {processes.ending(code)} between two files; another goes on"
+            )
             return
         reason = f"its decoder died with {processes.ending(code)}"
         if code == -signal.SIGALRM:
@@ -367,10 +388,14 @@ class BadFiles:
     def write(self, path):
         """Every rank, at the end: write path and reason of each file to the CSV `path`, where there is one."""
         if self.state_dict() and distributed.rank() == 0:
-            with open(f"{path}.part", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            with files.replacing(path, newline="", errors="surrogateescape") as file:
                 lines = csv.writer(file, lineterminator="\n")
-                lines.writerows([("path", "reason"), *((self.table.paths[i], self.reasons[i]) for i in sorted(self.reasons))])
-            os.replace(f"{path}.part", path)
+                lines.writerows(
+                    [
+                        ("path", "reason"),
+                        *((self.table.paths[i], self.reasons[i]) for i in sorted(self.reasons)),
+                    ]
+                )
             tqdm.write(f"{len(self.reasons)} files could not be used and were replaced by others: {path}")
 
 
@@ -425,7 +450,9 @@ def augment(video, flip, jitter, grey):
     luma = constant(LUMA, x.device)
     brightness, contrast, saturation = (1 + jitter[:, :3, None, None]).unbind(1)  # B×1×1 each
     saturation = torch.where(grey[:, None, None], 0.0, saturation)
-    matrix = brightness * (saturation * hue_rotation(jitter[:, 3]) + (1 - saturation) * luma.expand(3, 3))  # B×3×3
+    matrix = brightness * (
+        saturation * hue_rotation(jitter[:, 3]) + (1 - saturation) * luma.expand(3, 3)
+    )  # B×3×3
     x = (matrix @ x.flatten(2)).clamp_(0, 1)  # B×3×TSS
     mean = (luma @ x.mean(2).T)[:, None, None]  # B×1×1
     return x.sub_(mean).mul_(contrast).add_(mean).clamp_(0, 1).view_as(video)

@@ -9,6 +9,7 @@ import inspect
 import math
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
@@ -18,7 +19,6 @@ import numpy as np
 MEDIA = ".mp4 .mkv .webm .avi .mov .m4v .mpg .mpeg .wmv .flv .3gp .wav .flac .ogg .opus .mp3 .m4a .aac .wma".split()
 SPELLED = {"validate": "val", "validation": "val"}  # other names of a split
 PARTS = {"train", "val", "test", *SPELLED}
-KINETICS = ("kinetics400", "kinetics600", "kinetics700")
 
 
 class DataError(Exception):
@@ -59,7 +59,9 @@ class Table:
     def report(self):
         """One line: how much there is, how much is missing and, for example, what."""
         text = f"{self.name}: {len(self):,} files, {len(self.classes) or 'no'} classes"
-        lacking = f"; {len(self.missing):,} more are listed and not on disk, e.g. {', '.join(self.missing[:3])}"
+        lacking = (
+            f"; {len(self.missing):,} more are listed and not on disk, e.g. {', '.join(self.missing[:3])}"
+        )
         return text + lacking if self.missing else text
 
 
@@ -69,14 +71,17 @@ def load(data, split):
     split: train, val or test as far as the data set has them, or all. UCF101, HMDB51 and ESC-50 number theirs (train2;
     without a number the first). The toy's data.root is the folder that `toy.write` returned. Raises DataError.
     """
-    reader, root = READERS[data.name], Path(data.root).expanduser()
-    if data.subset not in ("", "esc10") or (data.subset and reader is not esc50):
-        raise DataError(f"data.subset={data.subset}: {data.name} has none of that name; esc10 of esc50 is the only one")
-    options = {manifest: {"label": data.label}, kinetics: {"name": data.name}, esc50: {"subset": data.subset}}
+    row, root = DATA[data.name], Path(data.root).expanduser()
+    if data.subset not in ("", "esc10") or (data.subset and row.reader is not esc50):
+        raise DataError(
+            f"data.subset={data.subset}: {data.name} has none of that name; esc10 of esc50 is the only one"
+        )
     try:
-        return reader(root, split, **options.get(reader, {}))
+        return row.reader(root, split, **row.options(data))
     except (Misplaced, OSError) as error:
-        raise DataError(f"{error}\nexpected, with root = data.root = {root}:\n{inspect.getdoc(reader)}") from None
+        raise DataError(
+            f"{error}\nexpected, with root = data.root = {root}:\n{inspect.getdoc(row.reader)}"
+        ) from None
 
 
 def take(table, positions):
@@ -85,6 +90,13 @@ def take(table, positions):
     arrays = {key: getattr(table, key)[at] for key in ("labels", "start_s", "end_s", "fold")}
     columns = {key: [values[i] for i in at] for key, values in table.columns.items()}
     return replace(table, paths=[table.paths[i] for i in at], columns=columns, missing=[], **arrays)
+
+
+def same_class(query, gallery):
+    """`matches` of evaluation.recall: does a query share a class with what it found? Labels n and m (−1: none), or n×C and m×C of 0 and 1."""
+    if query.ndim > 1:
+        return lambda q, f: (query[q] & gallery[f]).any(-1)
+    return lambda q, f: (query[q] == gallery[f]) & (query[q] >= 0)
 
 
 def manifest(root, split, label="label"):
@@ -99,8 +111,13 @@ def manifest(root, split, label="label"):
     """
     path, rows = root if root.suffix.lower() == ".csv" else root / "manifest.csv", []
     for at, row in _csv(path, ["path"] if label == "label" else ["path", label]):
-        file, class_name = PureWindowsPath(row["path"]).as_posix(), row.get(label, "")  # either separator, none doubled
-        start_s, end_s = (_number(row[key], at) if row.get(key) else none for key, none in (("start", 0.0), ("end", np.inf)))
+        file, class_name = (
+            PureWindowsPath(row["path"]).as_posix(),
+            row.get(label, ""),
+        )  # either separator, none doubled
+        start_s, end_s = (
+            _number(row[key], at) if row.get(key) else none for key, none in (("start", 0.0), ("end", np.inf))
+        )
         if start_s >= end_s:
             raise _wrong(at, f"start {start_s:g} s is not before end {end_s:g} s")
         columns = {key: value for key, value in row.items() if key not in ("path", "start", "end")}
@@ -108,8 +125,14 @@ def manifest(root, split, label="label"):
     if not rows:
         raise Misplaced(f"{path} lists no file")
     folders = {row.file.rpartition("/")[0] for row in rows}
-    files = [f"{folder}/{name}".lstrip("/") for folder in folders for name in _listing(path.parent / folder, depth=0)]
-    return _table(f"{path.parent.name}/{path.name} {split}", path.parent, split, rows, {file: file for file in files})
+    files = [
+        f"{folder}/{name}".lstrip("/")
+        for folder in folders
+        for name in _listing(path.parent / folder, depth=0)
+    ]
+    return _table(
+        f"{path.parent.name}/{path.name} {split}", path.parent, split, rows, {file: file for file in files}
+    )
 
 
 def folder(root, split, name="folder"):
@@ -123,11 +146,15 @@ def folder(root, split, name="folder"):
     rows, split = [], SPELLED.get(split, split)
     files = [file for file in _listing(root) if os.path.splitext(file)[1].lower() in MEDIA]
     tops = {file.partition("/")[0] for file in files if "/" in file}
-    parts = tops & PARTS if tops <= PARTS or len(tops & PARTS) > 1 else set()  # else a class that is called train
+    parts = (
+        tops & PARTS if tops <= PARTS or len(tops & PARTS) > 1 else set()
+    )  # else a class that is called train
     for file in files:
         part, _, below = file.partition("/") if parts else ("", "", file)
         if part in parts or not parts:
-            rows.append(Row((root, 0), file, below.rpartition("/")[0].partition("/")[0], SPELLED.get(part, part)))
+            rows.append(
+                Row((root, 0), file, below.rpartition("/")[0].partition("/")[0], SPELLED.get(part, part))
+            )
     return _table(f"{name} {split}", root, split, rows, {row.file: row.file for row in rows})
 
 
@@ -141,12 +168,18 @@ def kinetics(root, split, name="kinetics400"):
     """
     rows, split = [], SPELLED.get(split, split)
     for part in sorted(PARTS):
-        paths = (root / place / f"{prefix}{part}.csv" for place in ("annotations", ".") for prefix in ("", f"{name}_"))
+        paths = (
+            root / place / f"{prefix}{part}.csv"
+            for place in ("annotations", ".")
+            for prefix in ("", f"{name}_")
+        )
         path = next(filter(Path.is_file, paths), None)
         for at, row in _csv(path, ["youtube_id", "time_start", "time_end"]) if path else ():
             start_s, end_s = _number(row["time_start"], at), _number(row["time_end"], at)
             file = f"{row['youtube_id']}_{start_s:06.0f}_{end_s:06.0f}"
-            rows.append(Row(at, file, row.get("label", ""), SPELLED.get(part, part)))  # test lists may have no label
+            rows.append(
+                Row(at, file, row.get("label", ""), SPELLED.get(part, part))
+            )  # test lists may have no label
     if not rows and any((root / part).is_dir() for part in PARTS):
         return folder(root, split, name)
     on_disk = _by_stem(root, [part for part in sorted(PARTS) if SPELLED.get(part, part) == split])
@@ -180,7 +213,10 @@ def audioset(root, split):
     train, rows = ("balanced_train", "unbalanced_train"), []
     parts = {"train": train, "test": ("eval",), "all": (*train, "eval")}.get(split, (split,))
     lists = [path for part in parts if (path := root / f"{part}_segments.csv").is_file()]
-    names = {r["mid"]: r["display_name"] for _, r in _csv(root / "class_labels_indices.csv", ["mid", "display_name"])}
+    names = {
+        r["mid"]: r["display_name"]
+        for _, r in _csv(root / "class_labels_indices.csv", ["mid", "display_name"])
+    }
     on_disk = _by_stem(root, [path.stem for path in lists])
     for path in lists:
         for at, row in _csv(path, columns=["youtube_id", "start", "end", "labels"], comment="#"):
@@ -243,13 +279,39 @@ def esc50(root, split, subset=""):
             raise _wrong(at, f"fold {row['fold']!r} where 1 to 5 belongs")
         fold, stem = int(row["fold"]), os.path.splitext(row["filename"])[0]
         if not subset or row["esc10"] == "True":
-            rows.append(Row(at, stem, row["category"], "test" if fold == number else "train", fold, columns=row))
+            rows.append(
+                Row(at, stem, row["category"], "test" if fold == number else "train", fold, columns=row)
+            )
     return _table(f"{subset or 'esc50'} {title}", root, split, rows, _by_stem(root, ["audio"]))
 
 
-READERS = {"toy": manifest, "folder": folder, "manifest": manifest, "vggsound": vggsound, "audioset": audioset}
-READERS |= {"ucf101": ucf101, "hmdb51": hmdb51, "esc50": esc50} | dict.fromkeys(KINETICS, kinetics)
-EVALUATION_SPLIT = {name: "val" if name in KINETICS else "test" for name in READERS}  # what results are reported on
+class DataSet(NamedTuple):
+    """One row of the table of data sets: all that the rest of the project asks about one."""
+
+    reader: Callable  # (root, split, …) → Table; its docstring shows the layout
+    modalities: tuple = ("video", "audio")  # what its files hold
+    needs: tuple = ("video", "audio")  # what a file must have to be usable
+    evaluation: str = "test"  # the split that results are reported on
+    divisions: int = 0  # official divisions into train1, test1, …; 0: one division, without a number
+    options: Callable = lambda data: {}  # config.Data → what the reader is told besides root and split
+
+
+_KINETICS = DataSet(kinetics, evaluation="val", options=lambda data: {"name": data.name})
+DATA = {
+    "toy": DataSet(manifest, options=lambda data: {"label": data.label}),
+    "folder": DataSet(folder),
+    "manifest": DataSet(manifest, options=lambda data: {"label": data.label}),
+    "kinetics400": _KINETICS,
+    "kinetics600": _KINETICS,
+    "kinetics700": _KINETICS,
+    "vggsound": DataSet(vggsound),
+    "audioset": DataSet(audioset),
+    "ucf101": DataSet(ucf101, needs=("video",), divisions=3),  # half of its videos have sound
+    "hmdb51": DataSet(hmdb51, needs=("video",), divisions=3),
+    "esc50": DataSet(
+        esc50, ("audio",), ("audio",), divisions=5, options=lambda data: {"subset": data.subset}
+    ),
+}
 
 
 def _table(name, root, split, rows, on_disk, classes=None):
@@ -259,16 +321,27 @@ def _table(name, root, split, rows, on_disk, classes=None):
         if row.file not in on_disk:
             _below_root(row)
     if again := [row for row in rows if first.setdefault(row.file, row) is not row]:
-        (path, line), others = first[again[0].file].at, f" ({len(again) - 1:,} more such lines)" if again[1:] else ""
-        raise _wrong(again[0].at, f"{again[0].file} again, as in {path.name}, line {line}{others}; keep one of them")
+        (path, line), others = (
+            first[again[0].file].at,
+            f" ({len(again) - 1:,} more such lines)" if again[1:] else "",
+        )
+        raise _wrong(
+            again[0].at, f"{again[0].file} again, as in {path.name}, line {line}{others}; keep one of them"
+        )
     if classes is None:  # of all rows, so that every split numbers them alike
         classes = sorted({row.label for row in rows} - {""})
     chosen = [row for row in rows if split == "all" or row.split in ("", split)]
     here = [row for row in chosen if row.file in on_disk]
     if rows and not chosen:
-        raise Misplaced(f"{name}: no such split in {root}, only {', '.join(sorted({row.split for row in rows}))}")
+        raise Misplaced(
+            f"{name}: no such split in {root}, only {', '.join(sorted({row.split for row in rows}))}"
+        )
     if not here:
-        none = f"none of the {len(chosen):,} listed files, e.g. {chosen[0].file}, is" if chosen else "no list or file"
+        none = (
+            f"none of the {len(chosen):,} listed files, e.g. {chosen[0].file}, is"
+            if chosen
+            else "no list or file"
+        )
         raise Misplaced(f"{name}: {none} in {root}" + ("" if root.exists() else ", which does not exist"))
     index = {label: i for i, label in enumerate(classes)} | {"": -1}
     if isinstance(here[0].label, tuple):
@@ -277,7 +350,10 @@ def _table(name, root, split, rows, on_disk, classes=None):
             labels[i, [index[label] for label in row.label]] = 1
     else:
         labels = np.array([index[row.label] for row in here], np.int64)  # N
-    paths, missing = [on_disk[row.file] for row in here], [row.file for row in chosen if row.file not in on_disk]
+    paths, missing = (
+        [on_disk[row.file] for row in here],
+        [row.file for row in chosen if row.file not in on_disk],
+    )
     start_s, end_s = np.array([(row.start_s, row.end_s) for row in here]).T  # N each
     fold = np.array([row.fold for row in here], np.int64)  # N
     columns = {key: [row.columns[key] for row in here] for key in here[0].columns}
@@ -287,7 +363,9 @@ def _table(name, root, split, rows, on_disk, classes=None):
 def _below_root(row):
     """The row, whose file a list may not place outside of the data root. Links within it lead where its owner has them lead."""
     if row.file in ("", ".") or row.file.startswith("/") or row.file[1:2] == ":" or "/../" in f"/{row.file}/":
-        raise _wrong(row.at, f"{row.file!r} is not a path below the data root; give a relative one without ..")
+        raise _wrong(
+            row.at, f"{row.file!r} is not a path below the data root; give a relative one without .."
+        )
     return row
 
 
@@ -324,9 +402,13 @@ def _lines(path):
     except OSError as error:
         raise Misplaced(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise _wrong((path, content.count(b"\n", 0, error.start) + 1), "not UTF-8; save the list as text in UTF-8") from None
+        raise _wrong(
+            (path, content.count(b"\n", 0, error.start) + 1), "not UTF-8; save the list as text in UTF-8"
+        ) from None
     if "\0" in text:
-        raise _wrong((path, text.count("\n", 0, text.index("\0")) + 1), "a zero byte; save the list as text in UTF-8")
+        raise _wrong(
+            (path, text.count("\n", 0, text.index("\0")) + 1), "a zero byte; save the list as text in UTF-8"
+        )
     return [((path, i), line.strip()) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
@@ -340,7 +422,8 @@ def _csv(path, needs=(), columns=None, comment=None):
             row = [value.strip() for value in next(csv.reader([line], strict=True, skipinitialspace=True))]
         except csv.Error as error:
             raise _wrong(
-                at, f"not CSV: {error}; put a field with a comma or a quote in quotes, and double quotes within"
+                at,
+                f"not CSV: {error}; put a field with a comma or a quote in quotes, and double quotes within",
             ) from None
         if columns is None:
             columns = row
@@ -371,4 +454,6 @@ def _numbered(split, most):
 
 def _wrong(at, cause):
     cause = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in cause)
-    return DataError(f"{at[0]}, line {at[1]}: {cause if len(cause) < 400 else f'{cause[:200]} … {cause[-100:]}'}")
+    return DataError(
+        f"{at[0]}, line {at[1]}: {cause if len(cause) < 400 else f'{cause[:200]} … {cause[-100:]}'}"
+    )

@@ -21,9 +21,9 @@ from torch import nn
 from tqdm import tqdm
 
 
-class Place(NamedTuple):
+class World(NamedTuple):
     rank: int
-    world: int
+    size: int
     device: torch.device
 
 
@@ -35,15 +35,21 @@ def start():
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
         store, mine, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=30)))
-        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:  # of several machines, each counts for itself
+        if (
+            os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+        ):  # of several machines, each counts for itself
             # what torchrun starts again finds the addresses of those that are gone, and waits for them for ever
             store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, store=store, rank=mine, world_size=world, timeout=timedelta(minutes=30))
-    return Place(rank(), world_size(), device)
+        dist.init_process_group(
+            backend, store=store, rank=mine, world_size=world, timeout=timedelta(minutes=30)
+        )
+    return World(rank(), world_size(), device)
 
 
-LOST = re.compile(r"Connection (closed|reset|refused)|[Tt]imed out|[Bb]roken pipe|peer")  # what Gloo says of a rank that has gone
+LOST = re.compile(
+    r"Connection (closed|reset|refused)|[Tt]imed out|[Bb]roken pipe|peer"
+)  # what Gloo says of a rank that has gone
 
 
 @contextlib.contextmanager
@@ -57,7 +63,9 @@ def clean_end():
     except BaseException as error:
         # the traceback holds the frames, and these the decoding processes, which the interpreter would wait for at its end
         traceback.clear_frames(error.__traceback__)
-        gone = isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or LOST.search(str(error)))
+        gone = isinstance(error, RuntimeError) and (
+            isinstance(error, dist.DistError) or LOST.search(str(error))
+        )
         if world_size() == 1 or not gone:
             raise
         print(
@@ -124,9 +132,9 @@ def wait():
     any_rank(False)
 
 
-def say(place, text):
+def say(world, text):
     """A line from rank 0, above the progress bar."""
-    if place.rank == 0:
+    if world.rank == 0:
         tqdm.write(text)
 
 
@@ -135,7 +143,9 @@ class StopSignal:
 
     def __init__(self):
         self.asked, self.exit_code, self.saved = "", 128 + signal.SIGTERM, False
-        self.before = {number: signal.signal(number, self.remember) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.before = {
+            number: signal.signal(number, self.remember) for number in (signal.SIGTERM, signal.SIGINT)
+        }
 
     def remember(self, number, _):
         self.asked, self.exit_code = signal.Signals(number).name, 128 + number

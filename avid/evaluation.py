@@ -23,9 +23,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 from tqdm import tqdm
 
-from . import checkpoint, config, data, datasets, distributed, models, preflight, temporal_tasks, toy
-
-NUMBERED = {"ucf101": 3, "hmdb51": 3, "esc50": 5}  # data sets with several official divisions, and how many
+from . import cli, config, data, datasets, distributed, files, models, run, temporal_tasks, toy
 
 
 @dataclass
@@ -46,14 +44,14 @@ class Subject:
             "checkpoint": self.name,
             "checkpoint_hash": self.hash,
             "data": data.name,
-            "split": data.split or datasets.EVALUATION_SPLIT[data.name],
+            "split": data.split or datasets.DATA[data.name].evaluation,
             "seed": self.cfg.seed,
         }
 
 
 USERS = (
     config.ConfigError,
-    checkpoint.CheckpointError,
+    run.CheckpointError,
     models.ModelError,
     datasets.DataError,
     data.MediaError,
@@ -79,25 +77,27 @@ def plain_errors():
 
 def subject(arguments):
     """The network that a command line (config.evaluation_parser) names. The settings are the checkpoint's, then --cfg's, then the
-    overrides. An untrained network still has to `settle`. Raises CheckpointError, ConfigError."""
-    state = {} if arguments.ckpt == "random" else checkpoint.load(arguments.ckpt)
-    given = {"data.name": arguments.data, "data.root": arguments.root, "data.split": arguments.split}
-    overrides = [f"{key}={value}" for key, value in given.items() if value is not None] + arguments.overrides
-    name = arguments.cfg or (None if "config" in state else "avid" if state else "toy")  # AVID-CMA's hold no settings
+    overrides. An untrained network still needs `calibrate_batch_norm`. Raises CheckpointError, ConfigError."""
+    state = {} if arguments.ckpt == "random" else run.load_checkpoint(arguments.ckpt)
+    name = arguments.cfg or (
+        None if "config" in state else "avid" if state else "toy"
+    )  # AVID-CMA's hold no settings
     if "config" in state:
         try:
             config.load(None, base=state["config"])
         except config.ConfigError as error:
-            raise config.ConfigError(f"{arguments.ckpt} holds settings that this version does not take: {error}") from None
-    cfg = config.load(name, overrides, base=state.get("config"))
+            raise config.ConfigError(
+                f"{arguments.ckpt} holds settings that this version does not take: {error}"
+            ) from None
+    cfg = config.load(name, cli.overrides(arguments), base=state.get("config"))
     out = Path(arguments.out or (Path(arguments.ckpt).parent if state else "runs/random"))
-    preflight.check_folder(out)
+    files.check_folder(out)
     torch.manual_seed(cfg.seed)
     network = models.AudioVisual(cfg.model, temporal_tasks.classes(cfg) if "network" in state else ())
     if state:
         models.load(network, state, arguments.ckpt)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    mark = checkpoint.file_hash(arguments.ckpt) if state else f"untrained, seed {cfg.seed}"
+    mark = files.file_hash(arguments.ckpt) if state else f"untrained, seed {cfg.seed}"
     return Subject(network.to(device).eval(), cfg, device, arguments.ckpt, mark, out)
 
 
@@ -108,12 +108,14 @@ def tables(cfg):
     """
     source = cfg.data
     if source.name == "toy":
-        source = dataclasses.replace(source, root=str(toy.write(source.root, cfg.toy, cfg.seed, os.cpu_count())))
-    if source.name in NUMBERED:
-        numbers = range(1, NUMBERED[source.name] + 1) if source.split == "all" else [source.split or "1"]
+        source = dataclasses.replace(
+            source, root=str(toy.write(source.root, cfg.toy, cfg.seed, os.cpu_count()))
+        )
+    if divisions := datasets.DATA[source.name].divisions:
+        numbers = range(1, divisions + 1) if source.split == "all" else [source.split or "1"]
         pairs = [(f"train{n}", f"test{n}") for n in numbers]
     else:
-        pairs = [("train", source.split or datasets.EVALUATION_SPLIT[source.name])]
+        pairs = [("train", source.split or datasets.DATA[source.name].evaluation)]
     # all are read before the first is used
     pairs = [(datasets.load(source, train), datasets.load(source, test)) for train, test in pairs]
     for train, test in pairs:
@@ -122,16 +124,20 @@ def tables(cfg):
 
 def modalities_of(cfg, asked=None):
     """What the files of the data set hold, or of that what is asked for. Raises ConfigError where they do not."""
-    held = ("audio",) if cfg.data.name in config.SOUND_ONLY else data.MODALITIES
+    held = datasets.DATA[cfg.data.name].modalities
     if asked and asked not in held:
-        raise config.ConfigError(f"--modality {asked} cannot be had: {cfg.data.name} has no pictures; use --modality audio")
+        raise config.ConfigError(
+            f"--modality {asked} cannot be had: {cfg.data.name} has no pictures; use --modality audio"
+        )
     return (asked,) if asked else held
 
 
 def labels_of(table, several=False):
     """The classes of a table's videos, N or, if `several` a video may be, also N×C. Raises DataError where a video has none."""
     if table.labels.ndim > 1 and not several:
-        raise datasets.DataError(f"{table.name} has several classes a file; this evaluation needs one, use eval_retrieval.py")
+        raise datasets.DataError(
+            f"{table.name} has several classes a file; this evaluation needs one, use eval_retrieval.py"
+        )
     without = ~table.labels.any(1) if table.labels.ndim > 1 else table.labels < 0
     if without.any():
         raise datasets.DataError(
@@ -141,18 +147,13 @@ def labels_of(table, several=False):
     return table.labels
 
 
-def same_class(query, gallery):
-    """`matches` of `recall`: does a query share a class with what it found? Labels n and m (−1: none), or n×C and m×C of 0 and 1."""
-    if query.ndim > 1:
-        return lambda q, f: (query[q] & gallery[f]).any(-1)
-    return lambda q, f: (query[q] == gallery[f]) & (query[q] >= 0)
-
-
 def hold_out(table, seed):
     """A table that has no parts of its own as (four fifths, a fifth) of each class."""
     rng = np.random.default_rng(seed)
     held = np.zeros(len(table), bool)
-    labels = table.labels if table.labels.ndim == 1 else np.zeros(len(table))  # several a file: a fifth of them all
+    labels = (
+        table.labels if table.labels.ndim == 1 else np.zeros(len(table))
+    )  # several a file: a fifth of them all
     for label in np.unique(labels):
         mine = np.flatnonzero(labels == label)
         held[rng.permutation(mine)[: max(len(mine) // 5, 1)]] = True
@@ -177,16 +178,20 @@ class Features:
 
     def save(self, path, **more):
         """Write index, features_video, embeddings_audio, … and `more` arrays as an .npz, whole or not at all."""
-        arrays = {f"{what}_{modality}": x for what in ("features", "embeddings") for modality, x in getattr(self, what).items()}
-        part = Path(f"{path}.part")
-        with open(part, "wb") as file:
+        arrays = {
+            f"{what}_{modality}": x
+            for what in ("features", "embeddings")
+            for modality, x in getattr(self, what).items()
+        }
+        with files.replacing(path, "wb") as file:
             np.savez(file, index=self.index, failures=np.array(json.dumps(self.failures)), **arrays, **more)
-        os.replace(part, path)
 
     @classmethod
     def load(cls, path):
         with np.load(path, allow_pickle=False) as arrays:  # numbers and text: no code is run from a file
-            found = cls(arrays["index"], failures={int(k): v for k, v in json.loads(str(arrays["failures"])).items()})
+            found = cls(
+                arrays["index"], failures={int(k): v for k, v in json.loads(str(arrays["failures"])).items()}
+            )
             for name in arrays.files:
                 what, _, modality = name.partition("_")
                 if modality:
@@ -199,7 +204,9 @@ def extract(network, table, cfg, device, modalities=data.MODALITIES, clips=None,
 
     Arguments and errors of `encode`.
     """
-    return encode(network, data.Clips(table, cfg, training=False, modalities=modalities, clips=clips), device, progress)
+    return encode(
+        network, data.Clips(table, cfg, training=False, modalities=modalities, clips=clips), device, progress
+    )
 
 
 @torch.inference_mode()
@@ -221,7 +228,9 @@ def encode(network, dataset, device, progress=None):
         n = len(batch["index"])
         index.append(batch["index"].numpy())
         batch = data.to_device(batch, device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and cfg.optim.amp != "none"):
+        with torch.autocast(
+            device.type, torch.bfloat16, enabled=device.type == "cuda" and cfg.optim.amp != "none"
+        ):
             encoded = {modality: network.encode(modality, batch[modality]) for modality in modalities}
         for modality, pair in encoded.items():  # the first copy waits for the device, which is done then
             for name, x in zip(("embeddings", "features"), pair, strict=True):
@@ -240,7 +249,12 @@ def encode(network, dataset, device, progress=None):
 def features(subject, table, modalities=data.MODALITIES):
     """`extract` with a progress bar, kept."""
     network, cfg, device = subject.network, subject.cfg, subject.device
-    return kept(subject, table, modalities, lambda: extract(network, table, cfg, device, modalities, progress=table.name))
+    return kept(
+        subject,
+        table,
+        modalities,
+        lambda: extract(network, table, cfg, device, modalities, progress=table.name),
+    )
 
 
 def kept(subject, table, modalities, make, *more):
@@ -248,8 +262,13 @@ def kept(subject, table, modalities, make, *more):
 
     more: numbers and strings that decide what make() gives, besides the settings. A kept file that cannot be read is written anew.
     """
-    cfg, files = subject.cfg, [table.root / path for path in table.paths]
-    content = [subject.hash, str(table.root.resolve()), table.paths, [*map(_state, files)]]
+    cfg = subject.cfg
+    content = [
+        subject.hash,
+        str(table.root.resolve()),
+        table.paths,
+        [_state(table.root / path) for path in table.paths],
+    ]
     content += [table.start_s.tolist(), table.end_s.tolist(), modalities]
     content += [*more, *(dataclasses.asdict(part) for part in (cfg.video, cfg.audio, cfg.model, cfg.eval))]
     path = subject.out / "features" / f"{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]}.npz"
@@ -261,7 +280,6 @@ def kept(subject, table, modalities, make, *more):
     found = make()
     for row, reason in found.failures.items():
         tqdm.write(f"skipped {data.shown(table, row)}: {reason}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     found.save(path)
     return found
 
@@ -276,20 +294,22 @@ def _state(path):
 
 
 @torch.no_grad()
-def settle(subject, table, modalities=data.MODALITIES):
+def calibrate_batch_norm(subject, table, modalities=data.MODALITIES):
     """Set the batch-norm statistics of an untrained network from data: without it features vanish, and the floor looks lower than
-    it is [C]. Nothing happens to a trained network, or to one that is settled."""
+    it is [C]. Nothing happens to a trained network, or to one whose statistics are calibrated."""
     cfg, network = subject.cfg, subject.network
-    if subject.name != "random" or "settled" in subject.hash:
+    if subject.name != "random" or "calibrated" in subject.hash:
         return
-    draws = data.Draws(len(table), min(cfg.optim.batch_size, len(table)), "iid", cfg.seed, 0, cfg.eval.settle_batches)
+    draws = data.BatchSampler(
+        len(table), min(cfg.optim.batch_size, len(table)), "iid", cfg.seed, 0, cfg.eval.calibration_batches
+    )
     network.train()
     for batch in data.loader(data.Clips(table, cfg, True, modalities), cfg.data.workers, batch_sampler=draws):
         batch = data.to_device(batch, subject.device)
         for modality in modalities:
             network.encode(modality, batch[modality])
     network.eval()
-    subject.hash += f", settled on {table.name}"
+    subject.hash += f", calibrated on {table.name}"
 
 
 @torch.no_grad()
@@ -309,7 +329,9 @@ def confusions(network, table, cfg, device, draws=2):
             truth = temporal_tasks.targets(task, batch)
             known = truth != temporal_tasks.UNKNOWN
             n = len(counts[task])
-            counts[task] += torch.bincount(truth[known] * n + logits[known].argmax(1), minlength=n * n).view(n, n).cpu()
+            counts[task] += (
+                torch.bincount(truth[known] * n + logits[known].argmax(1), minlength=n * n).view(n, n).cpu()
+            )
     network.train(was_training)
     return {task: count.numpy() for task, count in counts.items()}
 
@@ -331,7 +353,9 @@ def linear_probe(train_x, train_y, test_x, test_y, seed, classifier="linear", C=
 
     def fit(rows, C):
         x = train_x[rows].reshape(-1, train_x.shape[-1])
-        return make_pipeline(StandardScaler(), CLASSIFIERS[classifier](C)).fit(x, np.repeat(train_y[rows], train_x.shape[1]))
+        return make_pipeline(StandardScaler(), CLASSIFIERS[classifier](C)).fit(
+            x, np.repeat(train_y[rows], train_x.shape[1])
+        )
 
     def scores(fitted, x):
         """m×K×classes."""
@@ -345,7 +369,9 @@ def linear_probe(train_x, train_y, test_x, test_y, seed, classifier="linear", C=
     if C is None:
         held, kept = np.split(everyone, [len(everyone) // 5])
         if not len(held) or len(np.unique(train_y[kept])) < 2:
-            raise datasets.DataError(f"{len(train_y)} training videos are too few to choose C; use more, of two classes or more")
+            raise datasets.DataError(
+                f"{len(train_y)} training videos are too few to choose C; use more, of two classes or more"
+            )
 
         def held_out_accuracy(C):
             fitted = fit(kept, C)
@@ -431,7 +457,10 @@ def cross_modal(found, labels=None, ks=(1, 5)):
         ranked = nearest(query, gallery, max(ks))
         results |= {f"{name} instance {k}": v for k, v in recall(ranked, lambda q, f: q == f, ks).items()}
         if classes:
-            results |= {f"{name} class {k}": v for k, v in recall(ranked, same_class(labels, labels), ks).items()}
+            results |= {
+                f"{name} class {k}": v
+                for k, v in recall(ranked, datasets.same_class(labels, labels), ks).items()
+            }
     return results
 
 
@@ -444,17 +473,17 @@ def result_file(subject, name):
     except (OSError, ValueError, AttributeError):  # a folder, no JSON, no dict
         ours = False
     if not ours:
-        raise config.ConfigError(f"{path} is no result of an evaluation; move it away, or choose another --out")
+        raise config.ConfigError(
+            f"{path} is no result of an evaluation; move it away, or choose another --out"
+        )
     return path
 
 
 def write_result(subject, name, result):
     """Write `result_file`, whole or not at all: what was measured, and the result; returns both as one dict."""
     result, path = {**subject.describe(), **result}, result_file(subject, name)
-    part = Path(f"{path}.part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    part.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    with files.replacing(path) as file:
+        file.write(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     tqdm.write(f"written: {path}")
     return result
 

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from . import checkpoint, config, data, datasets, distributed, evaluation, models
+from . import config, data, datasets, distributed, evaluation, models, run
 
 
 class Classifier(nn.Module):
@@ -46,13 +46,15 @@ def finetune(subject, train_table, test_table, modality, out):
     how many were used; skipped: how many of both could not be}. Raises DataError, MediaError, ConfigError, CheckpointError,
     FloatingPointError.
     """
-    place = distributed.start()
-    cfg = dataclasses.replace(subject.cfg, temporal=config.Temporal())  # plain: one clip a video, at its own speed, forwards
+    world = distributed.start()
+    cfg = dataclasses.replace(
+        subject.cfg, temporal=config.Temporal()
+    )  # plain: one clip a video, at its own speed, forwards
     fine, n = cfg.finetune, len(train_table)
     known = [evaluation.labels_of(t) for t in (train_table, test_table)]
-    labels = torch.from_numpy(known[0]).to(place.device)  # n
-    if fine.batch_size > n or fine.batch_size % place.world:
-        ranks = f" and a multiple of {place.world}, the number of processes" if place.world > 1 else ""
+    labels = torch.from_numpy(known[0]).to(world.device)  # n
+    if fine.batch_size > n or fine.batch_size % world.size:
+        ranks = f" and a multiple of {world.size}, the number of processes" if world.size > 1 else ""
         raise config.ConfigError(
             f"wrong value for finetune.batch_size: {fine.batch_size}; expected at most {n}, the training videos{ranks}"
         )
@@ -60,52 +62,71 @@ def finetune(subject, train_table, test_table, modality, out):
     # --------------------------------------------------------------------------------------------------------- network
     torch.manual_seed(cfg.seed)
     torch.backends.cudnn.benchmark = True
-    network = copy.deepcopy(subject.network).to(place.device)
-    if cfg.optim.sync_bn and place.world > 1:
-        network = distributed.sync_batch_norm(network, place.device)
+    network = copy.deepcopy(subject.network).to(world.device)
+    if cfg.optim.sync_bn and world.size > 1:
+        network = distributed.sync_batch_norm(network, world.device)
     if cfg.optim.checkpoint_activations:
         models.checkpoint_activations(network)
     encoder = network.video_model if modality == "video" else network.audio_model
-    classifier = Classifier(encoder, len(train_table.classes)).to(place.device)
-    optimizer = torch.optim.Adam(classifier.parameters(), lr=fine.lr, weight_decay=fine.weight_decay, fused=True)
-    cuda = place.device.type == "cuda"
-    autocast = torch.autocast(
-        place.device.type, torch.float16 if cfg.optim.amp == "fp16" else torch.bfloat16, enabled=cuda and cfg.optim.amp != "none"
+    classifier = Classifier(encoder, len(train_table.classes)).to(world.device)
+    optimizer = torch.optim.Adam(
+        classifier.parameters(), lr=fine.lr, weight_decay=fine.weight_decay, fused=True
     )
-    scaler = torch.amp.GradScaler(place.device.type, enabled=cuda and cfg.optim.amp == "fp16")
+    cuda = world.device.type == "cuda"
+    autocast = torch.autocast(
+        world.device.type,
+        torch.float16 if cfg.optim.amp == "fp16" else torch.bfloat16,
+        enabled=cuda and cfg.optim.amp != "none",
+    )
+    scaler = torch.amp.GradScaler(world.device.type, enabled=cuda and cfg.optim.amp == "fp16")
 
     # ---------------------------------------------------------------------------------------------------------- resume
     bad_files = data.BadFiles(train_table, cfg.data.max_bad_share)
-    split = train_table.name.removesuffix(" (train)").rpartition(" ")[2]  # train, or a numbered one such as train2
+    split = train_table.name.removesuffix(" (train)").rpartition(" ")[
+        2
+    ]  # train, or a numbered one such as train2
     path = Path(out) / f"finetune-{modality}-{cfg.data.name}-{split}.pt"
     parts = {"classifier": classifier, "optimizer": optimizer, "scaler": scaler, "bad_files": bad_files}
-    run = Run(path, decisive(subject, cfg, train_table), parts, place)
-    first_step = run.resume()
+    checkpoint = Run(path, decisive(subject, cfg, train_table), parts, world)
+    first_step = checkpoint.resume()
     epoch_steps = n // fine.batch_size
     warmup_steps = fine.warmup_epochs * epoch_steps
     last_step = warmup_steps + fine.epochs * epoch_steps
-    draws = data.Draws(n, fine.batch_size, "epoch", cfg.seed, first_step, last_step, place.rank, place.world)
-    batches = iter(data.loader(data.Clips(train_table, cfg, True, (modality,)), cfg.data.workers, batch_sampler=draws))
+    draws = data.BatchSampler(
+        n, fine.batch_size, "epoch", cfg.seed, first_step, last_step, world.rank, world.size
+    )
+    batches = iter(
+        data.loader(data.Clips(train_table, cfg, True, (modality,)), cfg.data.workers, batch_sampler=draws)
+    )
     stop = distributed.StopSignal()
 
     # ------------------------------------------------------------------------------------------------------------ loop
     steps = range(first_step, last_step)
-    bar = tqdm(steps, f"fine-tuning {modality}", last_step, initial=first_step, unit="step", disable=place.rank > 0)
+    bar = tqdm(
+        steps, f"fine-tuning {modality}", last_step, initial=first_step, unit="step", disable=world.rank > 0
+    )
     classifier.train()
     saved_at = time.perf_counter()
     for step in bar:
-        if step in (first_step, warmup_steps):  # first the linear layer alone: of the encoder, only batch norms follow [A]
+        if step in (
+            first_step,
+            warmup_steps,
+        ):  # first the linear layer alone: of the encoder, only batch norms follow [A]
             encoder.requires_grad_(step >= warmup_steps)
             model = classifier
-            if place.world > 1:
-                model = DistributedDataParallel(model, device_ids=[place.device] if cuda else None)
+            if world.size > 1:
+                model = DistributedDataParallel(model, device_ids=[world.device] if cuda else None)
         batch = next(batches)
         bad_files.count(batch.pop("failures"), len(batch["index"]))
-        batch = data.to_device(batch, place.device)  # uint8 clips become augmented float clips
+        batch = data.to_device(batch, world.device)  # uint8 clips become augmented float clips
         epoch = step / epoch_steps - fine.warmup_epochs  # below 0: warm-up
         for group in optimizer.param_groups:
-            group["lr"] = fine.lr * fine.gamma ** sum(epoch >= share * fine.epochs for share in fine.milestones)
-        keep = dropout(fine.dropout, (fine.batch_size, encoder.dim), cfg.seed, step)[draws.mine].to(place.device)  # b×8·width
+            group["lr"] = fine.lr * fine.gamma ** sum(
+                epoch >= share * fine.epochs for share in fine.milestones
+            )
+        keep = dropout(fine.dropout, (fine.batch_size, encoder.dim), cfg.seed, step)[draws.local].to(
+            world.device
+        )  # b×8·width
         with autocast:
             logits = model(batch[modality], keep)  # b×C
         loss = F.cross_entropy(logits.float(), labels[batch["index"]])
@@ -117,23 +138,25 @@ def finetune(subject, train_table, test_table, modality, out):
 
         done = step + 1
         if done % cfg.log.every_steps == 0 or done == last_step:
-            mean = distributed.total(loss).item() / place.world
+            mean = distributed.total(loss).item() / world.size
             if not math.isfinite(mean):
-                raise FloatingPointError(f"the loss is {mean} at step {done}; try a lower finetune.lr or optim.amp=none")
+                raise FloatingPointError(
+                    f"the loss is {mean} at step {done}; try a lower finetune.lr or optim.amp=none"
+                )
             bar.set_postfix_str(f"epoch {epoch:.1f}, loss {mean:.3f}")
         leave = distributed.any_rank(stop.asked)
         long_ago = time.perf_counter() - saved_at > 60 * cfg.log.checkpoint_minutes
         if distributed.any_rank(leave or long_ago or done == last_step):
-            run.save(done)
+            checkpoint.save(done)
             saved_at = time.perf_counter()
         if leave:
             text = f"stopped by {stop.asked or 'another rank'} after step {done}, saved; the same command goes on from here"
-            distributed.say(place, text)
+            distributed.say(world, text)
             sys.exit(stop.exit_code)
     stop.release()
     bad_files.write(path.with_suffix(".skipped.csv"))
 
-    result = test(network, classifier.linear, test_table, modality, cfg, place)
+    result = test(network, classifier.linear, test_table, modality, cfg, world)
     bad = len(bad_files.reasons)
     return {**result, "train_videos": n - bad, "skipped": result["skipped"] + bad}
 
@@ -145,18 +168,20 @@ def dropout(p, shape, seed, step):
 
 
 @torch.no_grad()
-def test(network, linear, table, modality, cfg, place):
+def test(network, linear, table, modality, cfg, world):
     """Accuracies on evenly spaced clips of a table's videos, of which each rank reads its share."""
-    mine = datasets.take(table, slice(place.rank, None, place.world))
-    title = f"testing {modality}" if place.rank == 0 else None
-    found = evaluation.extract(network, mine, cfg, place.device, (modality,), progress=title)
+    mine = datasets.take(table, slice(world.rank, None, world.size))
+    title = f"testing {modality}" if world.rank == 0 else None
+    found = evaluation.extract(network, mine, cfg, world.device, (modality,), progress=title)
     for row, reason in found.failures.items():
         tqdm.write(f"skipped {data.shown(mine, row)}: {reason}")
-    features = torch.from_numpy(found.features[modality]).to(place.device)  # m×K×8·width
+    features = torch.from_numpy(found.features[modality]).to(world.device)  # m×K×8·width
     scores = linear(features).softmax(2).cpu().numpy()  # m×K×C
     shares = distributed.gather_objects((scores, mine.labels[found.index], len(found.failures)))
     scores, labels, failed = zip(*shares, strict=True)
-    accuracies = evaluation.accuracies(np.concatenate(scores), np.concatenate(labels), np.arange(len(table.classes)))
+    accuracies = evaluation.accuracies(
+        np.concatenate(scores), np.concatenate(labels), np.arange(len(table.classes))
+    )
     return {**accuracies, "videos": sum(map(len, labels)), "skipped": sum(failed)}
 
 
@@ -164,7 +189,9 @@ def decisive(subject, cfg, table):
     """{name: value} of all that decides the course of a run."""
     videos = json.dumps([table.paths, table.labels.tolist(), table.start_s.tolist(), table.end_s.tolist()])
     videos = hashlib.sha256(videos.encode()).hexdigest()[:12]
-    groups = {name: dataclasses.asdict(getattr(cfg, name)) for name in ("model", "video", "audio", "finetune")}
+    groups = {
+        name: dataclasses.asdict(getattr(cfg, name)) for name in ("model", "video", "audio", "finetune")
+    }
     return {"seed": cfg.seed, "checkpoint": subject.hash, "videos": videos, **config.flat(groups)}
 
 
@@ -175,25 +202,27 @@ class Run:
     path: Path
     settings: dict  # of `decisive`
     parts: dict  # name → what has a state_dict
-    place: distributed.Place
+    world: distributed.World
 
     def resume(self):
         """Load the checkpoint where there is one; returns the number of steps done."""
-        saved, remark = checkpoint.newest(self.path, owner=self.place.rank == 0)
+        saved, remark = run.newest(self.path, owner=self.world.rank == 0)
         if saved is None:
             return 0
         if remark:
-            distributed.say(self.place, remark)
+            distributed.say(self.world, remark)
         before, now = saved["settings"], self.settings
         if changed := [key for key in now if before.get(key) != now[key]]:
             differences = ", ".join(f"{key} was {before.get(key)} and is {now[key]}" for key in changed)
-            raise config.ConfigError(f"{self.path} holds a run with other settings ({differences}); choose another --out")
+            raise config.ConfigError(
+                f"{self.path} holds a run with other settings ({differences}); choose another --out"
+            )
         for name, part in self.parts.items():
             part.load_state_dict(saved[name])
-        distributed.say(self.place, f"resuming {self.path} after step {saved['step']}")
+        distributed.say(self.world, f"resuming {self.path} after step {saved['step']}")
         return saved["step"]
 
     def save(self, step):
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        if self.place.rank == 0:
-            checkpoint.save(self.path, {**state, "settings": self.settings, "step": step})
+        if self.world.rank == 0:
+            run.save_checkpoint(self.path, {**state, "settings": self.settings, "step": step})

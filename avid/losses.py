@@ -21,7 +21,10 @@ def cross_entropy(x, expected, memories, valid, temperature):
     autocast. Gradients reach x only. Nothing of size B×C is kept for backward.
     """
     x = x.float()
-    return LogSumExp.apply(x, memories, _exclude(valid), temperature) - (x * expected.detach()).sum(1) / temperature
+    return (
+        LogSumExp.apply(x, memories, _exclude(valid), temperature)
+        - (x * expected.detach()).sum(1) / temperature
+    )
 
 
 class LogSumExp(torch.autograd.Function):
@@ -47,7 +50,10 @@ def attend(x, keys, values, bias, temperature):
     """
     x = x.float() / temperature
     largest = x.new_full((len(x), 1), torch.finfo(x.dtype).min)  # B×1, of the exponents so far
-    total, weighted = x.new_zeros(len(x), 1), x.new_zeros(len(x), values.shape[1])  # Σ_j exp(e_ij − largest)·{1, y_j}
+    total, weighted = (
+        x.new_zeros(len(x), 1),
+        x.new_zeros(len(x), values.shape[1]),
+    )  # Σ_j exp(e_ij − largest)·{1, y_j}
     with torch.autocast(x.device.type, enabled=False):
         for k, y, b in zip(keys.split(PIECE), values.split(PIECE), bias.split(PIECE), strict=True):
             e = torch.addmm(b, x, k.float().T)  # B×piece
@@ -85,7 +91,9 @@ def soft_exponents(estimator, own_video, own_audio, video, audio, valid, tau_t):
     if estimator not in steps:
         raise ValueError(f"unknown estimator {estimator} of soft targets; expected one of {', '.join(steps)}")
     bias = _exclude(valid)  # C
-    if estimator == "cycle":  # the last step, within j; the first, within i, is the same for every j and drops out
+    if (
+        estimator == "cycle"
+    ):  # the last step, within j; the first, within i, is the same for every j and drops out
         bias = bias + agreement(video, audio) / tau_t
     return *steps[estimator], bias
 
@@ -100,7 +108,9 @@ def soft_targets(estimator, own_video, own_audio, video, audio, valid, tau_s, ta
     return attend(*S_v, audio, bias, tau_s)[1], attend(*S_a, video, bias, tau_s)[1]
 
 
-def robust_xid(video, audio, bank_video, bank_audio, valid, column, *, temperature, soft, estimator, tau_s, tau_t):
+def robust_xid(
+    video, audio, bank_video, bank_audio, valid, column, *, temperature, soft, estimator, tau_s, tau_t
+):
     """L_soft(i) = − Σ_j T_v(j|i) log P(ā_j|v_i) − Σ_j T_a(j|i) log P(v̄_j|a_i), T(j|i) = (1 − λ)·1[i=j] + λ·S(j|i), section 4 [P].
 
     video v_i, audio a_i B×D, live; bank_video v̄_j, bank_audio ā_j C×D of the candidates, of any float type; valid C (bool);
@@ -110,7 +120,9 @@ def robust_xid(video, audio, bank_video, bank_audio, valid, column, *, temperatu
     own_video, own_audio = bank_video[column].float(), bank_audio[column].float()  # v̄_i, ā_i B×D
     expected_audio, expected_video = own_audio, own_video  # Σ_j 1[i=j]·ā_j, Σ_j 1[i=j]·v̄_j
     if soft:
-        S_audio, S_video = soft_targets(estimator, own_video, own_audio, bank_video, bank_audio, valid, tau_s, tau_t)
+        S_audio, S_video = soft_targets(
+            estimator, own_video, own_audio, bank_video, bank_audio, valid, tau_s, tau_t
+        )
         expected_audio = (1 - soft) * own_audio + soft * S_audio  # Σ_j T_v(j|i)·ā_j
         expected_video = (1 - soft) * own_video + soft * S_video  # Σ_j T_a(j|i)·v̄_j
     return cross_entropy(video, expected_audio, bank_audio, valid, temperature) + cross_entropy(
@@ -125,7 +137,9 @@ def weighted_mean(loss, weight, total_weight=None):
     over R ranks, as DistributedDataParallel does, it is Σw over all ranks / R.
     """
     total_weight = weight.sum() if total_weight is None else total_weight
-    return (weight * loss).sum() / total_weight.clamp(min=torch.finfo(torch.float32).tiny)  # all weights 0: 0, not NaN
+    return (weight * loss).sum() / total_weight.clamp(
+        min=torch.finfo(torch.float32).tiny
+    )  # all weights 0: 0, not NaN
 
 
 def contrast(x, usual, positives, negatives, temperature):
@@ -137,7 +151,9 @@ def contrast(x, usual, positives, negatives, temperature):
     with torch.autocast(x.device.type, enabled=False):
         x = x.float()
         usual = (x * usual.float()).sum(1, keepdim=True)  # B×1
-        positive = torch.cat([usual, torch.einsum("bd,bpd->bp", x, positives.detach().float())], 1) / temperature  # B×(1+P)
+        positive = (
+            torch.cat([usual, torch.einsum("bd,bpd->bp", x, positives.detach().float())], 1) / temperature
+        )  # B×(1+P)
         negative = torch.einsum("bd,bnd->bn", x, negatives.detach().float()) / temperature  # B×N
         against = negative.logsumexp(1, keepdim=True)  # B×1
         return F.softplus(against - positive).mean(1)  # −log [e^p / (e^p + e^a)] = log(1 + e^{a−p})

@@ -40,7 +40,11 @@ class Media:
     """
 
     def __init__(self, path, modalities=MODALITIES, start_s=0.0, end_s=np.inf):
-        self.path, self.container, self.reader = os.path.abspath(path), None, None  # a relative one may look like http:…
+        self.path, self.container, self.reader = (
+            os.path.abspath(path),
+            None,
+            None,
+        )  # a relative one may look like http:…
         self.first_s, self.last_s = start_s, end_s
         with contextlib.ExitStack() as in_vain, faults("cannot be opened"):
             in_vain.callback(self.close)
@@ -53,7 +57,9 @@ class Media:
             if not self.last_s > self.first_s:
                 raise MediaError("picture and sound, or the asked part, do not overlap in time")
             if self.last_s == np.inf:
-                raise MediaError("its length is not known; write it anew, for example with: python -m avid.data prepare")
+                raise MediaError(
+                    "its length is not known; write it anew, for example with: python -m avid prepare"
+                )
             in_vain.pop_all()
 
     def _open_sound(self):
@@ -90,21 +96,29 @@ class Media:
         self._usable(self.frame_starts[0], self.frame_starts[-1] + 1 / self.reader.get_avg_fps())
 
     def _start_s(self, stream):
-        return float(stream.start_time * stream.time_base) - self.origin_s if stream.start_time is not None else 0.0
+        return (
+            float(stream.start_time * stream.time_base) - self.origin_s
+            if stream.start_time is not None
+            else 0.0
+        )
 
     def _usable(self, first_s, last_s):
         self.first_s, self.last_s = max(self.first_s, first_s), min(self.last_s, last_s)
 
     def shown(self, times_s):
         """The numbers of the frames shown at these times (T,): the first one also before, the last one also after."""
-        shown = np.searchsorted(self.frame_starts, np.asarray(times_s) + 1e-4, side="right") - 1  # decord's times are float32
+        shown = (
+            np.searchsorted(self.frame_starts, np.asarray(times_s) + 1e-4, side="right") - 1
+        )  # decord's times are float32
         return shown.clip(0, len(self.frame_starts) - 1)
 
     def frames(self, times_s):
         """The frames shown at these times (any order, repeats allowed): uint8 T×H×W×3."""
         wanted, back = np.unique(self.shown(times_s), return_inverse=True)
         with faults("picture cannot be decoded"):
-            return (self._frames_in_order(wanted) if self.in_order else self.reader.get_batch(wanted).asnumpy())[back]
+            return (
+                self._frames_in_order(wanted) if self.in_order else self.reader.get_batch(wanted).asnumpy()
+            )[back]
 
     def _frames_in_order(self, wanted):
         """Frames by ascending number, out of all from the file's beginning on: slow, and right where decord is not."""
@@ -148,7 +162,9 @@ class Media:
         # not every container can be asked for a time before its beginning, where others have a lead-in
         for at_s in (time_s, 0.0):
             try:
-                return self.container.seek(int((at_s + self.origin_s) / self.stream.time_base), stream=self.stream)
+                return self.container.seek(
+                    int((at_s + self.origin_s) / self.stream.time_base), stream=self.stream
+                )
             except av.FFmpegError:
                 if at_s == 0:
                     raise
@@ -219,8 +235,14 @@ class MediaInMemory(Media):
                 self.images = super().frames(self.frame_starts)  # N×H×W×3
             if "audio" in modalities:
                 super()._decode(self.promised_s - 0.1, 0.05)  # is the end there?
-                seconds = max(self.promised_s, (self.container.duration or 0) / av.time_base) - self.sound_first_s + 1.0
-                self.samples = np.trim_zeros(super()._decode(self.sound_first_s, seconds), "b")  # silence follows anyway
+                seconds = (
+                    max(self.promised_s, (self.container.duration or 0) / av.time_base)
+                    - self.sound_first_s
+                    + 1.0
+                )
+                self.samples = np.trim_zeros(
+                    super()._decode(self.sound_first_s, seconds), "b"
+                )  # silence follows anyway
 
     def frames(self, times_s):
         return self.images[self.shown(times_s)]
@@ -293,7 +315,9 @@ def decord_finds_frames(container, stream):
         return False
     key_pts = None
     if stream.codec_context.has_b_frames:
-        for packet in itertools.islice(container.demux(stream), 300):  # encoders start a group every 250 frames or sooner
+        for packet in itertools.islice(
+            container.demux(stream), 300
+        ):  # encoders start a group every 250 frames or sooner
             if packet.is_keyframe:
                 key_pts = packet.pts
             elif None not in (packet.pts, key_pts) and packet.pts < key_pts:
@@ -333,11 +357,15 @@ def spectrogram(media, start_s, audio, speed=1, distort=None):
     """
     hop = round(audio.rate_hz // audio.frames_per_s * speed)
     samples = (columns(audio) - 1) * hop + audio.n_fft
-    waveform = torch.from_numpy(media.sound(start_s + (hop - audio.n_fft) / 2 / audio.rate_hz, samples, audio.rate_hz))
+    waveform = torch.from_numpy(
+        media.sound(start_s + (hop - audio.n_fft) / 2 / audio.rate_hz, samples, audio.rate_hz)
+    )
     if distort:
         waveform = distort(waveform)
     window, energy = hann(audio.n_fft)
-    spectrum = torch.stft(waveform, audio.n_fft, hop, window=window, center=False, return_complex=True).T  # F×257
+    spectrum = torch.stft(
+        waveform, audio.n_fft, hop, window=window, center=False, return_complex=True
+    ).T  # F×257
     power = (spectrum.real.square() + spectrum.imag.square()) / energy
     if audio.mels:
         power = power @ mel_filters(audio.rate_hz, audio.n_fft, audio.mels)

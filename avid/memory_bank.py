@@ -49,7 +49,11 @@ class MemoryBank(torch.nn.Module):
     def read(self, name, index):
         """The memories `video` or `audio` (…×D), or the `agreement` (…), of instances: index …, or None for all of them."""
         stored = getattr(self, name)
-        return stored if index is None else stored.index_select(0, index.flatten()).view(*index.shape, *stored.shape[1:])
+        return (
+            stored
+            if index is None
+            else stored.index_select(0, index.flatten()).view(*index.shape, *stored.shape[1:])
+        )
 
     # what a bank whose rows are spread over the ranks does another way
     def _rows(self):
@@ -76,7 +80,9 @@ class MemoryBank(torch.nn.Module):
         every rank. -> Candidates, C = B + K or N. An instance that stands twice is valid once, where it stands first.
         """
         if num_negatives == "all":
-            return Candidates(None, torch.ones(self.num_instances, dtype=torch.bool, device=index.device), index)
+            return Candidates(
+                None, torch.ones(self.num_instances, dtype=torch.bool, device=index.device), index
+            )
         # drawn on the CPU: the same bits on every device; 8 KB at K = 1024, copied without waiting for the device
         generator = torch.Generator().manual_seed(generator_seed)
         negatives = torch.randint(self.num_instances, (num_negatives,), generator=generator)  # K
@@ -98,9 +104,13 @@ class MemoryBank(torch.nn.Module):
         memory = getattr(self, modality)
         others = len(memory) - contrast.k_pos - 1
         if others < 1:
-            raise ConfigError(f"contrast.k_pos = {contrast.k_pos} leaves no negatives among {len(memory)} videos; lower it")
+            raise ConfigError(
+                f"contrast.k_pos = {contrast.k_pos} leaves no negatives among {len(memory)} videos; lower it"
+            )
         num_negatives = min(contrast.negatives, others)
-        rngs = [np.random.default_rng(seed) for seed in seeds]  # of a row; on the CPU: the same on every device
+        rngs = [
+            np.random.default_rng(seed) for seed in seeds
+        ]  # of a row; on the CPU: the same on every device
         own = memory[index].float()
         similarity = torch.cat([own @ some.float().T for some in memory.split(PIECE)], 1)  # b×N
         similarity.scatter_(1, index[:, None], -torch.inf)
@@ -108,25 +118,39 @@ class MemoryBank(torch.nn.Module):
 
         # the largest of log p + Gumbel noise are draws without replacement
         gumbel = torch.from_numpy(np.stack([rng.gumbel(size=contrast.k_pos) for rng in rngs]))  # b×k
-        drawn = (nearness / contrast.tau_p + gumbel.to(index.device, non_blocking=True)).topk(contrast.n_pos, 1).indices
+        drawn = (
+            (nearness / contrast.tau_p + gumbel.to(index.device, non_blocking=True))
+            .topk(contrast.n_pos, 1)
+            .indices
+        )
         positives = nearest.gather(1, drawn)  # b×n_pos
 
         excluded = torch.cat([index[:, None], nearest], 1)  # b×(k+1)
         if math.isinf(contrast.tau_n):
-            places = np.stack([rng.choice(others, num_negatives, replace=False, shuffle=False) for rng in rngs])  # b×n
+            places = np.stack(
+                [rng.choice(others, num_negatives, replace=False, shuffle=False) for rng in rngs]
+            )  # b×n
             return positives, _skip(torch.from_numpy(places).to(index.device, non_blocking=True), excluded)
         gumbel = torch.stack([_gumbel(seed, len(memory), memory.device) for seed in seeds])  # b×N
         negative = (similarity / contrast.tau_n).add_(gumbel).scatter_(1, excluded, -torch.inf)  # b×N
         return positives, negative.topk(num_negatives, 1).indices
 
     @torch.no_grad()
-    def update(self, index, video, audio):
+    def update(self, index, video, audio, where=None):
         """v̄_i ← normalise(m·v̄_i + (1 − m)·v_i), ā_i likewise, section 1 [A]; the cost does not depend on N.
 
-        index B, video and audio B×D of the GLOBAL batch, any float type, on every rank the same. An instance that
-        stands twice is updated once, by its first row. Where the new memory would be zero or not finite, the old stays.
+        index B: the instances of the GLOBAL batch, on every rank the same; video, audio: embeddings of this rank's clips,
+        b·M×D, any float type: the mean over an instance's M clips counts. An instance that stands twice is updated once,
+        by its first row. Where the new memory would be zero or not finite, or `where` (0-dim bool) is false, the old stays.
         """
-        first = _first_occurrence(index)  # B   rows of one instance all write the same: their order does not matter
+        per_instance = (len(index) // distributed.world_size(), -1, video.shape[-1])  # b×M×D
+        both = torch.cat([x.detach().view(per_instance).mean(1) for x in (video, audio)], 1)  # b×2D
+        if where is not None:
+            both = torch.where(where, both, torch.nan)
+        video, audio = distributed.gather(both).chunk(2, 1)  # B×D each
+        first = _first_occurrence(
+            index
+        )  # B   rows of one instance all write the same: their order does not matter
         video = self._moved(self.read("video", index), video[first])  # B×D
         audio = self._moved(self.read("audio", index), audio[first])  # B×D
         agreed = agreement(video, audio)  # B
@@ -195,7 +219,9 @@ class SpreadBank(MemoryBank):
             if not stored.dim():
                 state[name] = stored
                 continue
-            state[name] = torch.empty(self.num_instances if distributed.rank() == 0 else 0, *stored.shape[1:], dtype=stored.dtype)
+            state[name] = torch.empty(
+                self.num_instances if distributed.rank() == 0 else 0, *stored.shape[1:], dtype=stored.dtype
+            )
             for index in torch.arange(self.num_instances, device=stored.device).split(PIECE):
                 piece = self.read(name, index)
                 if distributed.rank() == 0:
@@ -222,11 +248,15 @@ def _gumbel(seed, n, device):
 
 def _skip(place, excluded):
     """The place-th of the numbers 0, 1, … that are not excluded: place b×n, excluded b×k -> b×n."""
-    before = excluded.sort(1).values - torch.arange(excluded.shape[1], device=excluded.device)  # b×k   that stand before each
+    before = excluded.sort(1).values - torch.arange(
+        excluded.shape[1], device=excluded.device
+    )  # b×k   that stand before each
     return place + torch.searchsorted(before, place, right=True)
 
 
 def _first_occurrence(index):
     """For each entry, where its value stands first: B -> B. By sorting: static shapes, no wait for the device."""
-    ordered, position = index.sort(stable=True)  # equal values stay in order, so the leftmost of them stood first
+    ordered, position = index.sort(
+        stable=True
+    )  # equal values stay in order, so the leftmost of them stood first
     return position[torch.searchsorted(ordered, index)]

@@ -16,7 +16,8 @@ import torchvision
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from . import temporal_tasks
+from . import config, temporal_tasks
+from .files import ConfigError
 
 
 class Output(NamedTuple):
@@ -95,7 +96,9 @@ class AudioNet(nn.Module):
 
     def __init__(self, width=64):
         super().__init__()
-        self.conv1 = nn.Sequential(nn.Conv2d(1, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+        self.conv1 = nn.Sequential(
+            nn.Conv2d(1, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
+        )
         self.block1 = AudioBlock(width, width, 2)
         self.block2 = AudioBlock(width, 2 * width, 2)
         self.block3 = AudioBlock(2 * width, 4 * width, 2)
@@ -120,26 +123,47 @@ class Head(nn.Module):
         layers = []
         for _ in range(2):
             # a bias before batch norm would have no gradient but rounding noise, which Adam would blow up
-            layers += [nn.Linear(dim, dim, bias=plain)] + ([] if plain else [nn.BatchNorm1d(dim)]) + [nn.ReLU()]
-        layers += [nn.Linear(dim, embedding, bias=plain)] + ([] if plain else [nn.BatchNorm1d(embedding, affine=False)])
+            layers += (
+                [nn.Linear(dim, dim, bias=plain)] + ([] if plain else [nn.BatchNorm1d(dim)]) + [nn.ReLU()]
+            )
+        layers += [nn.Linear(dim, embedding, bias=plain)] + (
+            [] if plain else [nn.BatchNorm1d(embedding, affine=False)]
+        )
         self.projection = nn.Sequential(*layers)
 
     def forward(self, features):  # B×dim
         return F.normalize(self.projection(features).float(), dim=1)  # B×D, unit length
 
 
-def video_network(name, width, depth):
-    """The video network by name: `avid`, or torchvision's `r2plus1d_18`, `r3d_18`, `s3d` without their classifiers."""
-    if name == "avid":
-        return R2Plus1D(width, depth)
-    network = getattr(torchvision.models.video, name)(weights=None)
-    if name == "s3d":
-        network.dim = network.classifier[1].in_channels
-        network.avgpool, network.classifier = nn.AdaptiveAvgPool3d(1), nn.Identity()
-    else:
-        network.dim = network.fc.in_features
-        network.fc = nn.Identity()
-    return network
+def torchvision_network(name):
+    """A video network of torchvision's without its classifier; its width and depth are what they are."""
+
+    def build(width, depth):
+        if (width, depth) != (config.Model().width, config.Model().depth):
+            raise ConfigError(
+                f"model.video={name} takes no model.width and no model.depth; leave both out, or use avid"
+            )
+        network = getattr(torchvision.models.video, name)(weights=None)
+        if name == "s3d":
+            network.dim = network.classifier[1].in_channels
+            network.avgpool, network.classifier = nn.AdaptiveAvgPool3d(1), nn.Identity()
+        else:
+            network.dim = network.fc.in_features
+            network.fc = nn.Identity()
+        return network
+
+    return build
+
+
+VIDEO = {"avid": R2Plus1D} | {name: torchvision_network(name) for name in ("r2plus1d_18", "r3d_18", "s3d")}
+AUDIO = {"avid": AudioNet}
+
+
+def check(model):
+    """Raise ConfigError where config.Model names a network that there is not."""
+    for key, networks in (("video", VIDEO), ("audio", AUDIO)):
+        if (name := getattr(model, key)) not in networks:
+            raise ConfigError(f"wrong value for model.{key}: {name}; expected one of {', '.join(networks)}")
 
 
 class AudioVisual(nn.Module):
@@ -150,8 +174,9 @@ class AudioVisual(nn.Module):
 
     def __init__(self, model, tasks=()):
         super().__init__()
-        self.video_model = video_network(model.video, model.width, model.depth)
-        self.audio_model = AudioNet(model.width)
+        check(model)
+        self.video_model = VIDEO[model.video](model.width, model.depth)
+        self.audio_model = AUDIO[model.audio](model.width)
         self.video_proj = Head(self.video_model.dim, model.embedding, model.head_norm)
         self.audio_proj = Head(self.audio_model.dim, model.embedding, model.head_norm)
         dims = {"video": self.video_model.dim, "audio": self.audio_model.dim}
@@ -198,14 +223,22 @@ def checkpoint_activations(network):
 def recomputed(block, forward, x):
     """forward(x) of a block, whose activations are not kept for backward."""
     # compiled, the second pass has no side effects as it is, and takes no context
-    contexts = {} if torch.compiler.is_compiling() else {"context_fn": lambda: (contextlib.nullcontext(), buffers_kept(block))}
+    contexts = (
+        {}
+        if torch.compiler.is_compiling()
+        else {"context_fn": lambda: (contextlib.nullcontext(), buffers_kept(block))}
+    )
     return checkpoint(forward, x, use_reentrant=False, preserve_rng_state=False, **contexts)
 
 
 @contextlib.contextmanager
 def buffers_kept(block):
     """Within, batch norm counts a batch in copies of its running statistics: those of the block stay as they are."""
-    kept = [(module, name, buffer) for module in block.modules() for name, buffer in module.named_buffers(recurse=False)]
+    kept = [
+        (module, name, buffer)
+        for module in block.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
     for module, name, buffer in kept:
         setattr(module, name, buffer.clone())
     try:
@@ -231,11 +264,15 @@ def load(network, state, path):
     wrong = {
         "missing": [name for name in mine if name not in weights],
         "left over": [name for name in weights if name not in mine],
-        "of another shape": [name for name in mine if name in weights and weights[name].shape != mine[name].shape],
+        "of another shape": [
+            name for name in mine if name in weights and weights[name].shape != mine[name].shape
+        ],
     }
     if any(wrong.values()):
         faults = "; ".join(
-            f"{len(names)} {fault}: {', '.join(names[:5])}{', …' if names[5:] else ''}" for fault, names in wrong.items() if names
+            f"{len(names)} {fault}: {', '.join(names[:5])}{', …' if names[5:] else ''}"
+            for fault, names in wrong.items()
+            if names
         )
         raise ModelError(f"{path} does not fit the network that the settings describe (model.*): {faults}")
     network.load_state_dict(weights)

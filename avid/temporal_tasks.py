@@ -13,7 +13,15 @@ from torch.nn import functional as F
 
 ORDERS = ("before", "overlapping", "after")
 UNKNOWN = -1  # a label that a video is too short to give: masked in the loss
-TASKS = ("speed_video", "speed_audio", "direction_video", "direction_audio", "order_video", "order_audio", "order_cross")
+TASKS = (
+    "speed_video",
+    "speed_audio",
+    "direction_video",
+    "direction_audio",
+    "order_video",
+    "order_audio",
+    "order_cross",
+)
 
 
 @dataclass(frozen=True)
@@ -97,7 +105,9 @@ class Heads(nn.Module):
             if kind == "order":
                 inputs = sum(dim.values()) if modality == "cross" else 2 * dim[modality]
                 hidden = max(dim.values())
-                self.heads[task] = nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, number))
+                self.heads[task] = nn.Sequential(
+                    nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, number)
+                )
             else:
                 self.heads[task] = nn.Linear(dim[modality], number)
 
@@ -109,7 +119,9 @@ class Heads(nn.Module):
             if kind != "order":
                 x = features[modality]
             elif modality == "cross":
-                x = torch.cat([torch.cat([video[0::2], audio[1::2]], 1), torch.cat([video[1::2], audio[0::2]], 1)])
+                x = torch.cat(
+                    [torch.cat([video[0::2], audio[1::2]], 1), torch.cat([video[1::2], audio[0::2]], 1)]
+                )
             else:
                 x = torch.cat([features[modality][0::2], features[modality][1::2]], 1)
             logits[task] = head(x)
@@ -119,12 +131,14 @@ class Heads(nn.Module):
 def targets(task, batch):
     """The labels of a task's logits, UNKNOWN where masked: speed and direction B×M, order B of a batch → B·M, B or 2B."""
     label = batch[task.partition("_")[0]]
-    if task == "order_cross":  # a video clip relative to the sound of the other moment: the second pair is the other way round
+    if (
+        task == "order_cross"
+    ):  # a video clip relative to the sound of the other moment: the second pair is the other way round
         return torch.cat([label, torch.where(label == UNKNOWN, label, 2 - label)])
     return label.flatten()
 
 
-def judge(logits, target):
+def task_loss(logits, target):
     """Sum of the cross entropies, number of right answers, number of labels that are known: three scalars."""
     known = (target != UNKNOWN).sum()
     return (

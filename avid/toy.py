@@ -29,13 +29,22 @@ from tqdm import tqdm
 from .config import ConfigError
 
 WORLD = 5  # counts the changes of what this file draws: each makes a new folder
-TEMPO = {"slide": 0.95, "bounce": 1.35, "spin": 1.9, "pulse": 2.7}  # motion: events a second, a factor √2 apart
+TEMPO = {
+    "slide": 0.95,
+    "bounce": 1.35,
+    "spin": 1.9,
+    "pulse": 2.7,
+}  # motion: events a second, a factor √2 apart
 TEMPO_JITTER = 0.1
 PITCH_HZ = 220.0  # lowest pitch; the highest is an octave above
 TONE_DB, ROOM_DB, ROOM = 14, 10, (0.1, 0.9)
 AFTERIMAGE = 0.5  # opacity that a thing leaves behind
 WEAR = 0.5  # share of its contrast that a texture loses over the video
-WHISTLE, WHISTLE_HZ, WHISTLE_OCTAVES = 0.25, 6000.0, 1.5  # the room's: loudness, first pitch, fall over the video
+WHISTLE, WHISTLE_HZ, WHISTLE_OCTAVES = (
+    0.25,
+    6000.0,
+    1.5,
+)  # the room's: loudness, first pitch, fall over the video
 LEAD_S = 1.0  # the world runs this long before the first frame, so that trails and sounds have a past
 AAC_RATES_HZ = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 PART = ".part"
@@ -48,7 +57,9 @@ COLUMNS = "path label split motion tempo faulty sound pitch_hz".split()
 
 
 def _polygon(u, v, corners):
-    angle = (np.arctan2(v, u) + np.pi / 2 + (corners + 1) % 2 * np.pi / corners) % (2 * np.pi / corners) - np.pi / corners
+    angle = (np.arctan2(v, u) + np.pi / 2 + (corners + 1) % 2 * np.pi / corners) % (
+        2 * np.pi / corners
+    ) - np.pi / corners
     return 1.1 * np.cos(np.pi / corners) - np.hypot(u, v) * np.cos(angle)
 
 
@@ -103,7 +114,9 @@ def _harmonics(amplitudes):
     def timbre(phase, t, pitch_hz, rate_hz, rng):
         h = np.arange(1, len(amplitudes) + 1)
         a = np.where(h * pitch_hz < 0.42 * rate_hz, amplitudes, 0.0)
-        period = np.sin(2 * np.pi * np.outer(np.arange(1024) / 1024, h) + rng.uniform(0, 2 * np.pi, len(h))) @ a
+        period = (
+            np.sin(2 * np.pi * np.outer(np.arange(1024) / 1024, h) + rng.uniform(0, 2 * np.pi, len(h))) @ a
+        )
         return period.astype(np.float32)[(phase * 1024).astype(np.int64) & 1023]
 
     return timbre
@@ -149,7 +162,9 @@ def _hiss(width):
 
 def _chirps(phase, t, pitch_hz, rate_hz, rng):
     s = (t * 9 + rng.uniform()) % 1  # nine a second, each an octave up
-    return np.sin(2 * np.pi * (((2 * phase) % 1) + 2 * pitch_hz / 9 * s * s / 2 * 2).astype(np.float32)) * np.sqrt(1 - s)
+    return np.sin(
+        2 * np.pi * (((2 * phase) % 1) + 2 * pitch_hz / 9 * s * s / 2 * 2).astype(np.float32)
+    ) * np.sqrt(1 - s)
 
 
 def _tremolo(timbre, per_s):
@@ -167,11 +182,19 @@ class Kind(NamedTuple):
 
 KINDS = {
     "drum": Kind(_disc, partial(_rings, count=4), _partials([0.5, 0.8, 1.07, 1.33], [1, 0.8, 0.6, 0.5])),
-    "bell": Kind(partial(_polygon, corners=3), partial(_stripes, across=2.2), _partials([1, 2.76, 5.4], [1, 0.7, 0.5])),
+    "bell": Kind(
+        partial(_polygon, corners=3), partial(_stripes, across=2.2), _partials([1, 2.76, 5.4], [1, 0.7, 0.5])
+    ),
     "flute": Kind(_bar, partial(_stripes, along=2.2), _harmonics([1, 0.1])),
     "clarinet": Kind(_disc, partial(_stripes, along=5), _harmonics([1, 0, 0.8, 0, 0.6, 0, 0.5, 0, 0.4])),
-    "violin": Kind(partial(_polygon, corners=4), partial(_stripes, across=5), _harmonics(1 / np.arange(1, 16))),
-    "organ": Kind(partial(_polygon, corners=4), partial(_stripes, along=2.2, across=2.2), _harmonics([1, 1, 0, 1, 0, 0, 0, 1])),
+    "violin": Kind(
+        partial(_polygon, corners=4), partial(_stripes, across=5), _harmonics(1 / np.arange(1, 16))
+    ),
+    "organ": Kind(
+        partial(_polygon, corners=4),
+        partial(_stripes, along=2.2, across=2.2),
+        _harmonics([1, 1, 0, 1, 0, 0, 0, 1]),
+    ),
     "voice": Kind(partial(_star, points=5, depth=0.25), partial(_sectors, count=5), _voice),
     "rattle": Kind(_cross, partial(_stripes, along=5, across=5), _hiss(2.0)),
     "bird": Kind(partial(_star, points=3, depth=0.3), _plain, _chirps),
@@ -213,7 +236,12 @@ def course(motion, tempo, seconds, rng):
             return along, y0 + (tilt - 0.5) * (along - 0.5), 1 + zero, angle0 + zero
         if motion == "spin":
             angle = sense * np.pi * (k + kick)
-            return 0.5 + 0.5 * np.sin(angle), 0.5 - 0.5 * np.cos(angle), 1 + zero, angle0 + 0.2 * np.sin(angle)
+            return (
+                0.5 + 0.5 * np.sin(angle),
+                0.5 - 0.5 * np.cos(angle),
+                1 + zero,
+                angle0 + 0.2 * np.sin(angle),
+            )
         return x0 + zero, y0 + zero, 0.78 + 0.37 * np.exp(-3 * s), angle0 + zero  # pulse
 
     return Track(event_s, 0.4 + 0.6 * np.sqrt(height), at)
@@ -264,7 +292,9 @@ def picture(kind, track, toy, rng):
     v, u = np.mgrid[:fine, :fine] / (fine / 2.4) - 1.2
     soft = 1 / radius  # edges fade over about a pixel
     opacity = np.clip(0.5 + KINDS[kind].shape(u, v) / soft, 0, 1).astype(np.float32)
-    ink = np.clip(KINDS[kind].texture(u, v) / (4 * soft), -0.5, 0.5).astype(np.float32)  # ½: one colour, −½: the other
+    ink = np.clip(KINDS[kind].texture(u, v) / (4 * soft), -0.5, 0.5).astype(
+        np.float32
+    )  # ½: one colour, −½: the other
     sprite = np.stack([ink, opacity], axis=2).reshape(-1, 2)
 
     # every pixel of every frame in the coordinates of the thing
@@ -277,7 +307,9 @@ def picture(kind, track, toy, rng):
     column = np.clip(cos * dx + sin * dy + fine / 2, 0, fine - 1).astype(np.int32)  # T×S×S
     row = np.clip(cos * dy - sin * dx + fine / 2, 0, fine - 1).astype(np.int32)
     thing = sprite[row * fine + column]  # T×S×S×2
-    fresh = np.minimum(1 - WEAR * t / toy.seconds, 1).astype(np.float32)  # order can be told: textures wear off
+    fresh = np.minimum(1 - WEAR * t / toy.seconds, 1).astype(
+        np.float32
+    )  # order can be told: textures wear off
     flash = 0.3 * _decay(track, t, 0.09).astype(np.float32)
 
     frames = np.empty((len(t), size, size, 3), np.uint8)
@@ -313,9 +345,13 @@ def _record(wave, rng, toy):
     hiss = np.fft.rfft(rng.standard_normal(len(wave), dtype=np.float32))
     octave = np.log2(np.maximum(np.fft.rfftfreq(len(wave), 1 / toy.rate_hz), 1))
     knots = np.arange(6.5, 14)  # 90 Hz, 180 Hz, …
-    tone, room = (10 ** (np.interp(octave, knots, rng.uniform(-db, db, len(knots))) / 20) for db in (TONE_DB, ROOM_DB))
+    tone, room = (
+        10 ** (np.interp(octave, knots, rng.uniform(-db, db, len(knots))) / 20) for db in (TONE_DB, ROOM_DB)
+    )
     spectrum = spectrum * tone + rng.uniform(*ROOM) * hiss * room
-    wave = np.fft.irfft(spectrum, len(wave)) + WHISTLE * np.sin(2 * np.pi * np.cumsum(_whistle_hz(len(wave), toy)) / toy.rate_hz)
+    wave = np.fft.irfft(spectrum, len(wave)) + WHISTLE * np.sin(
+        2 * np.pi * np.cumsum(_whistle_hz(len(wave), toy)) / toy.rate_hz
+    )
     return (wave / np.abs(wave).max() * rng.uniform(0.3, 0.95)).astype(np.float32)
 
 
@@ -339,8 +375,12 @@ def noise(toy, rng):
     """Samples (N,) float32: a rumble that swells and ebbs."""
     count = round(toy.seconds * toy.rate_hz)
     spectrum = np.fft.rfft(rng.standard_normal(count, dtype=np.float32))
-    wave = np.fft.irfft(spectrum / (1 + np.fft.rfftfreq(count, 1 / toy.rate_hz) / rng.uniform(50, 200)), count)
-    swell = 1 + 0.8 * np.sin(2 * np.pi * (rng.uniform(0.1, 0.6) * np.arange(count) / toy.rate_hz + rng.uniform()))
+    wave = np.fft.irfft(
+        spectrum / (1 + np.fft.rfftfreq(count, 1 / toy.rate_hz) / rng.uniform(50, 200)), count
+    )
+    swell = 1 + 0.8 * np.sin(
+        2 * np.pi * (rng.uniform(0.1, 0.6) * np.arange(count) / toy.rate_hz + rng.uniform())
+    )
     return _record((wave * swell).astype(np.float32), rng, toy)
 
 
@@ -384,7 +424,9 @@ def render(toy, seed, row):
 def encode(path, frames, wave, toy):
     """Write frames (T, S, S, 3) uint8 and samples (N,) float32 as an mp4 of the same bits every time."""
     with av.open(str(path), "w", format="mp4", options={"fflags": "+bitexact"}) as file:
-        video = file.add_stream("libx264", rate=toy.fps, options={"preset": "veryfast", "crf": "20", "threads": "1"})
+        video = file.add_stream(
+            "libx264", rate=toy.fps, options={"preset": "veryfast", "crf": "20", "threads": "1"}
+        )
         video.width, video.height, video.pix_fmt = toy.size, toy.size, "yuv420p"
         video.codec_context.gop_size, video.codec_context.max_b_frames = max(toy.fps // 2, 1), 0
         audio = file.add_stream("aac", rate=toy.rate_hz, layout="mono", options={"aac_coder": "fast"})
@@ -431,7 +473,9 @@ def write(root, toy, seed, workers, progress=True):
     if toy.size % 2:
         raise ConfigError(f"toy.size is {toy.size}, but H.264 needs an even number: use {toy.size + 1}")
     if toy.rate_hz not in AAC_RATES_HZ:
-        raise ConfigError(f"toy.rate_hz is {toy.rate_hz}, but AAC needs one of {', '.join(map(str, AAC_RATES_HZ))}")
+        raise ConfigError(
+            f"toy.rate_hz is {toy.rate_hz}, but AAC needs one of {', '.join(map(str, AAC_RATES_HZ))}"
+        )
     content = json.dumps([WORLD, seed, dataclasses.asdict(toy)], sort_keys=True)
     name = f"toy-{toy.train}+{toy.test}-{toy.seconds:g}s-{toy.size}px-faulty{toy.faulty:g}-seed{seed}"
     folder = Path(root) / f"{name}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
@@ -454,7 +498,13 @@ def _write_all(folder, toy, seed, workers, progress):
     for split in ("train", "test"):
         (folder / split).mkdir(parents=True, exist_ok=True)
     todo = [row for row in rows if not (folder / row["path"]).exists()]
-    bar = tqdm(total=len(rows), initial=len(rows) - len(todo), desc=f"writing {folder}", unit="video", disable=not progress)
+    bar = tqdm(
+        total=len(rows),
+        initial=len(rows) - len(todo),
+        desc=f"writing {folder}",
+        unit="video",
+        disable=not progress,
+    )
     with bar:
         if workers <= 1:
             for row in todo:
@@ -462,7 +512,9 @@ def _write_all(folder, toy, seed, workers, progress):
                 bar.update()
         elif todo:
             # the platform's own way, as DataLoader's workers: to spawn would import the calling script's torch in every process
-            pool = ProcessPoolExecutor(min(workers, len(todo)), multiprocessing.get_context(), initializer=_end_with_parent)
+            pool = ProcessPoolExecutor(
+                min(workers, len(todo)), multiprocessing.get_context(), initializer=_end_with_parent
+            )
             try:
                 for future in as_completed([pool.submit(_write_one, folder, toy, seed, row) for row in todo]):
                     future.result()

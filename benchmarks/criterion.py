@@ -18,21 +18,27 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from avid import config
+from avid import cli, config
 
 PARTS = ("objective", "all", "update", "neighbourhood", "dtype")
 
 
 def command_line():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=config.Help)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.Help)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all of them")
-    parser.add_argument("--instances", type=int, default=232_067, help="N, videos in the bank (default: 232067)")
+    parser.add_argument(
+        "--instances", type=int, default=232_067, help="N, videos in the bank (default: 232067)"
+    )
     parser.add_argument("--negatives", type=int, default=1024, help="K (default: 1024)")
     parser.add_argument("--batches", type=int, nargs="+", default=[64, 256], help="default: 64 256")
     parser.add_argument("--repeats", type=int, default=30, help="rounds that count (default: 30)")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"), help="of the bank")
     parser.add_argument(
-        "--json", metavar="FILE", help="write the figures, a file a part: FILE.json becomes FILE.objective.json, …"
+        "--dtype", default="float32", choices=("float32", "float16", "bfloat16"), help="of the bank"
+    )
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        help="write the figures, a file a part: FILE.json becomes FILE.objective.json, …",
     )
     return parser.parse_args()
 
@@ -63,7 +69,9 @@ class Step:
 
     def __init__(self, bank, batch, negatives):
         self.bank, self.negatives = bank, negatives
-        self.index = torch.randperm(bank.num_instances, generator=torch.Generator().manual_seed(1))[:batch].to(DEVICE)
+        self.index = torch.randperm(bank.num_instances, generator=torch.Generator().manual_seed(1))[
+            :batch
+        ].to(DEVICE)
         self.video, self.audio = unit(batch, 2).requires_grad_(), unit(batch, 3).requires_grad_()
         self.seed = 0
 
@@ -73,7 +81,9 @@ class Step:
         loss = objective(self, robust)  # B
         s = self.bank.read("agreement", self.index)
         w_min = LOSS.w_min if robust else 1.0
-        weight = losses.faulty_positive_weights(s, *self.bank.agreement_mean_std(), w_min, LOSS.delta, LOSS.kappa)
+        weight = losses.faulty_positive_weights(
+            s, *self.bank.agreement_mean_std(), w_min, LOSS.delta, LOSS.kappa
+        )
         losses.weighted_mean(loss, weight).backward()
         self.bank.update(self.index, self.video.detach(), self.audio.detach())
 
@@ -97,7 +107,12 @@ def gathered(step, robust):
     video, audio = bank.video[among].float(), bank.audio[among].float()  # B×(1+K)×D
     loss = 0.0
     for x, own, keys, others in (
-        (step.video, audio[:, 0], audio, video),  # x, what it steps from in a cycle, keys, where that step leads
+        (
+            step.video,
+            audio[:, 0],
+            audio,
+            video,
+        ),  # x, what it steps from in a cycle, keys, where that step leads
         (step.audio, video[:, 0], video, audio),
     ):
         log_p = F.log_softmax(torch.einsum("bd,bkd->bk", x, keys) / LOSS.temperature, 1)  # B×(1+K)
@@ -122,7 +137,10 @@ def objective(bank, arguments):
         }
         ms = report.in_turns(ways, arguments.repeats)
         for name in ways:
-            ratios = {f"÷ {other}": float(np.median(ms[name] / ms[other])) for other in ("gathered, plain", "gathered, robust")}
+            ratios = {
+                f"÷ {other}": float(np.median(ms[name] / ms[other]))
+                for other in ("gathered, plain", "gathered, robust")
+            }
             yield {"what": name, "batch": batch, "ms": float(np.median(ms[name])), **ratios}
 
 
@@ -133,7 +151,9 @@ def everything(bank, arguments):
         before = report.memory_gb()
         step.run(shared, True)
         memory = 1e3 * (report.peak_gb() - before)
-        ms = report.in_turns({"all": lambda s=step: s.run(shared, True)}, max(arguments.repeats // 10, 1), warm_up=0)["all"]
+        ms = report.in_turns(
+            {"all": lambda s=step: s.run(shared, True)}, max(arguments.repeats // 10, 1), warm_up=0
+        )["all"]
         yield {"what": "robust, all negatives", "batch": batch, "ms": float(np.median(ms)), "peak MB": memory}
 
 
@@ -142,7 +162,10 @@ def update(_, arguments):
     banks = {n: memory_bank.MemoryBank(n, D, 0.5, 0, arguments.dtype).to(DEVICE) for n in sizes}
     for batch in arguments.batches:
         steps = {n: Step(bank, batch, arguments.negatives) for n, bank in banks.items()}
-        ways = {n: lambda s=s: s.bank.update(s.index, s.video.detach(), s.audio.detach()) for n, s in steps.items()}
+        ways = {
+            n: lambda s=s: s.bank.update(s.index, s.video.detach(), s.audio.detach())
+            for n, s in steps.items()
+        }
         ms = report.in_turns(ways, 5 * arguments.repeats)
         for n in sizes:
             yield {"what": f"N = {n:,}", "batch": batch, "ms": float(np.median(ms[n]))}

@@ -14,11 +14,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from avid import config
+from avid import cli, config
 
 
 def command_line():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=config.Help)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.Help)
     parser.add_argument("--root", type=Path, default=Path("data/still"), help="default: data/still")
     parser.add_argument("--epochs", type=int, default=60, help="default: 60")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -60,7 +60,12 @@ def main(arguments):
     cfg = config.load("toy_temporal", arguments.overrides)
     write(arguments.root, cfg.toy)
     out = Path("runs/leak")
-    settings = ["data.name=folder", f"data.root={arguments.root}", f"optim.epochs={arguments.epochs}", f"out={out}"]
+    settings = [
+        "data.name=folder",
+        f"data.root={arguments.root}",
+        f"optim.epochs={arguments.epochs}",
+        f"out={out}",
+    ]
     settings += [f"log.check_epochs={arguments.epochs}", *arguments.overrides]
     subprocess.run([sys.executable, str(ROOT / "train.py"), "--cfg", "toy_temporal", *settings], check=True)
     last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
@@ -68,7 +73,9 @@ def main(arguments):
     print(f"{'task':18s} {'held out':>9s} {'chance':>8s}   99.9 % band")
     for task, number in temporal_tasks.classes(cfg).items():
         share = 1 / number
-        clips = answers * (1 if task in ("order_video", "order_audio") else 2)  # two clips, or two pairs, a video
+        clips = answers * (
+            1 if task in ("order_video", "order_audio") else 2
+        )  # two clips, or two pairs, a video
         band = 3.3 * 100 * np.sqrt(share * (1 - share) / clips)
         accuracy = last[f"held-out {task} %"]
         verdict = "LEAK" if accuracy > 100 * share + band else "nothing to read"

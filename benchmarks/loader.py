@@ -27,7 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from avid import config
+from avid import cli, config
 
 SETTINGS = {  # name: (configuration, changes, files)
     "A": ("avid", ["video.size=112"], "prepared"),
@@ -37,12 +37,14 @@ SETTINGS = {  # name: (configuration, changes, files)
 
 
 def command_line():
-    parser = config.parser(__doc__)
+    parser = cli.parser(__doc__)
     parser.add_argument("--settings", nargs="*", choices=SETTINGS, default=[*SETTINGS], help="default: all")
     parser.add_argument("--samples", type=int, default=200, help="a setting (default: 200)")
     parser.add_argument("--files", type=int, default=4, help="of 10 s that are written (default: 4)")
     parser.add_argument("--source", metavar="VIDEO", help="made into the files, instead of a synthetic one")
-    parser.add_argument("--folder", metavar="DIR", help="where the files are, or will be (default: for the time being)")
+    parser.add_argument(
+        "--folder", metavar="DIR", help="where the files are, or will be (default: for the time being)"
+    )
     parser.add_argument("--flat", type=int, metavar="N", help="N samples through decoding processes instead")
     parser.add_argument("--workers", type=int, default=2, help="decoding processes of --flat (default: 2)")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
@@ -66,8 +68,9 @@ import numpy as np
 import report
 import torch
 
-from avid import data, datasets, prepare, temporal_tasks, toy
+from avid import data, datasets, temporal_tasks, toy
 from avid.media import Media, av, decord, paste  # imported there after torch
+from avid.tools import prepare
 
 SECONDS, WARM_UP, BATCH = 10, 8, 16
 
@@ -82,7 +85,9 @@ def write(folder, count, source=None):
     for k in range(count):
         if not (path := original / f"{k}.mp4").exists():
             part = path.with_suffix(".part")
-            subprocess.run([ffmpeg(), "-v", "error", "-y", *content(k, source), *ORIGINAL, str(part)], check=True)
+            subprocess.run(
+                [ffmpeg(), "-v", "error", "-y", *content(k, source), *ORIGINAL, str(part)], check=True
+            )
             os.replace(part, path)
     prepare.prepare(original, folder / "prepared", prepare.Small(), workers=1)
     return {name: table(folder / name) for name in ("original", "prepared")}
@@ -102,7 +107,9 @@ def content(k, source):
     """ffmpeg's input for the k-th file: another part of the source each, or a zoom with grain and pink noise."""
     if source:
         return ["-stream_loop", "-1", "-ss", str(3 * k), "-i", source]
-    picture = f"mandelbrot=size=340x256:rate=25:maxiter=60:start_scale={3 - 0.2 * k:.1f}:end_scale=0.05:end_pts=400"
+    picture = (
+        f"mandelbrot=size=340x256:rate=25:maxiter=60:start_scale={3 - 0.2 * k:.1f}:end_scale=0.05:end_pts=400"
+    )
     inputs = (f"{picture},noise=alls=2:allf=t:all_seed={k}", f"anoisesrc=color=pink:seed={k}")
     return [word for lavfi in inputs for word in ("-f", "lavfi", "-i", lavfi)]
 
@@ -136,7 +143,10 @@ def bare(path, frames, start_s, seconds):
 
 class WholeSound(Media):
     def _decode(self, start_s, seconds):
-        whole, placed = super()._decode(0.0, self.promised_s), np.zeros(round(seconds * self.source_hz), np.float32)
+        whole, placed = (
+            super()._decode(0.0, self.promised_s),
+            np.zeros(round(seconds * self.source_hz), np.float32),
+        )
         paste(whole, placed, -round(start_s * self.source_hz))
         return placed
 
@@ -156,7 +166,9 @@ def costs(cfg, files, samples):
             rng = np.random.default_rng((cfg.seed, *draw))
             (clip, *_), _ = temporal_tasks.plan(*clips.usable(media), clips.length_s, cfg.temporal, rng)
             start_s = clips.start_of(clip, cfg.video.frames / cfg.video.fps)
-            frames = media.shown(start_s + (np.arange(cfg.video.frames) + 0.5) * clip.speed / cfg.video.fps).tolist()
+            frames = media.shown(
+                start_s + (np.arange(cfg.video.frames) + 0.5) * clip.speed / cfg.video.fps
+            ).tolist()
         sound = (clips.start_of(clip, cfg.audio.seconds), cfg.audio.seconds * clip.speed)
         ways = {
             "bare": lambda a=(path, frames, *sound): bare(*a),
@@ -173,7 +185,9 @@ def costs(cfg, files, samples):
             with timed(spent["jitter"], BATCH):
                 data.to_device(batch, torch.device("cpu"))
             items.clear()
-    return {name: np.array(values[WARM_UP if len(values) > samples else 0 :]).T for name, values in spent.items()}
+    return {
+        name: np.array(values[WARM_UP if len(values) > samples else 0 :]).T for name, values in spent.items()
+    }
 
 
 def plainly(clips, index, draw):
@@ -186,7 +200,9 @@ def timed(spent, samples=1):
     """Note what a sample costs of what happens within: milliseconds of the processor's, by the clock, and kB read from files."""
 
     def now():
-        read = int(Path("/proc/self/io").read_text().split()[1])  # bytes, also those that were in the page cache
+        read = int(
+            Path("/proc/self/io").read_text().split()[1]
+        )  # bytes, also those that were in the page cache
         return np.array([1e3 * time.process_time(), 1e3 * time.perf_counter(), read / 1e3])
 
     before = now()
@@ -201,7 +217,10 @@ def row(setting, spent):
         found[name] = float(np.median(processor))
         if name in ("loader", "whole sound"):
             found[f"{name} / bare"] = float(np.median(processor / spent["bare"][0]))
-    return found | {"kB read": float(np.median(spent["loader"][2])), "(loader)": float(np.median(spent["loader"][1]))}
+    return found | {
+        "kB read": float(np.median(spent["loader"][2])),
+        "(loader)": float(np.median(spent["loader"][1])),
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------------- flat
@@ -211,12 +230,16 @@ def flat(cfg, files, samples, workers):
     """Rows: how much memory and how many open files the processes have, of ten stages of `samples` samples."""
     batch_size, begun = 10, time.perf_counter()
     steps = samples // batch_size
-    draws = data.Draws(len(files), batch_size, "iid", cfg.seed, 0, steps)
+    draws = data.BatchSampler(len(files), batch_size, "iid", cfg.seed, 0, steps)
     rows, decoding = [], []
-    for step, _ in enumerate(data.loader(data.Clips(files, cfg, training=True), workers, batch_sampler=draws)):
+    for step, _ in enumerate(
+        data.loader(data.Clips(files, cfg, training=True), workers, batch_sampler=draws)
+    ):
         if step == 0:
             decoding = multiprocessing.active_children()
-            print(f"{len(decoding)} decoding processes, first batch after {time.perf_counter() - begun:.1f} s\n")
+            print(
+                f"{len(decoding)} decoding processes, first batch after {time.perf_counter() - begun:.1f} s\n"
+            )
         if (step + 1) % (steps // 10) == 0 or step == 0:
             now = {"samples": (step + 1) * batch_size, "s": time.perf_counter() - begun}
             for name, pids in (("main", [os.getpid()]), ("worker", [process.pid for process in decoding])):
@@ -236,15 +259,24 @@ def main(arguments):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(arguments.folder or folder).resolve()
         if arguments.flat:
-            rows = flat(config.load("toy", arguments.overrides), small(folder)["toy"], arguments.flat, arguments.workers)
+            rows = flat(
+                config.load("toy", arguments.overrides),
+                small(folder)["toy"],
+                arguments.flat,
+                arguments.workers,
+            )
             return report.show("The loader's processes", rows, arguments.json)
         tables = small(folder) | write(folder, arguments.files, arguments.source)
         rows = []
         for name in arguments.settings:
             packaged, changes, files = SETTINGS[name]
-            spent = costs(config.load(packaged, changes + arguments.overrides), tables[files], arguments.samples)
+            spent = costs(
+                config.load(packaged, changes + arguments.overrides), tables[files], arguments.samples
+            )
             rows.append(row(name, spent))
-        report.show("A sample of training, ms", rows, arguments.json, samples=arguments.samples, files=arguments.files)
+        report.show(
+            "A sample of training, ms", rows, arguments.json, samples=arguments.samples, files=arguments.files
+        )
 
 
 if __name__ == "__main__":

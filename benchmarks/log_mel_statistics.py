@@ -12,11 +12,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from avid import config
+from avid import cli, config
 
 
 def command_line():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=config.Help)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.Help)
     parser.add_argument("--root", required=True, help="folder of ESC-50")
     parser.add_argument("--split", default="all", help="1 to 5, or all (default)")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -39,13 +39,20 @@ def statistics(table, audio):
     for path in tqdm(table.paths, desc=table.name, unit="file", leave=False):
         with Media(table.root / path, ("audio",)) as media:
             audio.seconds = media.last_s - media.first_s - audio.n_fft / audio.rate_hz
-            image = spectrogram(media, media.first_s + audio.n_fft / 2 / audio.rate_hz, audio)[0].numpy()  # F×bins
+            image = spectrogram(media, media.first_s + audio.n_fft / 2 / audio.rate_hz, audio)[
+                0
+            ].numpy()  # F×bins
         rows.append(np.concatenate([image.mean(0), image.std(0)]))
     return np.stack(rows)[:, None]
 
 
 def main(arguments):
-    given = ["data.name=esc50", f"data.root={arguments.root}", f"data.split={arguments.split}", *arguments.overrides]
+    given = [
+        "data.name=esc50",
+        f"data.root={arguments.root}",
+        f"data.split={arguments.split}",
+        *arguments.overrides,
+    ]
     cfg = config.load("avid", given)
     with evaluation.plain_errors():
         top1 = []

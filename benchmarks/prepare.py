@@ -16,8 +16,16 @@ sys.path.insert(0, str(ROOT))
 
 def command_line():
     shared = Path(os.environ.get("AVID_TEST_DATA", ROOT.parent / "shared" / "data")) / "media"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path, default=shared, help="files to prepare and read (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "folder",
+        nargs="?",
+        type=Path,
+        default=shared,
+        help="files to prepare and read (default: %(default)s)",
+    )
     parser.add_argument("--clips", type=int, default=50, help="clips a file (default: %(default)s)")
     return parser.parse_args()
 
@@ -32,7 +40,7 @@ import numpy as np
 import torch
 
 from avid.media import Media, MediaError, decord  # imported there after torch
-from avid.prepare import Small, prepare
+from avid.tools.prepare import Small, prepare
 
 FRAMES, FPS, SOUND_S, RATE_HZ = 8, 16, 2.0, 24000
 
@@ -74,7 +82,9 @@ def main(arguments):
                 print(f"{before.name:32s} not measured: {str(error)[:80]}")
                 continue
             sizes = f"{before.stat().st_size / 1e3:7.0f} {after.stat().st_size / 1e3:7.0f}"
-            print(f"{before.name:32s} {sizes}   {was:9.1f} {now:7.1f}   {was / now:5.1f}×    {' and '.join(modalities)}")
+            print(
+                f"{before.name:32s} {sizes}   {was:9.1f} {now:7.1f}   {was / now:5.1f}×    {' and '.join(modalities)}"
+            )
 
 
 if __name__ == "__main__":

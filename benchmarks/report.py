@@ -23,11 +23,21 @@ from avid.evaluation import print_table
 
 def machine():
     """Processor, cores, GPU if there is one, versions and threads: what a figure cannot be read without."""
-    names = [line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    names = [
+        line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")
+    ]
     found = {"cpu": names[0] if names else platform.processor(), "cores": len(os.sched_getaffinity(0))}
     if torch.cuda.is_available():
-        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-    return found | {"threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
+        found |= {
+            "gpu": torch.cuda.get_device_name(),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        }
+    return found | {
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def in_turns(works, repeats, warm_up=2):
@@ -59,7 +69,9 @@ def memory_gb():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated() / 1e9
-    ctypes.CDLL(None).malloc_trim(0)  # glibc: what is free goes back, or the next step would seem to need nothing
+    ctypes.CDLL(None).malloc_trim(
+        0
+    )  # glibc: what is free goes back, or the next step would seem to need nothing
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
     return resident_gb("VmRSS")
 
@@ -85,4 +97,10 @@ def show(title, rows, path=None, **more):
 
 def written(value):
     """A number with three digits, or all before the point."""
-    return value if not isinstance(value, float) else f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}".rstrip(".")
+    return (
+        value
+        if not isinstance(value, float)
+        else f"{value:,.0f}"
+        if abs(value) >= 100
+        else f"{value:#.3g}".rstrip(".")
+    )

@@ -12,13 +12,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from avid import config
+from avid import cli
 
 
 def command_line():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=config.Help)
-    parser.add_argument("--sizes", nargs="+", metavar="QxG", default=["2000x20000", "10000x100000"], help="queries x gallery")
-    parser.add_argument("--plain-mb", type=float, default=4000, help="largest matrix of the plain way, 10⁶ bytes (default: 4000)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.Help)
+    parser.add_argument(
+        "--sizes", nargs="+", metavar="QxG", default=["2000x20000", "10000x100000"], help="queries x gallery"
+    )
+    parser.add_argument(
+        "--plain-mb",
+        type=float,
+        default=4000,
+        help="largest matrix of the plain way, 10⁶ bytes (default: 4000)",
+    )
     parser.add_argument("--repeats", type=int, default=3, help="rounds that count (default: 3)")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
     return parser.parse_args()
@@ -70,7 +77,13 @@ def measure(arguments):
             peak[name] = 1e3 * (report.peak_gb() - before)
         ms = report.in_turns(ways, arguments.repeats, warm_up=0)
         for name in ways:
-            row = {"what": name, "queries": q, "gallery": g, "ms": float(np.median(ms[name])), "peak MB": peak[name]}
+            row = {
+                "what": name,
+                "queries": q,
+                "gallery": g,
+                "ms": float(np.median(ms[name])),
+                "peak MB": peak[name],
+            }
             if len(ways) == 2:
                 row["÷ plain"] = float(np.median(ms[name] / ms["plain topk"]))
                 row["the same"] = str(equal(found["nearest"], found["plain topk"], queries, gallery))

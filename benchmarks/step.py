@@ -29,14 +29,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from avid import config
+from avid import cli, config
 
 
 def command_line():
-    parser = config.parser(__doc__)
+    parser = cli.parser(__doc__)
     parser.add_argument("--loop", action="store_true", help="train.py's loop against the bare one")
     parser.add_argument(
-        "--sizes", nargs="+", metavar="TxS", help="frames x side; default: 8x112 8x224 16x112 on CUDA, else of --cfg"
+        "--sizes",
+        nargs="+",
+        metavar="TxS",
+        help="frames x side; default: 8x112 8x224 16x112 on CUDA, else of --cfg",
     )
     parser.add_argument("--batch", type=int, help="videos a step; default: 32 on CUDA, else of --cfg")
     parser.add_argument("--repeats", type=int, default=20, help="steps that count, default: 20")
@@ -81,7 +84,10 @@ def batches(cfg, n, count, instances):
     """`count` batches of n random videos as the loader gives them, pinned for a GPU."""
     rng = np.random.default_rng(cfg.seed)
     clips = data.Clips(None, cfg, training=True)
-    columns, bins = round(cfg.audio.seconds * cfg.audio.frames_per_s), cfg.audio.mels or cfg.audio.n_fft // 2 + 1
+    columns, bins = (
+        round(cfg.audio.seconds * cfg.audio.frames_per_s),
+        cfg.audio.mels or cfg.audio.n_fft // 2 + 1,
+    )
     picture = (cfg.temporal.moments, 3, cfg.video.frames, cfg.video.size, cfg.video.size)
     for _ in range(count):
         items = []
@@ -117,29 +123,44 @@ class Step:
     """A training step, on the batches in turn."""
 
     def __init__(
-        self, cfg, place, some, instances, channels_last=True, bf16=True, fused=True, compiled=False, checkpointed=False
+        self,
+        cfg,
+        world,
+        some,
+        instances,
+        channels_last=True,
+        bf16=True,
+        fused=True,
+        compiled=False,
+        checkpointed=False,
     ):
         torch.manual_seed(cfg.seed)
         network = models.AudioVisual if channels_last else ChannelsFirst
-        self.network = network(cfg.model, temporal_tasks.classes(cfg)).to(place.device).train()
+        self.network = network(cfg.model, temporal_tasks.classes(cfg)).to(world.device).train()
         if checkpointed:
             models.checkpoint_activations(self.network)
         self.model = torch.compile(self.network) if compiled else self.network
-        self.bank = memory_bank.MemoryBank(instances, cfg.model.embedding, cfg.bank.momentum, cfg.seed).to(place.device)
-        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=1e-4, weight_decay=1e-5, fused=fused or None)
-        cuda = place.device.type == "cuda"
-        self.autocast = torch.autocast(place.device.type, torch.bfloat16, enabled=cuda and bf16)
-        self.cfg, self.place, self.some, self.compiled, self.done = cfg, place, some, compiled, 0
+        self.bank = memory_bank.MemoryBank(instances, cfg.model.embedding, cfg.bank.momentum, cfg.seed).to(
+            world.device
+        )
+        self.optimizer = torch.optim.Adam(
+            self.network.parameters(), lr=1e-4, weight_decay=1e-5, fused=fused or None
+        )
+        cuda = world.device.type == "cuda"
+        self.autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=cuda and bf16)
+        self.cfg, self.world, self.some, self.compiled, self.done = cfg, world, some, compiled, 0
 
     def __call__(self, lap=lambda name: None):
         """lap(name) is called when a part is done."""
         cfg = self.cfg
-        batch = data.to_device(self.some[self.done % len(self.some)], self.place.device)
+        batch = data.to_device(self.some[self.done % len(self.some)], self.world.device)
         lap("augmentation")
         with self.autocast:
             output = self.model(batch["video"], batch["audio"])
         lap("forward")
-        terms, _ = train.objective(output, batch, batch["index"], self.bank, cfg, self.place, self.done, epoch_steps=1)
+        terms, _ = train.objective(
+            output, batch, batch["index"], self.bank, cfg, self.world, self.done, epoch_steps=1
+        )
         loss = sum(getattr(cfg.weights, name) * term for name, term in terms.items())
         lap("objective")
         self.optimizer.zero_grad(set_to_none=True)
@@ -147,7 +168,10 @@ class Step:
         lap("backward")
         self.optimizer.step()
         lap("optimiser")
-        video, audio = (x.view(len(batch["index"]), cfg.temporal.moments, -1).mean(1) for x in (output.video, output.audio))
+        video, audio = (
+            x.view(len(batch["index"]), cfg.temporal.moments, -1).mean(1)
+            for x in (output.video, output.audio)
+        )
         self.bank.update(batch["index"], video.detach(), audio.detach())
         lap("bank update")
         self.done += 1
@@ -190,18 +214,21 @@ def variants(cuda, compiled):
     return {name: given for name, given in names.items() if name not in left_out}
 
 
-def measure(cfg, place, arguments):
+def measure(cfg, world, arguments):
     """The rows of one size."""
     moments, some = cfg.temporal.moments, list(batches(cfg, arguments.batch, 2, arguments.instances))
     size = f"{cfg.video.frames}×{cfg.video.size}²"
     steps, memory = {}, {}
-    for name, given in variants(place.device.type == "cuda", arguments.compile).items():
+    for name, given in variants(world.device.type == "cuda", arguments.compile).items():
         before = report.memory_gb()
         try:
-            step = Step(cfg, place, some, arguments.instances, **given)
+            step = Step(cfg, world, some, arguments.instances, **given)
             for _ in range(2):
                 step()
-            memory[name] = {"peak GB": report.peak_gb() - before, "kept GB": "" if step.compiled else step.kept_gb()}
+            memory[name] = {
+                "peak GB": report.peak_gb() - before,
+                "kept GB": "" if step.compiled else step.kept_gb(),
+            }
             steps[name] = step
         except torch.OutOfMemoryError:
             step = None
@@ -214,7 +241,7 @@ def measure(cfg, place, arguments):
     peak = peak_tflops(arguments.peak_tflops)
     ms = report.in_turns(steps, arguments.repeats)
     rows = []
-    for name in variants(place.device.type == "cuda", arguments.compile):
+    for name in variants(world.device.type == "cuda", arguments.compile):
         row = {"size": size, "batch": arguments.batch, "step": name}
         if name not in ms:
             rows.append(row | {"ms": "out of memory"})
@@ -227,9 +254,9 @@ def measure(cfg, place, arguments):
     return rows
 
 
-def parts(cfg, place, arguments):
+def parts(cfg, world, arguments):
     """Where the time of train.py's step goes: rows."""
-    step = Step(cfg, place, list(batches(cfg, arguments.batch, 2, arguments.instances)), arguments.instances)
+    step = Step(cfg, world, list(batches(cfg, arguments.batch, 2, arguments.instances)), arguments.instances)
     spent = {}
     for turn in range(2 + arguments.repeats):
         report.synchronise()
@@ -246,22 +273,25 @@ def parts(cfg, place, arguments):
         step(lap)
     medians = {name: np.median(ms).item() for name, ms in spent.items()}
     whole = sum(medians.values())
-    return [{"part": name, "ms": ms, "n": arguments.repeats, "%": 100 * ms / whole} for name, ms in medians.items()]
+    return [
+        {"part": name, "ms": ms, "n": arguments.repeats, "%": 100 * ms / whole}
+        for name, ms in medians.items()
+    ]
 
 
 # --------------------------------------------------------------------------------------------------- train.py's own loop
 
 
-def loop(cfg, place, arguments):
+def loop(cfg, world, arguments):
     """train.main() against the bare loop, step by step in turns: milliseconds of both (repeats,)."""
     warm_up = 3
     count = warm_up + arguments.repeats + 1  # when train.py has done the last step it does not come back
     instances = count * arguments.batch  # one epoch
     some = list(batches(cfg, arguments.batch, 2, instances))
     torch.manual_seed(cfg.seed)
-    network = models.AudioVisual(cfg.model, temporal_tasks.classes(cfg)).to(place.device).train()
+    network = models.AudioVisual(cfg.model, temporal_tasks.classes(cfg)).to(world.device).train()
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, weight_decay=1e-5, fused=True)
-    ready = [data.to_device(batch, place.device) for batch in some]
+    ready = [data.to_device(batch, world.device) for batch in some]
     ms = {"bare loop": [], "bare loop, augmented": [], "train.py": []}
 
     def bare(batch):
@@ -279,7 +309,7 @@ def loop(cfg, place, arguments):
                 if name == "bare loop":
                     bare(ready[turn % 2])
                 elif name == "bare loop, augmented":
-                    bare(data.to_device(some[turn % 2], place.device))
+                    bare(data.to_device(some[turn % 2], world.device))
                 else:
                     yield dict(some[turn % 2])
                 report.synchronise()
@@ -288,45 +318,58 @@ def loop(cfg, place, arguments):
 
     none, zeros = np.full(instances, -1), np.zeros(instances)
     paths = [f"{i}.mp4" for i in range(instances)]
-    table = datasets.Table("random clips", Path("memory"), paths, none, [], zeros, zeros + VIDEO_S, none + 1, {}, [])
+    table = datasets.Table(
+        "random clips", Path("memory"), paths, none, [], zeros, zeros + VIDEO_S, none + 1, {}, []
+    )
     with tempfile.TemporaryDirectory() as out:
         optim = dataclasses.replace(cfg.optim, batch_size=arguments.batch, epochs=1, warmup_epochs=0.0)
         log = dataclasses.replace(cfg.log, check_epochs=0)
         cfg = dataclasses.replace(cfg, optim=optim, log=log, out=out)
-        train.tables, train.data.loader = (lambda *_: (table, None)), handed_out  # this process ends with the measurement
+        train.tables, train.data.loader = (
+            (lambda *_: (table, None)),
+            handed_out,
+        )  # this process ends with the measurement
         train.main(cfg)
     return {name: np.array(values[: arguments.repeats]) for name, values in ms.items()}
 
 
 def main(arguments):
-    place = distributed.start()
-    cuda = place.device.type == "cuda"
+    world = distributed.start()
+    cuda = world.device.type == "cuda"
     torch.backends.cudnn.benchmark = True
     try:
-        cfg = config.load(arguments.cfg or ("avid" if cuda and not arguments.loop else "toy"), arguments.overrides)
+        cfg = config.load(
+            arguments.cfg or ("avid" if cuda and not arguments.loop else "toy"), arguments.overrides
+        )
     except config.ConfigError as error:
         config.stop(error)
     arguments.batch = arguments.batch or (32 if cuda else cfg.optim.batch_size)
     if arguments.loop:
-        ms = loop(cfg, place, arguments)
+        ms = loop(cfg, world, arguments)
         rows = []
         for name, values in ms.items():
             median, videos = np.median(values).item(), arguments.batch * cfg.temporal.moments
             row = {"loop": name, "ms a step": median, "n": len(values), "clips/s": 1e3 * videos / median}
             rows.append(row | {"train.py reaches, %": 100 * np.median(values / ms["train.py"]).item()})
-        report.show("train.py's loop and the bare one, data in memory", rows, arguments.json, batch=arguments.batch)
+        report.show(
+            "train.py's loop and the bare one, data in memory", rows, arguments.json, batch=arguments.batch
+        )
         return
-    sizes = arguments.sizes or (["8x112", "8x224", "16x112"] if cuda else [f"{cfg.video.frames}x{cfg.video.size}"])
+    sizes = arguments.sizes or (
+        ["8x112", "8x224", "16x112"] if cuda else [f"{cfg.video.frames}x{cfg.video.size}"]
+    )
     rows = []
     for size in sizes:
         if not re.fullmatch(r"\d+x\d+", size):
             config.stop(f"--sizes {size}: expected frames x side, such as 8x112")
         frames, side = map(int, size.split("x"))
         video = dataclasses.replace(cfg.video, frames=frames, size=side)
-        rows += measure(dataclasses.replace(cfg, video=video), place, arguments)
+        rows += measure(dataclasses.replace(cfg, video=video), world, arguments)
     columns = {name: "" for row in rows for name in row}
-    shares = parts(cfg, place, arguments)
-    report.show("A training step, data in memory", [columns | row for row in rows], arguments.json, parts=shares)
+    shares = parts(cfg, world, arguments)
+    report.show(
+        "A training step, data in memory", [columns | row for row in rows], arguments.json, parts=shares
+    )
     print(f"\nparts of a step of {cfg.video.frames}×{cfg.video.size}²")
     report.print_table([{k: report.written(v) for k, v in row.items()} for row in shares], list(shares[0]))
 

@@ -14,13 +14,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from avid import config
+from avid import cli, config
 
 
 def command_line():
-    parser = config.parser(__doc__)
+    parser = cli.parser(__doc__)
     parser.add_argument(
-        "--keep", metavar="DIR", help="a folder for the toy's files and the run, which stays; default: a temporary one"
+        "--keep",
+        metavar="DIR",
+        help="a folder for the toy's files and the run, which stays; default: a temporary one",
     )
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
     return parser.parse_args()
@@ -61,7 +63,9 @@ def held_gb(pids):
     total = 0
     for pid in pids:
         try:
-            total += int(re.search(r"^Pss:\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M)[1])
+            total += int(
+                re.search(r"^Pss:\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M)[1]
+            )
         except (OSError, TypeError):  # it has ended, or is about to
             continue
     return total * 1024 / 1e9
@@ -79,7 +83,9 @@ def main(arguments):
             config.stop(f"{out} holds a run already; give --keep another folder")
         given = [f"data.root={folder}", *arguments.overrides, f"out={out}"]
         begin, peak, first_metrics = time.time(), 0.0, None
-        process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), "--cfg", arguments.cfg or "toy", *given])
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), "--cfg", arguments.cfg or "toy", *given]
+        )
         try:
             while process.poll() is None:
                 peak = max(peak, held_gb(family(process.pid)))
@@ -98,7 +104,11 @@ def main(arguments):
     seconds = numbers * cfg.optim.batch_size * cfg.temporal.moments / [line["clips_per_s"] for line in steps]
     training_s, start_s = seconds.sum().item(), first_metrics - begin
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    phases = {"start, toy written": start_s, "training": training_s, "checks, checkpoints, end": total_s - start_s - training_s}
+    phases = {
+        "start, toy written": start_s,
+        "training": training_s,
+        "checks, checkpoints, end": total_s - start_s - training_s,
+    }
     figures = {
         "seconds": total_s,
         "steps": steps[-1]["step"],
@@ -110,7 +120,11 @@ def main(arguments):
     }
     rows = [{"phase": name, "s": s, "%": 100 * s / total_s} for name, s in phases.items()]
     report.show(
-        f"The run of {arguments.cfg or 'toy'}, end to end", rows, arguments.json, overrides=arguments.overrides, **figures
+        f"The run of {arguments.cfg or 'toy'}, end to end",
+        rows,
+        arguments.json,
+        overrides=arguments.overrides,
+        **figures,
     )
     print("\n" + "\n".join(f"{name:18s} {report.written(value)}" for name, value in figures.items()))
 

@@ -31,13 +31,25 @@ METHODS = {
 
 
 def plan(seeds):
-    return [runs.Run({"method": method}, seed, METHODS.get(method, ())) for seed in seeds for method in ["untrained", *METHODS]]
+    return [
+        runs.Run({"method": method}, seed, METHODS.get(method, ()))
+        for seed in seeds
+        for method in ["untrained", *METHODS]
+    ]
 
 
 def tables(rows):
     by_method = {method: runs.select(rows, method=method) for method in ["untrained", *METHODS]}
-    lines = [[m, *((mine, column) for column in temporal.MEASURES), str(len(mine))] for m, mine in by_method.items() if mine]
-    answers = [[m, *((by_method[m], task) for task in TASKS)] for m in ("temporal", "robust_temporal") if by_method[m]]
+    lines = [
+        [m, *((mine, column) for column in temporal.MEASURES), str(len(mine))]
+        for m, mine in by_method.items()
+        if mine
+    ]
+    answers = [
+        [m, *((by_method[m], task) for task in TASKS)]
+        for m in ("temporal", "robust_temporal")
+        if by_method[m]
+    ]
     return {
         "both": runs.table(["30 % faulty", *temporal.MEASURES.values(), "runs"], lines),
         "both-tasks": runs.table(["held-out, %", *(task.replace("_", ", ") for task in TASKS)], answers),
@@ -45,7 +57,11 @@ def tables(rows):
 
 
 def draw(rows, images, folder, arguments):
-    shown = {column: f"{head}, %" for column, head in temporal.MEASURES.items() if "probe" in column or "→" in column}
+    shown = {
+        column: f"{head}, %"
+        for column, head in temporal.MEASURES.items()
+        if "probe" in column or "→" in column
+    }
     yield figures.bars(images / "both.png", rows, ["untrained", *METHODS], shown)
     yield from figures.pictures(STUDY, tuple(METHODS), images, folder, arguments)
 

@@ -9,7 +9,7 @@ import numpy as np
 from sklearn.manifold import TSNE
 
 from avid import datasets, evaluation, toy
-from avid import figures as single
+from avid.tools import figures as single
 
 from . import measures, runs
 
@@ -29,7 +29,9 @@ def panels(count, width, height):
     """A figure of up to four panels a line, and their axes."""
     down = -(-count // 4)
     across = -(-count // down)
-    figure, axes = plt.subplots(down, across, figsize=(width * across + 1.4, height * down), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        down, across, figsize=(width * across + 1.4, height * down), squeeze=False, layout="constrained"
+    )
     for axis in axes.flat[count:]:
         axis.set_axis_off()
     return figure, axes.flat[:count]
@@ -60,7 +62,9 @@ def bars(path, rows, methods, columns, group=None):
                     continue
                 y = at + (k - (len(values) - 1) / 2) * height
                 axis.barh(y, found[0], height, xerr=found[1] or 0, color=f"C{k}", alpha=0.7)
-                axis.plot([float(row[column]) for row in mine], [y] * len(mine), ".", color="black", markersize=3)
+                axis.plot(
+                    [float(row[column]) for row in mine], [y] * len(mine), ".", color="black", markersize=3
+                )
         axis.set_yticks(range(len(methods)), methods)
         axis.invert_yaxis()
         axis.set_xlabel(title)
@@ -84,7 +88,9 @@ def bands(path, rows, methods, columns):
             axis.plot(x, y.mean(0), color=colours(k), label=method, linewidth=1.3)
             if len(y) > 1:
                 deviation = y.std(0, ddof=1)
-                axis.fill_between(x, y.mean(0) - deviation, y.mean(0) + deviation, color=colours(k), alpha=0.15, linewidth=0)
+                axis.fill_between(
+                    x, y.mean(0) - deviation, y.mean(0) + deviation, color=colours(k), alpha=0.15, linewidth=0
+                )
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.3)
     legend(figure)
@@ -94,7 +100,11 @@ def bands(path, rows, methods, columns):
 def weights(path, groups, methods):
     """Histograms of the weights of true and of faulty pairs, all seeds together: a row a group, {title: rows}, a column a method."""
     figure, axes = plt.subplots(
-        len(groups), len(methods), figsize=(3.2 * len(methods) + 1.4, 2.2 * len(groups)), squeeze=False, layout="constrained"
+        len(groups),
+        len(methods),
+        figsize=(3.2 * len(methods) + 1.4, 2.2 * len(groups)),
+        squeeze=False,
+        layout="constrained",
     )
     left, width = measures.BINS[:-1], np.diff(measures.BINS)
     for line, (title, rows) in zip(axes, groups.items(), strict=True):
@@ -103,7 +113,15 @@ def weights(path, groups, methods):
             for name, colour in (("true", "tab:blue"), ("faulty", "tab:red")):
                 if mine:
                     count = np.sum([runs.numbers(row, f"weights {name}") for row in mine], 0)
-                    axis.bar(left, count / count.sum(), width, align="edge", alpha=0.6, color=colour, label=f"{name} pairs")
+                    axis.bar(
+                        left,
+                        count / count.sum(),
+                        width,
+                        align="edge",
+                        alpha=0.6,
+                        color=colour,
+                        label=f"{name} pairs",
+                    )
             auroc = runs.mean_std(mine, "AUROC")
             axis.set_title(f"{method}, {title}" + (f": AUROC {auroc[0]:.2f}" if auroc else ""), fontsize=9)
             axis.set(yticks=[], xlabel="weight")
@@ -116,7 +134,11 @@ def soft_targets(path, groups):
     the picture (rows) to that of the sound (columns; music and noise last), the own instance left out."""
     names = measures.ESTIMATORS
     figure, axes = plt.subplots(
-        len(groups), len(names), figsize=(2.9 * len(names), 2.7 * len(groups)), squeeze=False, layout="constrained"
+        len(groups),
+        len(names),
+        figsize=(2.9 * len(names), 2.7 * len(groups)),
+        squeeze=False,
+        layout="constrained",
     )
     for line, (title, rows) in zip(axes, groups.items(), strict=True):
         for axis, name in zip(line, names, strict=True):
@@ -141,12 +163,21 @@ def maps(path, subjects, labels):
 
     subjects: {name: Features}; labels n of the same videos.
     """
-    figure, axes = plt.subplots(1, len(subjects), figsize=(4.2 * len(subjects), 4.2), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(subjects), figsize=(4.2 * len(subjects), 4.2), squeeze=False, layout="constrained"
+    )
     for axis, (name, found) in zip(axes[0], subjects.items(), strict=True):
-        both = np.concatenate([found.video_level("embeddings", modality) for modality in ("video", "audio")])  # 2n×D
+        both = np.concatenate(
+            [found.video_level("embeddings", modality) for modality in ("video", "audio")]
+        )  # 2n×D
         place = TSNE(random_state=0, init="pca", metric="cosine").fit_transform(both)  # 2n×2
-        for part, marker, what in ((place[: len(labels)], "o", "pictures"), (place[len(labels) :], "x", "sounds")):
-            axis.scatter(*part.T, c=labels, cmap="tab10", marker=marker, s=14, linewidths=0.8, alpha=0.8, label=what)
+        for part, marker, what in (
+            (place[: len(labels)], "o", "pictures"),
+            (place[len(labels) :], "x", "sounds"),
+        ):
+            axis.scatter(
+                *part.T, c=labels, cmap="tab10", marker=marker, s=14, linewidths=0.8, alpha=0.8, label=what
+            )
         axis.set(xticks=[], yticks=[], title=name)
     axes[0, 0].legend(fontsize=7)
     return save(figure, path)
@@ -170,13 +201,15 @@ def pictures(study, methods, images, folder, arguments, **group):
         method = run.group["method"]
         if method not in methods or any(run.group[key] != value for key, value in group.items()):
             continue
-        cfg = runs.configuration(study, run, arguments.quick, arguments.root, runs.folder_of(study, run, folder, arguments.quick))
+        cfg = runs.configuration(
+            study, run, arguments.quick, arguments.root, runs.folder_of(study, run, folder, arguments.quick)
+        )
         if not subjects:
             (_, found), (_, table) = measures.features(measures.untrained(cfg), cfg)
             subjects["untrained"] = found
         try:
             network, _ = measures.trained(cfg)
-        except measures.checkpoint.CheckpointError as error:
+        except measures.run.CheckpointError as error:
             print(f"no maps: {error}; run the study first")
             return
         (_, found), _ = measures.features(network, cfg)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
 
-from avid import checkpoint, distributed, evaluation, losses, memory_bank, models, temporal_tasks, toy
+from avid import datasets, distributed, evaluation, losses, memory_bank, models, run, temporal_tasks, toy
 
 ESTIMATORS = ("bootstrap", "swapped", "neighbor", "cycle")
 SOUNDS = [*toy.KINDS, "music", "noise"]  # what a toy's sound can be
@@ -23,7 +23,7 @@ W_MIN = 0.25  # of the weights that a run without weights would have had
 def trained(cfg):
     """The network of a run's checkpoint, in evaluation mode, and the checkpoint."""
     path = Path(cfg.out) / "last.pt"
-    saved = checkpoint.load(path)
+    saved = run.load_checkpoint(path)
     network = models.AudioVisual(cfg.model, temporal_tasks.classes(cfg))
     models.load(network, saved, path)
     return network.to(distributed.start().device).eval(), saved
@@ -35,7 +35,7 @@ def untrained(cfg):
     device = distributed.start().device
     network = models.AudioVisual(cfg.model).to(device).eval()
     subject = evaluation.Subject(network, cfg, device, "random", f"untrained, seed {cfg.seed}", Path(cfg.out))
-    evaluation.settle(subject, tables(cfg)[0])
+    evaluation.calibrate_batch_norm(subject, tables(cfg)[0])
     return network
 
 
@@ -65,18 +65,22 @@ def knowledge(network, cfg, labels=("label",)):
         train_y, test_y = (np.unique(table.columns[label], return_inverse=True)[1] for table in both)
         name = "kind" if label == "label" else label
         for modality in ("video", "audio"):
-            probe = evaluation.linear_probe(train.features[modality], train_y, test.features[modality], test_y, cfg.seed)
+            probe = evaluation.linear_probe(
+                train.features[modality], train_y, test.features[modality], test_y, cfg.seed
+            )
             result[f"{name} probe {modality}"] = probe["top1"]
             query, key = (part.video_level("features", modality) for part in (test, train))
             found = evaluation.nearest(query, key, 1)
-            hits = evaluation.recall(found, evaluation.same_class(test_y, train_y), (1,))
+            hits = evaluation.recall(found, datasets.same_class(test_y, train_y), (1,))
             result[f"{name} {modality} R@1"] = hits["R@1"]
     return result | evaluation.cross_modal(test, both[1].labels[test.index], ks=(1,))
 
 
 def bank_of(saved, cfg):
     """The memory bank of a checkpoint."""
-    bank = memory_bank.MemoryBank(len(saved["bank"]["agreement"]), cfg.model.embedding, cfg.bank.momentum, cfg.seed)
+    bank = memory_bank.MemoryBank(
+        len(saved["bank"]["agreement"]), cfg.model.embedding, cfg.bank.momentum, cfg.seed
+    )
     bank.load_state_dict(saved["bank"])
     return bank
 
@@ -88,7 +92,9 @@ def pair_judgement(bank, table, loss):
     if not faulty.any():
         return {}
     w_min = loss.w_min if loss.w_min < 1 else W_MIN
-    weight = losses.faulty_positive_weights(bank.agreement, *bank.agreement_mean_std(), w_min, loss.delta, loss.kappa).numpy()
+    weight = losses.faulty_positive_weights(
+        bank.agreement, *bank.agreement_mean_std(), w_min, loss.delta, loss.kappa
+    ).numpy()
     return {
         "AUROC": float(roc_auc_score(~faulty, weight)),
         "weight true": float(weight[~faulty].mean()),

@@ -16,13 +16,19 @@ from . import runs
 
 
 def command_line(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--esc10", metavar="DIR", help="folder of ESC-50 or ESC-10, with audio/ and meta/")
     parser.add_argument("--media", metavar="DIR", help="folder of videos with sound")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="S", help="default: 0 1 2")
-    parser.add_argument("--runs", default="runs", metavar="DIR", help="where the studies' checkpoints are (default: runs)")
     parser.add_argument(
-        "--results", metavar="DIR", help="folder of the CSV and all that is made of it (default: the repository's)"
+        "--runs", default="runs", metavar="DIR", help="where the studies' checkpoints are (default: runs)"
+    )
+    parser.add_argument(
+        "--results",
+        metavar="DIR",
+        help="folder of the CSV and all that is made of it (default: the repository's)",
     )
     return parser.parse_args(argv)
 
@@ -40,7 +46,10 @@ from avid import datasets, evaluation, media
 from . import both, figures, measures, robust, temporal
 
 METHODS = (  # of each study, whose features are asked
-    (robust.STUDY, [{"method": m, "faulty": "0.3", "change": robust.LONG} for m in ("xid", "weighted", "robust")]),
+    (
+        robust.STUDY,
+        [{"method": m, "faulty": "0.3", "change": robust.LONG} for m in ("xid", "weighted", "robust")],
+    ),
     (temporal.STUDY, [{"method": m} for m in ("contrast", "all", "sound-alone")]),
     (both.STUDY, [{"method": "robust_temporal"}]),
 )
@@ -61,7 +70,12 @@ def esc10(path, root, folder, seeds):
     done = {(row["study"], row["method"], row["faulty"], row["seed"]) for row in runs.read(path)}
     for study, group, seed, out in checkpoints(folder, seeds):
         for method in (group["method"], f"untrained, as in {study.name}"):
-            facts = {"study": study.name, "method": method, "faulty": group.get("faulty", ""), "seed": str(seed)}
+            facts = {
+                "study": study.name,
+                "method": method,
+                "faulty": group.get("faulty", ""),
+                "seed": str(seed),
+            }
             if method != group["method"]:
                 facts["faulty"] = ""
             if tuple(facts.values()) in done:
@@ -69,8 +83,25 @@ def esc10(path, root, folder, seeds):
             random = method != group["method"]
             ckpt = ["random", "--cfg", str(out / "config.yaml")] if random else [str(out / "last.pt")]
             where = out / "untrained" if random else out
-            options = ["--data", "esc50", "--root", root, "--split", "all", "--mode", "svm", "--out", str(where)]
-            settings = ["data.subset=esc10", "data.workers=0", "data.in_memory=true", "eval.clips=10", f"seed={seed}"]
+            options = [
+                "--data",
+                "esc50",
+                "--root",
+                root,
+                "--split",
+                "all",
+                "--mode",
+                "svm",
+                "--out",
+                str(where),
+            ]
+            settings = [
+                "data.subset=esc10",
+                "data.workers=0",
+                "data.in_memory=true",
+                "eval.clips=10",
+                f"seed={seed}",
+            ]
             eval_linear.main(eval_linear.command_line(["--ckpt", *ckpt, *options, *settings]))
             result = json.loads((where / "svm-audio-esc50-all.json").read_text(encoding="utf-8"))
             folds = [fold["top1"] for fold in result["divisions"]]
@@ -115,7 +146,9 @@ def sheet(path, parts, out, query, space):
     cfg = config.load(str(out / "config.yaml"), ["data.workers=0", f"out={out}"])
     network, _ = measures.trained(cfg)
     device = next(network.parameters()).device
-    found = evaluation.extract(network, parts, cfg, device, modalities=tuple(dict.fromkeys((query, "audio"))), clips=1)
+    found = evaluation.extract(
+        network, parts, cfg, device, modalities=tuple(dict.fromkeys((query, "audio"))), clips=1
+    )
     print(f"written: {figures.neighbours(path, found, parts, cfg, query=query, space=space)}")
 
 

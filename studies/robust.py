@@ -39,7 +39,11 @@ METHODS = {
     **{f"soft-{estimator}": (*SOFT, f"loss.estimator={estimator}") for estimator in measures.ESTIMATORS},
     "robust": ROBUST,
 }
-ORACLES = {"soft-oracle": SOFT, "oracle": (), "oracle-from-start": ("loss.warmup_epochs=0",)}  # told by the manifest
+ORACLES = {
+    "soft-oracle": SOFT,
+    "oracle": (),
+    "oracle-from-start": ("loss.warmup_epochs=0",),
+}  # told by the manifest
 FAULTY = (0.0, 0.3, 0.6)
 LONG, LONGER = "48 epochs", ("toy.faulty=0.3", "optim.epochs=48", "loss.warmup_epochs=24")
 COLD = "τ = 0.1"
@@ -72,11 +76,15 @@ def plan(seeds):
             made.append(runs.Run(group(m, 0.3, LONG), seed, (*LONGER, *s)))
     for seed in seeds:
         for m in ("xid", "soft-cycle", "robust"):
-            made.append(runs.Run(group(m, 0.3, COLD), seed, ("toy.faulty=0.3", *METHODS[m], "loss.temperature=0.1")))
+            made.append(
+                runs.Run(group(m, 0.3, COLD), seed, ("toy.faulty=0.3", *METHODS[m], "loss.temperature=0.1"))
+            )
         made.append(runs.Run(group("untrained", 0.0), seed, ()))
         for faulty in FAULTY:
             methods = METHODS | {m: s for m, s in ORACLES.items() if faulty or m == "soft-oracle"}
-            made += [runs.Run(group(m, faulty), seed, (f"toy.faulty={faulty:g}", *s)) for m, s in methods.items()]
+            made += [
+                runs.Run(group(m, faulty), seed, (f"toy.faulty={faulty:g}", *s)) for m, s in methods.items()
+            ]
     for seed in seeds:
         for name, (key, *values) in CHANGES.items():
             for value in values:
@@ -125,7 +133,11 @@ def told(method, table):
 
     def soft_targets(estimator, own_video, own_audio, video, audio, valid, tau_s, tau_t):
         """S_v the same for all sounds of the kind that is seen, S_a for all pictures of the kind that is heard; where there is none, the own."""
-        index, column, own = drawn[0].index, drawn[0].column, torch.nn.functional.one_hot(drawn[0].column, len(valid)).bool()
+        index, column, own = (
+            drawn[0].index,
+            drawn[0].column,
+            torch.nn.functional.one_hot(drawn[0].column, len(valid)).bool(),
+        )
         S_v = (seen[index[column], None] == heard[index]) & valid  # B×C
         S_a = (heard[index[column], None] == seen[index]) & valid
         S_v, S_a = (torch.where(S.any(1, keepdim=True), S, own).float() for S in (S_v, S_a))
@@ -148,19 +160,31 @@ def tables(rows):
     def compare(name, head, lines):
         seeds = {row["seed"] for mine in lines.values() for row in mine}
         lines = {"untrained": [row for row in untrained if row["seed"] in seeds]} | lines
-        cells = [[what, *((mine, column) for column in MEASURES), str(len(mine))] for what, mine in lines.items() if mine]
+        cells = [
+            [what, *((mine, column) for column in MEASURES), str(len(mine))]
+            for what, mine in lines.items()
+            if mine
+        ]
         text[name] = runs.table([head, *MEASURES.values(), "runs"], cells)
 
     methods = [*METHODS, *ORACLES]
     for faulty in shares:
         compare(
-            f"robust-{faulty}", f"{float(faulty):.0%} faulty", {m: runs.select(main, method=m, faulty=faulty) for m in methods}
+            f"robust-{faulty}",
+            f"{float(faulty):.0%} faulty",
+            {m: runs.select(main, method=m, faulty=faulty) for m in methods},
         )
     long = {m: runs.select(rows, method=m, change=LONG) for m in methods}
     compare("robust-long", f"30% faulty, {LONG}", long)
-    gains = [[m, *((over(mine, long["xid"]), column) for column in MEASURES)] for m, mine in long.items() if mine and m != "xid"]
+    gains = [
+        [m, *((over(mine, long["xid"]), column) for column in MEASURES)]
+        for m, mine in long.items()
+        if mine and m != "xid"
+    ]
     text["robust-gains"] = runs.table([f"30% faulty, {LONG}, over plain xID", *MEASURES.values()], gains)
-    compare("robust-cold", f"30% faulty, {COLD}", {m: runs.select(rows, method=m, change=COLD) for m in methods})
+    compare(
+        "robust-cold", f"30% faulty, {COLD}", {m: runs.select(rows, method=m, change=COLD) for m in methods}
+    )
     if changed := one_at_a_time(rows):
         compare("robust-changed", f"30% faulty, {LONG}", changed)
     judged = {f"{e}, plain xID's bank": (e, "xid") for e in measures.ESTIMATORS}
@@ -175,7 +199,9 @@ def tables(rows):
     lines = []
     for name, (e, method) in judged.items():
         mine = [*(runs.select(main, method=method, faulty=f) for f in shares), long[method]]
-        lines.append([name, *((m, f"{e} same kind") for m in mine), *((m, f"{e} on faulty") for m in mine[1:])])
+        lines.append(
+            [name, *((m, f"{e} same kind") for m in mine), *((m, f"{e} on faulty") for m in mine[1:])]
+        )
     text["robust-targets"] = runs.table(head, lines)
     return text
 
@@ -184,7 +210,10 @@ def over(rows, others):
     """What each row has more than the row of the same seed among `others`, by column of MEASURES: rows."""
     by_seed = {row["seed"]: row for row in others}
     pairs = [(row, by_seed[row["seed"]]) for row in rows if row["seed"] in by_seed]
-    return [{column: str(float(row[column]) - float(other[column])) for column in MEASURES} for row, other in pairs]
+    return [
+        {column: str(float(row[column]) - float(other[column])) for column in MEASURES}
+        for row, other in pairs
+    ]
 
 
 def one_at_a_time(rows):
@@ -193,18 +222,27 @@ def one_at_a_time(rows):
     seeds = {row["seed"] for row in changed}
     as_it_is = [row for row in runs.select(rows, method="robust", change=LONG) if row["seed"] in seeds]
     changes = dict.fromkeys(row["change"] for row in changed)
-    return {"robust, as it is": as_it_is} | {c: runs.select(changed, change=c) for c in changes} if changed else {}
+    return (
+        {"robust, as it is": as_it_is} | {c: runs.select(changed, change=c) for c in changes}
+        if changed
+        else {}
+    )
 
 
 def draw(rows, images, folder, arguments):
     main, methods = runs.select(rows, change=""), [*METHODS, *ORACLES]
     shares = [f"{faulty:g}" for faulty in FAULTY]
     shown = {c: f"{head}, %" for c, head in MEASURES.items() if "probe" in c or "class" in c}
-    yield figures.bars(images / "robust.png", main, methods, shown, ("faulty", {f: f"{float(f):.0%} faulty" for f in shares}))
+    yield figures.bars(
+        images / "robust.png", main, methods, shown, ("faulty", {f: f"{float(f):.0%} faulty" for f in shares})
+    )
     some = runs.select(rows, faulty="0.3")
     lengths = {"": "24 epochs", LONG: LONG}
     yield figures.bars(images / "robust-long.png", some, methods, shown, ("change", lengths))
-    curves = {"v→a class R@1": "picture → sound, R@1 by kind, %", "a→v class R@1": "sound → picture, R@1 by kind, %"}
+    curves = {
+        "v→a class R@1": "picture → sound, R@1 by kind, %",
+        "a→v class R@1": "sound → picture, R@1 by kind, %",
+    }
     yield figures.bands(images / "robust-curves.png", runs.select(some, change=LONG), methods, curves)
     groups = {f"{float(f):.0%} faulty": runs.select(main, faulty=f) for f in shares} | {
         f"30% faulty, {LONG}": runs.select(rows, change=LONG)
@@ -216,7 +254,9 @@ def draw(rows, images, folder, arguments):
     if changed := one_at_a_time(rows):
         named = [row | {"method": change} for change, mine in changed.items() for row in mine]
         yield figures.bars(images / "robust-changed.png", named, list(changed), shown)
-    yield from figures.pictures(STUDY, ("xid", "robust"), images, folder, arguments, faulty="0.3", change=LONG)
+    yield from figures.pictures(
+        STUDY, ("xid", "robust"), images, folder, arguments, faulty="0.3", change=LONG
+    )
 
 
 STUDY = runs.Study("robust", "toy", tuple(BASE), plan, measure, tables, draw)

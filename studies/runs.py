@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 TINY = (  # --quick: everything is done, nothing is learned
     "toy.train=40 toy.test=20 toy.seconds=2.5 toy.size=40 video.size=32 video.frames=4 audio.mels=32 model.width=4 "
-    "model.embedding=16 bank.num_negatives=16 contrast.negatives=8 contrast.k_pos=4 optim.batch_size=8 optim.epochs=2 loss.warmup_epochs=1 log.check_epochs=1 eval.clips=1 eval.settle_batches=2"
+    "model.embedding=16 bank.num_negatives=16 contrast.negatives=8 contrast.k_pos=4 optim.batch_size=8 optim.epochs=2 loss.warmup_epochs=1 log.check_epochs=1 eval.clips=1 eval.calibration_batches=2"
 ).split()
 
 
@@ -56,20 +56,34 @@ class Study(NamedTuple):
 
 def command_line(doc, argv=None):
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs side by side, each on one core (default: 2)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="S", help="default: 0 1 2")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="only the runs of a method or of a change of these names")
     parser.add_argument(
-        "--quick", action="store_true", help="one tiny run a method, to see that all of it works; needs --results"
+        "--jobs", type=int, default=2, metavar="N", help="runs side by side, each on one core (default: 2)"
     )
-    parser.add_argument("--root", default="data", metavar="DIR", help="where the toy worlds are written (default: data)")
-    parser.add_argument("--runs", default="runs", metavar="DIR", help="where checkpoints and logs go (default: runs)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="S", help="default: 0 1 2")
     parser.add_argument(
-        "--results", metavar="DIR", help="folder of the CSV and all that is made of it (default: the repository's)"
+        "--only", nargs="+", metavar="NAME", help="only the runs of a method or of a change of these names"
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="one tiny run a method, to see that all of it works; needs --results",
+    )
+    parser.add_argument(
+        "--root", default="data", metavar="DIR", help="where the toy worlds are written (default: data)"
+    )
+    parser.add_argument(
+        "--runs", default="runs", metavar="DIR", help="where checkpoints and logs go (default: runs)"
+    )
+    parser.add_argument(
+        "--results",
+        metavar="DIR",
+        help="folder of the CSV and all that is made of it (default: the repository's)",
     )
     parser.add_argument("--list", action="store_true", help="only say which runs are done and which are not")
     parser.add_argument("--table", action="store_true", help="only the tables, from the CSV")
-    parser.add_argument("--figures", action="store_true", help="only the figures: curves from the CSV, pictures from the runs")
+    parser.add_argument(
+        "--figures", action="store_true", help="only the figures: curves from the CSV, pictures from the runs"
+    )
     arguments = parser.parse_args(argv)
     if arguments.quick and not arguments.results:
         parser.error("--quick needs --results DIR: its numbers mean nothing, and stay apart")
@@ -131,8 +145,13 @@ def perform(study, runs, path, folder, arguments):
         facts = describe(study, run, arguments.quick)
         if identity(facts) in done:
             continue
-        cfg = configuration(study, run, arguments.quick, arguments.root, folder_of(study, run, folder, arguments.quick))
-        for part in (cfg.toy, dataclasses.replace(cfg.toy, faulty=0.0)):  # the second one: of probes, see measures.clean
+        cfg = configuration(
+            study, run, arguments.quick, arguments.root, folder_of(study, run, folder, arguments.quick)
+        )
+        for part in (
+            cfg.toy,
+            dataclasses.replace(cfg.toy, faulty=0.0),
+        ):  # the second one: of probes, see measures.clean
             worlds[tuple(vars(part).items()), cfg.seed] = part
         tasks.append((study.name, run, facts, cfg))
     print(f"{study.name}: {len(runs)} runs, {len(tasks)} to do, {arguments.jobs} side by side; {path}")
@@ -146,10 +165,14 @@ def perform(study, runs, path, folder, arguments):
     os.environ["OMP_NUM_THREADS"] = "1"  # of the runs' processes: the same bits however many run side by side
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        with contextlib.closing(processes.outcomes(one, tasks, arguments.jobs, limit_s=float("inf"))) as outcomes:
+        with contextlib.closing(
+            processes.outcomes(one, tasks, arguments.jobs, limit_s=float("inf"))
+        ) as outcomes:
             for (_, _, _, cfg), row in tqdm(outcomes, total=len(tasks), desc=study.name, unit="run"):
                 if isinstance(row, processes.Crash):
-                    config.stop(f"{cfg.out}: {row.reason}; see its log.txt; the same command goes on from here")
+                    config.stop(
+                        f"{cfg.out}: {row.reason}; see its log.txt; the same command goes on from here"
+                    )
                 add(path, row)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
@@ -176,7 +199,12 @@ def one(name, run, facts, cfg):
         contextlib.redirect_stderr(log),
     ):
         measured = study.measure(run, cfg)
-    return {**facts, **measured, "wall_s": round(time.time() - began), "cpu_s": round(time.process_time() - cpu)}
+    return {
+        **facts,
+        **measured,
+        "wall_s": round(time.time() - began),
+        "cpu_s": round(time.process_time() - cpu),
+    }
 
 
 def folder_of(study, run, folder, quick):
@@ -187,21 +215,32 @@ def folder_of(study, run, folder, quick):
 
 
 def configuration(study, run, quick, root, out):
-    overrides = [*study.base, *(TINY if quick else ()), *run.settings, f"seed={run.seed}", f"data.root={root}", f"out={out}"]
+    overrides = [
+        *study.base,
+        *(TINY if quick else ()),
+        *run.settings,
+        f"seed={run.seed}",
+        f"data.root={root}",
+        f"out={out}",
+    ]
     overrides += ["data.workers=0", "data.in_memory=true"]
     return config.load(study.cfg, overrides)
 
 
 def describe(study, run, quick):
     """The columns that say which run a row is: group, seed, all settings that differ from the packaged configuration, versions."""
-    settings = dict(override.split("=", 1) for override in [*study.base, *(TINY if quick else ()), *run.settings])
+    settings = dict(
+        override.split("=", 1) for override in [*study.base, *(TINY if quick else ()), *run.settings]
+    )
     versions = {"python": platform.python_version()} | {
         name: metadata.version(name) for name in ("torch", "numpy", "scikit-learn")
     }
     return {
         **{key: str(value) for key, value in run.group.items()},
         "seed": str(run.seed),
-        "settings": " ".join([f"--cfg {study.cfg}", *(f"{key}={value}" for key, value in sorted(settings.items()))]),
+        "settings": " ".join(
+            [f"--cfg {study.cfg}", *(f"{key}={value}" for key, value in sorted(settings.items()))]
+        ),
         "world": str(toy.WORLD),
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
@@ -228,7 +267,9 @@ def add(path, row):
     """Put a row into the CSV, in place of one of the same group and seed; sorted; the file is whole at any moment."""
     row = {key: text_of(value) for key, value in row.items()}
     keys = list(row)[: list(row).index("settings")]  # group and seed
-    rows = [other for other in read(path) if [other[key] for key in keys] != [row[key] for key in keys]] + [row]
+    rows = [other for other in read(path) if [other[key] for key in keys] != [row[key] for key in keys]] + [
+        row
+    ]
     rows.sort(key=lambda row: [row[key] for key in keys])
     columns = list(dict.fromkeys(column for row in rows for column in row))
     text = io.StringIO()

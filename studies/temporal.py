@@ -75,7 +75,11 @@ CHANCE = {"speed": "33", "direction": "50", "order": "33"}
 
 
 def plan(seeds):
-    return [runs.Run({"method": method}, seed, METHODS.get(method, ())) for seed in seeds for method in ["untrained", *METHODS]]
+    return [
+        runs.Run({"method": method}, seed, METHODS.get(method, ()))
+        for seed in seeds
+        for method in ["untrained", *METHODS]
+    ]
 
 
 def measure(run, cfg):
@@ -92,13 +96,18 @@ def measure(run, cfg):
 def tables(rows):
     by_method = {method: runs.select(rows, method=method) for method in ["untrained", *METHODS]}
     by_method = {method: mine for method, mine in by_method.items() if mine}
-    lines = [[method, *((mine, column) for column in MEASURES), str(len(mine))] for method, mine in by_method.items()]
+    lines = [
+        [method, *((mine, column) for column in MEASURES), str(len(mine))]
+        for method, mine in by_method.items()
+    ]
     told = {method: mine for method, mine in by_method.items() if any(mine[0].get(task) for task in TASKS)}
     answers = [["chance", *(CHANCE[task.partition("_")[0]] for task in TASKS), ""]]
     answers += [[method, *((mine, task) for task in TASKS), str(len(mine))] for method, mine in told.items()]
     return {
         "temporal": runs.table(["", *MEASURES.values(), "runs"], lines),
-        "temporal-tasks": runs.table(["held-out, %", *(task.replace("_", ", ") for task in TASKS), "runs"], answers),
+        "temporal-tasks": runs.table(
+            ["held-out, %", *(task.replace("_", ", ") for task in TASKS), "runs"], answers
+        ),
     }
 
 
@@ -107,7 +116,9 @@ def draw(rows, images, folder, arguments):
     yield figures.bars(images / "temporal.png", rows, ["untrained", *METHODS], shown)
     some = ["contrast", *(m for m in METHODS if "order" in m or m in ("speed", "direction", "all"))]
     some += [m for m in METHODS if m.endswith(("no-positives", "40-epochs"))]
-    yield figures.bands(images / "temporal-curves.png", rows, some, {"v→a class R@1": "picture → sound, R@1 by kind, %"})
+    yield figures.bands(
+        images / "temporal-curves.png", rows, some, {"v→a class R@1": "picture → sound, R@1 by kind, %"}
+    )
     tasks = {f"held-out {task} %": f"{task.replace('_', ', ')}, held-out %" for task in TASKS}
     told = [method for method in METHODS if not method.startswith("contrast")]
     yield figures.bands(images / "temporal-tasks.png", rows, told, tasks)

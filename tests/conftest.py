@@ -33,7 +33,9 @@ def chirps(at_s, seconds, rate_hz, channels=1):
 
 
 def tone(hz, seconds, rate_hz, channels=1):
-    return np.tile(0.5 * np.sin(2 * np.pi * hz * np.arange(round(seconds * rate_hz)) / rate_hz), (channels, 1)).astype(np.float32)
+    return np.tile(
+        0.5 * np.sin(2 * np.pi * hz * np.arange(round(seconds * rate_hz)) / rate_hz), (channels, 1)
+    ).astype(np.float32)
 
 
 def chirp_time(wave, rate_hz):
@@ -83,7 +85,9 @@ def write_media(
             video.width, video.height, video.pix_fmt = size, size, "yuv420p"
             video.codec_context.gop_size, video.codec_context.time_base = 24, base
         if wave is not None:
-            sound = file.add_stream(codecs[1], rate=rate_hz, layout={1: "mono", 2: "stereo", 6: "5.1"}[len(wave)])
+            sound = file.add_stream(
+                codecs[1], rate=rate_hz, layout={1: "mono", 2: "stereo", 6: "5.1"}[len(wave)]
+            )
         if len(frame_s):
             for time_s, image in zip(frame_s, numbered(range(len(frame_s)), size), strict=True):
                 frame = av.VideoFrame.from_ndarray(image, format="rgb24")
@@ -94,8 +98,14 @@ def write_media(
             resampler = av.AudioResampler(
                 sound.codec_context.format, sound.codec_context.layout, rate_hz, sound.frame_size or 1024
             )
-            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(wave), format="fltp", layout=sound.codec_context.layout)
-            frame.sample_rate, frame.time_base, frame.pts = rate_hz, Fraction(1, rate_hz), round(sound_from_s * rate_hz)
+            frame = av.AudioFrame.from_ndarray(
+                np.ascontiguousarray(wave), format="fltp", layout=sound.codec_context.layout
+            )
+            frame.sample_rate, frame.time_base, frame.pts = (
+                rate_hz,
+                Fraction(1, rate_hz),
+                round(sound_from_s * rate_hz),
+            )
             for part in resampler.resample(frame) + resampler.resample(None):
                 packets += sound.encode(part)
             packets += sound.encode(None)

@@ -48,7 +48,9 @@ def start(script, arguments, folder, log, environment=None, before=None):
     The process leads a group of its own. before: a function that the process calls first (one that can be pickled).
     """
     serve()
-    process = context.Process(target=_run, args=(script, [str(a) for a in arguments], folder, log, environment or {}, before))
+    process = context.Process(
+        target=_run, args=(script, [str(a) for a in arguments], folder, log, environment or {}, before)
+    )
     process.start()
     while process.is_alive() and os.getpgid(process.pid) != process.pid:
         time.sleep(0.001)

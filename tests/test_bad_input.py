@@ -20,7 +20,8 @@ sys.path.insert(0, str(ROOT))
 import eval_linear
 import eval_retrieval
 import train
-from avid import checkpoint, config, evaluation, figures, models, preflight, prepare
+from avid import cli, config, evaluation, models, run
+from avid.tools import figures, prepare, show
 
 MANIFEST = "path,label,split\na.mp4,dog,train\nb.mp4,cat,train\nc.mp4,dog,test\nd.mp4,cat,test\n"
 
@@ -37,12 +38,16 @@ def saved(tmp_path_factory):
     """A checkpoint of a tiny network, as train.py writes it, and some files that are none."""
     folder = tmp_path_factory.mktemp("saved")
     cfg = config.load("toy", TINY)
-    state = {"network": models.AudioVisual(cfg.model).state_dict(), "config": dataclasses.asdict(cfg), "bank": {}}
-    checkpoint.save(folder / "run" / "last.pt", state)
-    checkpoint.save(folder / "list.pt", [1, 2])
-    checkpoint.save(folder / "wide.pt", {**state, "config": {**state["config"], "model": {"width": 8}}})
-    checkpoint.save(folder / "later.pt", {**state, "config": {"model": {"wings": 2}}})
-    checkpoint.save(folder / "odd.pt", {**state, "config": 3})
+    state = {
+        "network": models.AudioVisual(cfg.model).state_dict(),
+        "config": dataclasses.asdict(cfg),
+        "bank": {},
+    }
+    run.save_checkpoint(folder / "run" / "last.pt", state)
+    run.save_checkpoint(folder / "list.pt", [1, 2])
+    run.save_checkpoint(folder / "wide.pt", {**state, "config": {**state["config"], "model": {"width": 8}}})
+    run.save_checkpoint(folder / "later.pt", {**state, "config": {"model": {"wings": 2}}})
+    run.save_checkpoint(folder / "odd.pt", {**state, "config": 3})
     torch.save({"network": Spring()}, folder / "malicious.pt")
     (folder / "plain.pkl").write_bytes(pickle.dumps(Spring()))
     (folder / "text.pt").write_text("no checkpoint")
@@ -69,7 +74,9 @@ def place(tmp_path, monkeypatch, saved):
     (tmp_path / "esc" / "meta").mkdir(parents=True)
     (tmp_path / "esc" / "audio").mkdir()
     rows = [f"{fold}.wav,{fold},0,dog,True\n" for fold in range(1, 6)]
-    (tmp_path / "esc" / "meta" / "esc50.csv").write_text("".join(["filename,fold,target,category,esc10\n", *rows]))
+    (tmp_path / "esc" / "meta" / "esc50.csv").write_text(
+        "".join(["filename,fold,target,category,esc10\n", *rows])
+    )
     for fold in range(1, 6):
         (tmp_path / "esc" / "audio" / f"{fold}.wav").touch()
     for name, content in (("metrics.jsonl", "{}\n"), ("config.yaml", "seed: 3\n"), ("curves.png", "PNG")):
@@ -96,11 +103,11 @@ def contents(folder):
 
 
 SCRIPTS = {
-    "train": lambda argv: train.main(preflight.command_line("", argv)),
+    "train": lambda argv: train.main(cli.training("", argv)),
     "linear": lambda argv: eval_linear.main(eval_linear.command_line(argv)),
     "retrieval": lambda argv: eval_retrieval.main(eval_retrieval.command_line(argv)),
     "data": lambda argv: prepare.main(argv),
-    "figures": lambda argv: figures.main(figures.command_line(argv)),
+    "show": lambda argv: show.main(argv),
 }
 
 
@@ -144,6 +151,7 @@ CASES = [  # script, command line, what it says
     ("train", "--cfg twice.yaml", "cannot read twice.yaml: line 2, found duplicate key"),
     ("train", "--cfg evil.yaml", "cannot read evil.yaml: line 1, could not determine a constructor for the tag"),
     # settings that contradict each other
+    ("train", "model.video=resnet", "wrong value for model.video: resnet; expected one of avid, r2plus1d_18"),
     ("train", "audio.mels=300", "wrong value for audio.mels: 300; expected at most 257, the linear bins"),
     ("train", "audio.frames_per_s=7", "expected a divisor of audio.rate_hz"),
     ("train", "contrast.n_pos=9 contrast.k_pos=8", "wrong value for contrast.n_pos: 9; expected at most contrast.k_pos = 8"),
@@ -222,12 +230,12 @@ CASES = [  # script, command line, what it says
     ("data", "prepare list list/small", "lie within each other"),
     ("data", "prepare list classes", "holds files that were not prepared, e.g. x/a.mp4; name an empty folder"),
     ("data", "prepare list 'a file'", "is a file; choose another folder"),
-    ("figures", "weights nowhere", "no checkpoint nowhere/last.pt"),
-    ("figures", "weights ckpt/run", "is a run without known faulty pairs"),
-    ("figures", "tasks --cfg nowhere", "no configuration nowhere"),
-    ("figures", "tasks temporal.moments=1", "needs temporal.moments=2"),
-    ("figures", "tasks --cfg toy", "can only be shown with temporal.moments=2"),
-    ("figures", "tasks", "tasks.png is no picture of avid's"),
+    ("show", "weights nowhere", "no checkpoint nowhere/last.pt"),
+    ("show", "weights ckpt/run", "is a run without known faulty pairs"),
+    ("show", "tasks --cfg nowhere", "no configuration nowhere"),
+    ("show", "tasks temporal.moments=1", "needs temporal.moments=2"),
+    ("show", "tasks --cfg toy", "can only be shown with temporal.moments=2"),
+    ("show", "tasks", "tasks.png is no picture of avid's"),
 ]  # fmt: skip
 
 
@@ -256,7 +264,11 @@ LISTS = [  # content of a manifest, the line at fault, the cause
     (HEAD + b"a.mp4,dog,train\n", 2, "3 fields where 5 belong: path, label, split, start, end"),
     (HEAD + b"a.mp4,dog,train,,,,\n", 2, "7 fields where 5 belong"),
     (HEAD + b"a.mp4,dog,train,,\n\nb.mp4\n", 4, "1 fields where 5 belong"),
-    (HEAD + b'"a.mp4,dog,train,,\nb.mp4,cat,train,,\n', 2, "not CSV: unexpected end of data; put a field with a comma"),
+    (
+        HEAD + b'"a.mp4,dog,train,,\nb.mp4,cat,train,,\n',
+        2,
+        "not CSV: unexpected end of data; put a field with a comma",
+    ),
     (HEAD + b'"a"b.mp4,dog,train,,\n', 2, "not CSV"),
     (HEAD + b"a.mp4," + b"x" * 200_000 + b",train,,\n", 2, "not CSV: field larger than field limit"),
     (HEAD + b"a.mp4,dog\0,train,,\n", 2, "a zero byte; save the list as text in UTF-8"),
@@ -272,9 +284,17 @@ LISTS = [  # content of a manifest, the line at fault, the cause
     (HEAD + b"a.mp4,dog,train,0,inf\n", 2, "'inf' where a number"),
     (HEAD + b"a.mp4,dog,train,0," + b"9" * 320 + b"\n", 2, "'9999"),
     (HEAD + "a.mp4,dog,train,٣,\n".encode(), 2, "'٣' where a number from 0 on belongs"),
-    (HEAD + b"a.mp4,dog,train,,\na.mp4,dog,test,,\n", 3, "a.mp4 again, as in manifest.csv, line 2; keep one of them"),
+    (
+        HEAD + b"a.mp4,dog,train,,\na.mp4,dog,test,,\n",
+        3,
+        "a.mp4 again, as in manifest.csv, line 2; keep one of them",
+    ),
     (HEAD + b"a.mp4,dog,train,,\n./a.mp4,dog,train,,\n", 3, "a.mp4 again, as in manifest.csv, line 2"),
-    (HEAD + b"../../etc/passwd,dog,train,,\n", 2, "'../../etc/passwd' is not a path below the data root; give a relative one"),
+    (
+        HEAD + b"../../etc/passwd,dog,train,,\n",
+        2,
+        "'../../etc/passwd' is not a path below the data root; give a relative one",
+    ),
     (HEAD + b"/etc/passwd,dog,train,,\n", 2, "'/etc/passwd' is not a path below the data root"),
     (HEAD + b",dog,train,,\n", 2, "'.' is not a path below the data root"),
     (HEAD + b"a\x1b[2J.mp4,dog\n", 2, "2 fields where 5 belong"),
@@ -293,16 +313,22 @@ def test_a_list_that_cannot_be_read_is_refused_beforehand(content, line, cause, 
         if cause.startswith("no such split") and script == "data":
             continue  # it reads every split
         said = refused(script, command.split(), place, capsys, monkeypatch)
-        assert said.startswith(f"error: list/manifest.csv, line {line}: {cause}" if line else "error: ") and cause in said
+        assert (
+            said.startswith(f"error: list/manifest.csv, line {line}: {cause}" if line else "error: ")
+            and cause in said
+        )
 
 
 @pytest.mark.parametrize(
-    "script, command", [("linear", ""), ("linear", "--mode svm"), ("linear", "--mode finetune"), ("retrieval", "")]
+    "script, command",
+    [("linear", ""), ("linear", "--mode svm"), ("linear", "--mode finetune"), ("retrieval", "")],
 )
 def test_files_without_a_class_are_counted_before_any_is_read(script, command, place, capsys, monkeypatch):
     (place / "list" / "manifest.csv").write_text(MANIFEST.replace("d.mp4,cat", "d.mp4,"))
     argv = f"--ckpt ckpt/run/last.pt --out e --data manifest --root list {command}".split()
-    assert "1 of 2 files have no class, e.g. d.mp4; give them one" in refused(script, argv, place, capsys, monkeypatch)
+    assert "1 of 2 files have no class, e.g. d.mp4; give them one" in refused(
+        script, argv, place, capsys, monkeypatch
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ output
@@ -311,20 +337,21 @@ def test_files_without_a_class_are_counted_before_any_is_read(script, command, p
 def test_a_run_folder_is_known_by_its_settings(tmp_path):
     """New, empty, left by a killed run, or holding a checkpoint, which is judged when it is read."""
     out = tmp_path / "run"
-    preflight.check_run_folder(out)
+    cfg = config.load("toy", [f"out={out}"])
+    cli.check_run_folder(cfg)
     out.mkdir()
     (out / "metrics.jsonl").touch()
     (out / "notes.txt").write_text("my own")
-    preflight.check_run_folder(out)
+    cli.check_run_folder(cfg)
     (out / "metrics.jsonl").write_text("{}")
     with pytest.raises(config.ConfigError, match=r"holds metrics\.jsonl"):
-        preflight.check_run_folder(out)
+        cli.check_run_folder(cfg)
     config.save(config.load("toy"), out / "config.yaml")
-    preflight.check_run_folder(out)
+    cli.check_run_folder(cfg)
     assert config.load(out / "config.yaml", [f"out={out}"]) == config.load("toy", [f"out={out}"])
     (out / "config.yaml").unlink()
     (out / "last.pt").write_text("anything")
-    preflight.check_run_folder(out)
+    cli.check_run_folder(cfg)
 
 
 def test_pictures_are_known_by_what_is_written_in_them(tmp_path):
@@ -349,7 +376,9 @@ def subject(out):
 @pytest.mark.parametrize("spoil", ["objects", "pickle", "half", "text", "array"])
 def test_kept_features_that_cannot_be_read_are_made_anew_and_run_nothing(spoil, place, capsys):
     table = evaluation.datasets.load(config.Data(name="manifest", root="list"), "train")
-    made = evaluation.Features(np.array([0]), {"audio": np.ones((1, 1, 3), np.float32)}, failures={1: "no sound"})
+    made = evaluation.Features(
+        np.array([0]), {"audio": np.ones((1, 1, 3), np.float32)}, failures={1: "no sound"}
+    )
     asked = []
 
     def kept():
@@ -364,7 +393,9 @@ def test_kept_features_that_cannot_be_read_are_made_anew_and_run_nothing(spoil, 
         np.save(path, np.ones(3))
         path.with_suffix(".npz.npy").replace(path)
     else:
-        path.write_bytes({"pickle": pickle.dumps(Spring()), "half": path.read_bytes()[:200], "text": b"text"}[spoil])
+        path.write_bytes(
+            {"pickle": pickle.dumps(Spring()), "half": path.read_bytes()[:200], "text": b"text"}[spoil]
+        )
     capsys.readouterr()
     np.testing.assert_equal(kept().features, made.features)
     assert f"{path} cannot be read and is written anew" in capsys.readouterr().out
@@ -373,7 +404,9 @@ def test_kept_features_that_cannot_be_read_are_made_anew_and_run_nothing(spoil, 
 
 
 def test_nothing_saved_needs_a_pickle(tmp_path):
-    made = evaluation.Features(np.array([0]), {"audio": np.ones((1, 1, 3), np.float32)}, failures={1: "no sound"})
+    made = evaluation.Features(
+        np.array([0]), {"audio": np.ones((1, 1, 3), np.float32)}, failures={1: "no sound"}
+    )
     made.save(tmp_path / "f.npz", labels=np.array([1]), classes=["a", "b"], paths=np.array(["a.mp4"]))
     with np.load(tmp_path / "f.npz", allow_pickle=False) as arrays:
         assert {arrays[name].dtype.hasobject for name in arrays.files} == {False}
@@ -384,7 +417,12 @@ def calls():
     for path in [*ROOT.glob("*.py"), *(ROOT / "avid").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call):
-                yield path.name, node.lineno, ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
+                yield (
+                    path.name,
+                    node.lineno,
+                    ast.unparse(node.func),
+                    {k.arg: ast.unparse(k.value) for k in node.keywords},
+                )
 
 
 def test_no_shell_no_pickle_and_no_code_from_data():
@@ -402,7 +440,13 @@ def test_no_shell_no_pickle_and_no_code_from_data():
         "yaml.load",
         "yaml.unsafe_load",
     }
-    forbidden |= {"subprocess.getoutput", "subprocess.getstatusoutput", "joblib.load", "shelve.open", "marshal.loads"}
+    forbidden |= {
+        "subprocess.getoutput",
+        "subprocess.getstatusoutput",
+        "joblib.load",
+        "shelve.open",
+        "marshal.loads",
+    }
     for file, line, name, keywords in found:
         assert name not in forbidden, (file, line)
         assert "shell" not in keywords, (file, line)
@@ -429,7 +473,9 @@ def test_links_are_followed_and_lists_do_not_lead_out(place, monkeypatch):
         (root / file).write_text(line)
         (root / "ucfTrainTestlist").mkdir(exist_ok=True)
         (root / "ucfTrainTestlist" / "testlist01.txt").touch()
-        with pytest.raises(evaluation.datasets.DataError, match=r"is not a path below the data root|no list or file"):
+        with pytest.raises(
+            evaluation.datasets.DataError, match=r"is not a path below the data root|no list or file"
+        ):
             evaluation.datasets.load(config.Data(name=name, root=str(root)), "train")
 
 
@@ -447,6 +493,7 @@ def test_a_folder_that_links_back_to_itself_is_prepared_once(tmp_path):
 @pytest.mark.parametrize(
     "script",
     ["train.py", "eval_linear.py", "eval_retrieval.py", "-m avid.data", "-m avid.data check", "-m avid.data prepare", "-m avid.figures"]
+    + ["-m avid", "-m avid check", "-m avid prepare", "-m avid weights", "-m avid tasks"]
     + ["-m avid.figures tasks", *(f"benchmarks/{path.name}" for path in sorted((ROOT / "benchmarks").glob("*.py")) if "__main__" in path.read_text())],
 )  # fmt: skip
 def test_help_answers_without_torch(script):
@@ -461,7 +508,10 @@ def test_help_answers_without_torch(script):
     [
         ("train.py data.name=folder data.root=nowhere", "error: folder train: no list or file in nowhere"),
         ("eval_linear.py --ckpt nowhere.pt", "error: no checkpoint nowhere.pt"),
-        ("-m avid.data check --data manifest --root list optim.lr=fast", "error: wrong value for optim.lr: fast"),
+        (
+            "-m avid.data check --data manifest --root list optim.lr=fast",
+            "error: wrong value for optim.lr: fast",
+        ),
         ("-m avid.figures tasks temporal.moments=1", "needs temporal.moments=2"),
     ],
 )
@@ -469,6 +519,10 @@ def test_the_programs_end_with_exit_code_2_and_no_traceback(command, said, place
     script, *rest = command.split()
     argv = [sys.executable, *([script] if script == "-m" else [str(ROOT / script)]), *rest]
     before = contents(place)
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr[-2000:]
+    done = subprocess.run(
+        argv, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr[
+        -2000:
+    ]
     assert contents(place) == before

@@ -15,16 +15,32 @@ MEDIA = Path(os.environ.get("AVID_TEST_DATA", Path(__file__).parents[2] / "share
 # Kinetics
 
 
-@pytest.mark.parametrize("list_of", ["annotations/{}.csv", "{}.csv", "kinetics600_{}.csv", "annotations/kinetics600_{}.csv"])
+@pytest.mark.parametrize(
+    "list_of", ["annotations/{}.csv", "{}.csv", "kinetics600_{}.csv", "annotations/kinetics600_{}.csv"]
+)
 @pytest.mark.parametrize("val", ["val", "validate"])
 @pytest.mark.parametrize("folder", ["{}/air drumming/", "{}/", "clips/", ""])
 def test_kinetics_finds_what_its_lists_name(list_of, val, folder, tmp_path):
-    write(tmp_path, list_of.format("train"), KINETICS, '"air drumming",-_a,5,15,train,0', "zumba,b,100,110,train,1")
+    write(
+        tmp_path,
+        list_of.format("train"),
+        KINETICS,
+        '"air drumming",-_a,5,15,train,0',
+        "zumba,b,100,110,train,1",
+    )
     write(tmp_path, list_of.format(val), KINETICS, '"opening, a door",c,7,17,val,0', "zumba,d,0,10,val,0")
     train, held_out = folder.format("train"), folder.format(val)
-    touch(tmp_path, f"{train}-_a_000005_000015.mp4", f"{train}b_000100_000110.mkv", f"{held_out}c_000007_000017.webm")
+    touch(
+        tmp_path,
+        f"{train}-_a_000005_000015.mp4",
+        f"{train}b_000100_000110.mkv",
+        f"{held_out}c_000007_000017.webm",
+    )
     table = load(tmp_path, "kinetics600", "train")
-    assert labelled(table) == {f"{train}-_a_000005_000015.mp4": "air drumming", f"{train}b_000100_000110.mkv": "zumba"}
+    assert labelled(table) == {
+        f"{train}-_a_000005_000015.mp4": "air drumming",
+        f"{train}b_000100_000110.mkv": "zumba",
+    }
     table = load(tmp_path, "kinetics600", "val")
     assert labelled(table) == {f"{held_out}c_000007_000017.webm": "opening, a door"}
     assert table.classes == ["air drumming", "opening, a door", "zumba"]
@@ -48,14 +64,19 @@ def test_kinetics_reads_class_folders_without_any_list(tmp_path):
 
 def test_kinetics_without_lists_and_splits_is_refused(tmp_path):
     touch(tmp_path, "zumba/b.mp4")  # would be the training and the validation set at once
-    assert error(tmp_path, "kinetics400", "val").startswith(f"kinetics400 val: no list or file in {tmp_path}\n")
+    assert error(tmp_path, "kinetics400", "val").startswith(
+        f"kinetics400 val: no list or file in {tmp_path}\n"
+    )
 
 
 def test_a_clip_in_two_lists_of_kinetics_is_an_error(tmp_path):
     write(tmp_path, "train.csv", KINETICS, "zumba,a,0,10,train,0")
     write(tmp_path, "val.csv", KINETICS, "zumba,b,0,10,val,0", "zumba,a,0,10,val,0")
     text = error(tmp_path, "kinetics400", "train")
-    assert text == f"{tmp_path / 'val.csv'}, line 3: a_000000_000010 again, as in train.csv, line 2; keep one of them"
+    assert (
+        text
+        == f"{tmp_path / 'val.csv'}, line 3: a_000000_000010 again, as in train.csv, line 2; keep one of them"
+    )
 
 
 # VGG-Sound and AudioSet
@@ -63,9 +84,17 @@ def test_a_clip_in_two_lists_of_kinetics_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("folder", ["video/", "part 1/", ""])
 def test_vggsound_has_a_list_without_header_and_commas_in_labels(folder, tmp_path):
-    write(tmp_path, "vggsound.csv", '-_A,1,"playing violin, fiddle",train', "B,130,people marching,test", end="\r\n")
+    write(
+        tmp_path,
+        "vggsound.csv",
+        '-_A,1,"playing violin, fiddle",train',
+        "B,130,people marching,test",
+        end="\r\n",
+    )
     touch(tmp_path, f"{folder}-_A_000001.mp4", f"{folder}B_000130.mp4")
-    assert labelled(load(tmp_path, "vggsound", "train")) == {f"{folder}-_A_000001.mp4": "playing violin, fiddle"}
+    assert labelled(load(tmp_path, "vggsound", "train")) == {
+        f"{folder}-_A_000001.mp4": "playing violin, fiddle"
+    }
     assert labelled(load(tmp_path, "vggsound", "test")) == {f"{folder}B_000130.mp4": "people marching"}
 
 
@@ -78,7 +107,11 @@ def audioset(root):
         '1,/m/05zppz,"Male speech, man speaking"',
         "2,/t/dd00135,Children shouting",
     )
-    comments = ("# Segments csv created Sun Mar  5", '# num_ytids=3, "num_segs', "# YTID, start_seconds, end_seconds, labels")
+    comments = (
+        "# Segments csv created Sun Mar  5",
+        '# num_ytids=3, "num_segs',
+        "# YTID, start_seconds, end_seconds, labels",
+    )
     write(
         root,
         "balanced_train_segments.csv",
@@ -108,7 +141,11 @@ def test_audioset_train_is_both_training_lists_and_test_is_eval(tmp_path):
     audioset(tmp_path)
     touch(tmp_path, "--aA_000030.mp4", "u_000000.mp4", "e_000000.mp4")
     assert load(tmp_path, "audioset", "train").paths == ["--aA_000030.mp4", "u_000000.mp4"]
-    assert load(tmp_path, "audioset", "test").paths == load(tmp_path, "audioset", "eval").paths == ["e_000000.mp4"]
+    assert (
+        load(tmp_path, "audioset", "test").paths
+        == load(tmp_path, "audioset", "eval").paths
+        == ["e_000000.mp4"]
+    )
     (tmp_path / "unbalanced_train_segments.csv").unlink()
     assert load(tmp_path, "audioset", "train").paths == ["--aA_000030.mp4"]
 
@@ -137,8 +174,13 @@ def test_ucf101_has_three_splits_and_labels_by_folder(folder, ending, tmp_path):
     ucf101(tmp_path, 2, [bow.format(2) + ".avi 1", push.format(1) + ".avi 2"], [bow.format(1) + ".avi"])
     touch(tmp_path, *(folder + file + ending for file in (bow.format(1), bow.format(2), push.format(1))))
     first = {folder + bow.format(1) + ending: "Archery", folder + push.format(1) + ending: "HandstandPushups"}
-    second = {folder + bow.format(2) + ending: "Archery", folder + push.format(1) + ending: "HandstandPushups"}
-    assert labelled(load(tmp_path, "ucf101", "train")) == labelled(load(tmp_path, "ucf101", "train1")) == first
+    second = {
+        folder + bow.format(2) + ending: "Archery",
+        folder + push.format(1) + ending: "HandstandPushups",
+    }
+    assert (
+        labelled(load(tmp_path, "ucf101", "train")) == labelled(load(tmp_path, "ucf101", "train1")) == first
+    )
     assert labelled(load(tmp_path, "ucf101", "train2")) == second
     assert labelled(load(tmp_path, "ucf101", "test2")) == {folder + bow.format(1) + ending: "Archery"}
     assert load(tmp_path, "ucf101", "test2").classes == ["Archery", "HandstandPushups"]
@@ -164,12 +206,23 @@ def test_a_wrong_line_of_ucf101_is_an_error_that_names_it(line, cause, tmp_path)
 @pytest.mark.parametrize("split", ["train4", "train11", "val", "train0", ""])
 @pytest.mark.parametrize("name", ["ucf101", "hmdb51"])
 def test_a_split_number_that_does_not_exist_is_an_error(split, name, tmp_path):
-    assert error(tmp_path, name, split) == f"no split {split}; there are train1, test1 and so on up to 3, and all"
+    assert (
+        error(tmp_path, name, split)
+        == f"no split {split}; there are train1, test1 and so on up to 3, and all"
+    )
 
 
 def hmdb51(root):
     lists = "testTrainMulti_7030_splits/"
-    write(root, f"{lists}brush_hair_test_split1.txt", "April (1)!_np1.avi 1 ", "b.avi  2 ", "c.d.avi 0 ", "", end="\r\n")
+    write(
+        root,
+        f"{lists}brush_hair_test_split1.txt",
+        "April (1)!_np1.avi 1 ",
+        "b.avi  2 ",
+        "c.d.avi 0 ",
+        "",
+        end="\r\n",
+    )
     write(root, f"{lists}climb_test_split1.txt", "b.avi 2 ", "e.avi 1 ")
     write(root, f"{lists}climb_stairs_test_split1.txt", "f.avi 2 ")
     write(root, f"{lists}climb_test_split2.txt", "b.avi 1 ", "e.avi 2 ")
@@ -218,16 +271,22 @@ def test_esc50_has_five_folds_and_a_subset(ending, tmp_path):
 
 def test_a_subset_that_a_data_set_does_not_have_is_an_error(tmp_path):
     for name, subset in ("esc50", "esc11"), ("ucf101", "esc10"):
-        assert error(tmp_path, name, "train", subset=subset).startswith(f"data.subset={subset}: {name} has none of that")
+        assert error(tmp_path, name, "train", subset=subset).startswith(
+            f"data.subset={subset}: {name} has none of that"
+        )
 
 
-@pytest.mark.skipif(not (MEDIA / "esc10").is_dir(), reason="no real data: AVID_TEST_DATA names no folder with esc10/")
+@pytest.mark.skipif(
+    not (MEDIA / "esc10").is_dir(), reason="no real data: AVID_TEST_DATA names no folder with esc10/"
+)
 def test_esc10_as_published_has_five_folds_of_eighty():
     table = load(MEDIA / "esc10", "esc50", "all", subset="esc10")
     assert len(table) == 400 and len(table.classes) == 10 and table.missing == []
     assert np.bincount(table.fold).tolist() == [0, 80, 80, 80, 80, 80]
     assert np.bincount(table.labels).tolist() == [40] * 10
-    for path, fold, label in zip(table.paths, table.fold, table.labels, strict=True):  # 1-100032-A-0.ogg: fold, …, target
+    for path, fold, label in zip(
+        table.paths, table.fold, table.labels, strict=True
+    ):  # 1-100032-A-0.ogg: fold, …, target
         parts = Path(path).stem.split("-")
         assert int(parts[0]) == fold and (table.classes[label] == "dog") == (parts[3] == "0")
         assert (table.root / path).is_file()

@@ -9,8 +9,8 @@ import random
 import pytest
 import torch
 
-from avid import checkpoint
-from avid.checkpoint import CheckpointError
+from avid import files, run
+from avid.run import CheckpointError
 
 STATE = {
     "network": {"weight": torch.arange(6.0).view(2, 3)},
@@ -25,7 +25,7 @@ DAMAGED = "it is damaged, cut off or something else"
 
 def complaint(path):
     with pytest.raises(CheckpointError) as caught:
-        checkpoint.load(path)
+        run.load_checkpoint(path)
     text = str(caught.value)
     assert str(path) in text
     assert "\n" not in text
@@ -35,15 +35,17 @@ def complaint(path):
 
 def test_what_is_saved_is_loaded(tmp_path):
     path = tmp_path / "runs" / "new" / "last.pt"
-    checkpoint.save(path, STATE)
-    loaded = checkpoint.load(path)
+    run.save_checkpoint(path, STATE)
+    loaded = run.load_checkpoint(path)
     assert torch.equal(loaded["network"]["weight"], STATE["network"]["weight"])
-    assert {k: v for k, v in loaded.items() if k != "network"} == {k: v for k, v in STATE.items() if k != "network"}
+    assert {k: v for k, v in loaded.items() if k != "network"} == {
+        k: v for k, v in STATE.items() if k != "network"
+    }
     assert [file.name for file in path.parent.iterdir()] == ["last.pt"]
 
 
 def test_it_loads_without_running_code(tmp_path):
-    checkpoint.save(tmp_path / "last.pt", STATE)
+    run.save_checkpoint(tmp_path / "last.pt", STATE)
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 7
 
 
@@ -51,7 +53,7 @@ def test_it_loads_without_running_code(tmp_path):
 @pytest.mark.parametrize("at", ["torch.save", "os.fsync", "os.replace"])
 def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch, at, fault):
     path = tmp_path / "last.pt"
-    checkpoint.save(path, STATE)
+    run.save_checkpoint(path, STATE)
     before = path.read_bytes()
 
     def crash(*arguments):
@@ -62,24 +64,28 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch, at, fa
     with monkeypatch.context() as patch:
         patch.setattr(torch if at == "torch.save" else os, at.partition(".")[2], crash)
         with pytest.raises((KeyboardInterrupt, CheckpointError)) as caught:
-            checkpoint.save(path, {"step": 8})
+            run.save_checkpoint(path, {"step": 8})
     if caught.type is CheckpointError:
-        assert str(caught.value).startswith(f"cannot write {path}: No space left on device; make room on the disk")
+        assert str(caught.value).startswith(
+            f"cannot write {path}: No space left on device; make room on the disk"
+        )
     assert path.read_bytes() == before
-    checkpoint.save(path, {"step": 9})  # the rest of the crash is in nobody's way
-    assert checkpoint.load(path) == {"step": 9}
-    assert checkpoint.previous(path).read_bytes() == before
+    run.save_checkpoint(path, {"step": 9})  # the rest of the crash is in nobody's way
+    assert run.load_checkpoint(path) == {"step": 9}
+    assert run.previous(path).read_bytes() == before
     assert sorted(file.name for file in tmp_path.iterdir()) == ["last.previous.pt", "last.pt"]
 
 
 def test_a_full_disk_leaves_the_old_file_and_takes_no_room(tmp_path):
     """/dev/full takes nothing: torch.save's own error hides the disk's."""
     path = tmp_path / "last.pt"
-    checkpoint.save(path, STATE)
+    run.save_checkpoint(path, STATE)
     before = path.read_bytes()
     (tmp_path / "last.pt.part").symlink_to("/dev/full")
-    with pytest.raises(CheckpointError, match=f"cannot write {path}: No space left on device; make room on the disk"):
-        checkpoint.save(path, {"weight": torch.zeros(300_000)})
+    with pytest.raises(
+        CheckpointError, match=f"cannot write {path}: No space left on device; make room on the disk"
+    ):
+        run.save_checkpoint(path, {"weight": torch.zeros(300_000)})
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"] and path.read_bytes() == before
 
 
@@ -87,8 +93,8 @@ def test_a_full_disk_leaves_the_old_file_and_takes_no_room(tmp_path):
 def test_whatever_the_moment_of_a_kill_one_whole_checkpoint_is_found(tmp_path, monkeypatch, moment):
     """A kill before the first, second, … change of the folder's names, and after the last."""
     path = tmp_path / "last.pt"
-    checkpoint.save(path, {"step": 1})
-    checkpoint.save(path, {"step": 2})
+    run.save_checkpoint(path, {"step": 1})
+    run.save_checkpoint(path, {"step": 2})
 
     class Killed(BaseException):
         pass
@@ -104,16 +110,18 @@ def test_whatever_the_moment_of_a_kill_one_whole_checkpoint_is_found(tmp_path, m
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", count)
         try:
-            checkpoint.save(path, {"step": 3})
+            run.save_checkpoint(path, {"step": 3})
         except Killed:
             pass
         else:
             assert moment >= len(changes)
-    state, remark = checkpoint.newest(path)
+    state, remark = run.newest(path)
     assert state == ({"step": 2}, {"step": 2}, {"step": 3}, {"step": 3})[moment]
-    assert remark == (f"no checkpoint {path}; going on from {tmp_path / 'last.previous.pt'}" if moment == 1 else "")
-    checkpoint.save(path, {"step": 4})
-    assert checkpoint.newest(path) == ({"step": 4}, "")
+    assert remark == (
+        f"no checkpoint {path}; going on from {tmp_path / 'last.previous.pt'}" if moment == 1 else ""
+    )
+    run.save_checkpoint(path, {"step": 4})
+    assert run.newest(path) == ({"step": 4}, "")
 
 
 def test_a_missing_file(tmp_path):
@@ -133,7 +141,7 @@ def test_garbage(tmp_path):
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
 def test_a_truncated_file(tmp_path, share):
-    checkpoint.save(tmp_path / "last.pt", STATE)
+    run.save_checkpoint(tmp_path / "last.pt", STATE)
     content = (tmp_path / "last.pt").read_bytes()
     (tmp_path / "cut.pt").write_bytes(content[: int(len(content) * share)])
     assert complaint(tmp_path / "cut.pt").endswith(DAMAGED)
@@ -143,16 +151,16 @@ def test_flipped_bits_are_noticed_wherever_they_are(tmp_path):
     """… or are where nothing is kept, between the records. torch.load alone reads most of them as other numbers."""
     state = {**STATE, "bank": torch.linspace(-1, 1, 5000)}
     path, bad = tmp_path / "last.pt", tmp_path / "bad.pt"
-    checkpoint.save(path, state)
+    run.save_checkpoint(path, state)
     content, rng, unnoticed = path.read_bytes(), random.Random(0), 0
     for at in [rng.randrange(len(content)) for _ in range(150)] + list(range(0, 100)) + list(range(-100, 0)):
         flipped = bytearray(content)
         flipped[at] ^= 1 << rng.randrange(8)
         bad.write_bytes(flipped)
         try:
-            loaded = checkpoint.load(bad)
+            loaded = run.load_checkpoint(bad)
         except CheckpointError as error:
-            assert isinstance(error, checkpoint.Damaged) and DAMAGED in str(error)
+            assert isinstance(error, run.Damaged) and DAMAGED in str(error)
             continue
         unnoticed += 1
         assert torch.equal(loaded.pop("bank"), state["bank"]), at
@@ -162,7 +170,7 @@ def test_flipped_bits_are_noticed_wherever_they_are(tmp_path):
 
 
 def test_flipped_bits_in_numbers_are_what_torch_does_not_notice(tmp_path):
-    """Else the check in checkpoint.load could go."""
+    """Else the check in load_checkpoint could go."""
     torch.save({"bank": torch.zeros(5000)}, tmp_path / "last.pt")
     content = bytearray((tmp_path / "last.pt").read_bytes())
     content[len(content) // 2] ^= 64
@@ -182,45 +190,52 @@ def damage(path, how):
 def test_a_damaged_checkpoint_is_replaced_by_the_one_before(tmp_path, how):
     path, before = tmp_path / "last.pt", tmp_path / "last.previous.pt"
     for step in (1, 2):
-        checkpoint.save(path, {"step": step, "bank": torch.zeros(1000)})
+        run.save_checkpoint(path, {"step": step, "bank": torch.zeros(1000)})
     damage(path, how)
-    state, remark = checkpoint.newest(path, owner=False)  # another process only reads
+    state, remark = run.newest(path, owner=False)  # another process only reads
     assert state["step"] == 1 and path.exists()
-    state, remark = checkpoint.newest(path)
+    state, remark = run.newest(path)
     assert state["step"] == 1
     assert remark == (
         f"cannot read the checkpoint {path}: {DAMAGED}, it is now {tmp_path / 'last.damaged.pt'}; going on from {before}"
     )
-    checkpoint.save(path, {"step": 2})  # never puts the damaged one in place of the whole one
-    assert checkpoint.load(before)["step"] == 1 and checkpoint.newest(path) == ({"step": 2}, "")
+    run.save_checkpoint(path, {"step": 2})  # never puts the damaged one in place of the whole one
+    assert run.load_checkpoint(before)["step"] == 1 and run.newest(path) == ({"step": 2}, "")
 
 
 def test_where_nothing_is_whole_nothing_begins_anew(tmp_path):
     path = tmp_path / "last.pt"
-    assert checkpoint.newest(path) == (None, "")
-    checkpoint.save(path, STATE)
+    assert run.newest(path) == (None, "")
+    run.save_checkpoint(path, STATE)
     damage(path, "flipped")
-    with pytest.raises(CheckpointError, match=rf"^cannot read .*; no checkpoint {checkpoint.previous(path)}; restore one"):
-        checkpoint.newest(path)
+    with pytest.raises(
+        CheckpointError, match=rf"^cannot read .*; no checkpoint {run.previous(path)}; restore one"
+    ):
+        run.newest(path)
     damage(path, "cut")
-    checkpoint.previous(path).write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"last.pt: it is damaged.*previous.pt: it is damaged.*or choose another --out"):
-        checkpoint.newest(path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["last.previous.pt", "last.pt"]  # nothing was touched
+    run.previous(path).write_bytes(b"")
+    with pytest.raises(
+        CheckpointError, match=r"last.pt: it is damaged.*previous.pt: it is damaged.*or choose another --out"
+    ):
+        run.newest(path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "last.previous.pt",
+        "last.pt",
+    ]  # nothing was touched
 
 
 def test_what_cannot_be_read_is_not_taken_for_damaged(tmp_path):
     """… as a folder, or a file without permission: the newest steps are in it."""
-    checkpoint.save(tmp_path / "last.previous.pt", STATE)
+    run.save_checkpoint(tmp_path / "last.previous.pt", STATE)
     (tmp_path / "last.pt").mkdir()
     with pytest.raises(CheckpointError, match="Is a directory"):
-        checkpoint.newest(tmp_path / "last.pt")
+        run.newest(tmp_path / "last.pt")
 
 
 def test_a_disk_that_reports_damage(tmp_path, monkeypatch):
     path = tmp_path / "last.pt"
     for step in (1, 2):
-        checkpoint.save(path, {"step": step})
+        run.save_checkpoint(path, {"step": step})
     read = torch.load
 
     def broken(name, **options):
@@ -229,7 +244,7 @@ def test_a_disk_that_reports_damage(tmp_path, monkeypatch):
         return read(name, **options)
 
     monkeypatch.setattr(torch, "load", broken)
-    state, remark = checkpoint.newest(path)
+    state, remark = run.newest(path)
     assert state == {"step": 1} and f"last.pt: {DAMAGED}" in remark
 
 
@@ -253,19 +268,20 @@ def test_code_in_a_file_is_not_run(tmp_path, monkeypatch, write):
 def test_what_is_no_dict_is_no_checkpoint(tmp_path):
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
     assert (
-        complaint(tmp_path / "tensor.pt") == f"cannot read the checkpoint {tmp_path / 'tensor.pt'}: it holds a Tensor, not a dict"
+        complaint(tmp_path / "tensor.pt")
+        == f"cannot read the checkpoint {tmp_path / 'tensor.pt'}: it holds a Tensor, not a dict"
     )
 
 
 def test_the_hash_names_the_content(tmp_path):
     content = os.urandom(3 << 20)  # more than a block
     (tmp_path / "a").write_bytes(content)
-    assert checkpoint.file_hash(tmp_path / "a") == hashlib.sha256(content).hexdigest()[:12]
+    assert files.file_hash(tmp_path / "a") == hashlib.sha256(content).hexdigest()[:12]
     (tmp_path / "b").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    assert checkpoint.file_hash(tmp_path / "a") != checkpoint.file_hash(tmp_path / "b")
+    assert files.file_hash(tmp_path / "a") != files.file_hash(tmp_path / "b")
 
 
 def test_the_same_state_has_the_same_hash(tmp_path):
     for name in ("a.pt", "b.pt"):
-        checkpoint.save(tmp_path / name, STATE)
-    assert checkpoint.file_hash(tmp_path / "a.pt") == checkpoint.file_hash(tmp_path / "b.pt")
+        run.save_checkpoint(tmp_path / name, STATE)
+    assert files.file_hash(tmp_path / "a.pt") == files.file_hash(tmp_path / "b.pt")

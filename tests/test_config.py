@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from avid import config, preflight
+from avid import cli, config
 from avid.config import ConfigError
 
 PACKAGED = sorted(path.stem for path in config.PACKAGED.glob("*.yaml"))
@@ -45,7 +45,13 @@ def test_layers_win_in_order(tmp_path):
     file.write_text("optim: {lr: 0.2, epochs: 7}\nseed: 5\n")
     base = {"optim": {"lr": 0.1, "batch_size": 3, "epochs": 6}}
     cfg = config.load(file, ["seed=8", "video.fps=12", "seed=9"], base)
-    assert (cfg.optim.batch_size, cfg.optim.lr, cfg.optim.epochs, cfg.seed, cfg.video.fps) == (3, 0.2, 7, 9, 12.0)
+    assert (cfg.optim.batch_size, cfg.optim.lr, cfg.optim.epochs, cfg.seed, cfg.video.fps) == (
+        3,
+        0.2,
+        7,
+        9,
+        12.0,
+    )
     assert cfg.bank.momentum == config.Bank().momentum
     assert cfg.out == "runs/mine"
     assert config.load(None, base=base).out == "runs/eval"
@@ -81,7 +87,14 @@ def test_overrides_become_what_their_setting_is(override, value):
 @pytest.mark.parametrize("name", PACKAGED)
 def test_saved_and_loaded_it_is_the_same(tmp_path, name):
     cfg = config.load(
-        name, ["bank.num_negatives=all", "data.root=/a b/ü", "out=some/where", "seed=3", "video.jitter=[0,0.1,0,0]"]
+        name,
+        [
+            "bank.num_negatives=all",
+            "data.root=/a b/ü",
+            "out=some/where",
+            "seed=3",
+            "video.jitter=[0,0.1,0,0]",
+        ],
     )
     config.save(cfg, tmp_path / "config.yaml")
     assert config.load(tmp_path / "config.yaml") == cfg
@@ -104,7 +117,9 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_flat_names_every_setting():
-    assert config.flat(dataclasses.asdict(config.Config())) == {key: default for key, (default, _) in SETTINGS.items()}
+    assert config.flat(dataclasses.asdict(config.Config())) == {
+        key: default for key, (default, _) in SETTINGS.items()
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------------- faults
@@ -162,13 +177,13 @@ def test_a_wrong_type(override, found, expected):
 
 @pytest.mark.parametrize(
     "override",
-    """data.name=imagenet model.video=resnet model.head_norm=layer loss.estimator=best optim.draws=some optim.schedule=linear
+    """data.name=imagenet model.head_norm=layer loss.estimator=best optim.draws=some optim.schedule=linear
     optim.amp=fp8 bank.num_negatives=0 bank.num_negatives=most bank.momentum=1.5 optim.lr=-1 optim.lr=nan optim.lr=.inf optim.epochs=0
     optim.batch_size=0 optim.weight_decay=-1 optim.milestones=[2] optim.gamma=-1 seed=-1 seed=99999999999999999999 data.workers=-1
     data.max_bad_share=2 video.flip=1.1 video.crop_area=[0.5] video.crop_area=[0.5,0.1] video.crop_area=[0.5,2] video.crop_ratio=[0,1]
     video.jitter=[0.1,0.1,0.1] video.jitter=[0.1,0.1,0.1,0.6] video.jitter=[2,0,0,0] video.jitter=[.nan,0,0,0] video.fps=0 video.frames=0
     audio.seconds=0.01 audio.frames_per_s=7 audio.volume=1 audio.mels=300 audio.mels=-1 eval.crop=0 eval.crop=1.5 eval.clips=0
-    eval.settle_batches=-1 loss.temperature=0 loss.w_min=-0.1 loss.soft=1.1 loss.kappa=0 weights.xid=-1 toy.train=0 toy.faulty=1.1
+    eval.calibration_batches=-1 loss.temperature=0 loss.w_min=-0.1 loss.soft=1.1 loss.kappa=0 weights.xid=-1 toy.train=0 toy.faulty=1.1
     log.every_steps=0 log.check_videos=0 log.checkpoint_minutes=-1""".split(),
 )
 def test_a_wrong_value(override):
@@ -246,27 +261,31 @@ def test_method_settings_name_their_source():
 
 def test_help_lists_every_setting_with_its_default(capsys):
     with pytest.raises(SystemExit) as caught:
-        preflight.command_line("What it does.", ["--help"])
+        cli.training("What it does.", ["--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
     assert "What it does." in text
     for key, (default, help) in SETTINGS.items():
-        assert re.search(rf"^  {re.escape(key)}={re.escape(str(default).replace(' ', ''))} +{re.escape(help)}$", text, re.M), key
+        assert re.search(
+            rf"^  {re.escape(key)}={re.escape(str(default).replace(' ', ''))} +{re.escape(help)}$", text, re.M
+        ), key
     for name in PACKAGED:
         assert name in text
 
 
 def test_options_and_settings_in_any_order():
-    cfg = preflight.command_line("", ["seed=4", "--cfg", "toy", "optim.lr=1", "--out", "there", "optim.epochs=2"])
+    cfg = cli.training("", ["seed=4", "--cfg", "toy", "optim.lr=1", "--out", "there", "optim.epochs=2"])
     assert (cfg.seed, cfg.optim.lr, cfg.out, cfg.optim.epochs) == (4, 1.0, "there", 2)
-    arguments = config.evaluation_parser("").parse_args(["seed=4", "--ckpt", "random", "eval.clips=3"])
+    arguments = cli.evaluation_parser("").parse_args(["seed=4", "--ckpt", "random", "eval.clips=3"])
     assert arguments.overrides == ["seed=4", "eval.clips=3"]
 
 
-@pytest.mark.parametrize("arguments", [["data=3"], ["optim.lrr=1"], ["--cfg", "nowhere"], ["seed=x"], ["seed=["], ["nonsense"]])
+@pytest.mark.parametrize(
+    "arguments", [["data=3"], ["optim.lrr=1"], ["--cfg", "nowhere"], ["seed=x"], ["seed=["], ["nonsense"]]
+)
 def test_a_mistake_ends_the_program_with_one_line(capsys, arguments):
     with pytest.raises(SystemExit) as caught:
-        preflight.command_line("", arguments)
+        cli.training("", arguments)
     assert caught.value.code == 2
     out, err = capsys.readouterr()
     assert not out

@@ -11,19 +11,25 @@ import torch
 from conftest import chirps, numbers, tone, write_media
 
 from avid import config, data, datasets, media, toy
-from avid.data import Clips, Draws, augment, central_crop, collate, random_crop, to_device
+from avid.data import BatchSampler, Clips, augment, central_crop, collate, random_crop, to_device
 from avid.media import Media, MediaError
 from avid.temporal_tasks import Clip
 
 FPS = 25
-WHOLE = {"size": 64, "crop_area": [1.0, 1.0], "crop_ratio": [1.0, 1.0]}  # frames stay as they are, their numbers can be read
+WHOLE = {
+    "size": 64,
+    "crop_area": [1.0, 1.0],
+    "crop_ratio": [1.0, 1.0],
+}  # frames stay as they are, their numbers can be read
 
 
 def settings(video=(), audio=(), temporal=(), clips=3, seed=0):
     return config.Config(
         seed=seed,
         video=config.Video(**{"frames": 4, "fps": 8.0, "size": 32, **dict(video)}),
-        audio=config.Audio(**{"seconds": 0.5, "rate_hz": 16000, "frames_per_s": 50, "n_fft": 256, "mels": 16, **dict(audio)}),
+        audio=config.Audio(
+            **{"seconds": 0.5, "rate_hz": 16000, "frames_per_s": 50, "n_fft": 256, "mels": 16, **dict(audio)}
+        ),
         temporal=config.Temporal(**dict(temporal)),
         eval=config.Eval(clips=clips, crop=1.0),
     )
@@ -79,7 +85,10 @@ def shown(video):
 
 
 def test_the_draw_decides_every_bit(table):
-    cfg = settings(temporal={"moments": 2, "speeds": [1, 2], "reverse": True}, audio={"mask_time": 0.2, "mask_frequency": 0.2})
+    cfg = settings(
+        temporal={"moments": 2, "speeds": [1, 2], "reverse": True},
+        audio={"mask_time": 0.2, "mask_frequency": 0.2},
+    )
     clips = Clips(table, cfg, training=True)
     item = clips[2, (3, 10, 4)]
     assert same(item, clips[2, (3, 10, 4)])
@@ -95,7 +104,9 @@ def test_a_file_is_opened_once_by_each_decoder(table, monkeypatch):
     opened = []
     for module, name in ((media.av, "open"), (media.decord, "VideoReader")):
         plain = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *a, plain=plain, name=name, **k: (opened.append(name), plain(*a, **k))[1])
+        monkeypatch.setattr(
+            module, name, lambda *a, plain=plain, name=name, **k: (opened.append(name), plain(*a, **k))[1]
+        )
     item = Clips(table, settings(temporal={"moments": 2}), training=True)[0, (3, 0, 0)]
     assert len(item["video"]) == len(item["audio"]) == 2
     assert sorted(opened) == ["VideoReader", "open"]
@@ -108,14 +119,19 @@ def test_clips_out_of_memory_are_the_same_bits(tmp_path, training):
     folder = toy.write(tmp_path, world, seed=0, workers=1, progress=False)
     (folder / "train" / "00001.mp4").write_bytes(b"no video")
     table = datasets.load(config.Data(root=str(folder)), "train")
-    cfg = settings(temporal={"moments": 2, "speeds": [1, 2], "reverse": True}, audio={"rate_hz": 8000, "frames_per_s": 40})
+    cfg = settings(
+        temporal={"moments": 2, "speeds": [1, 2], "reverse": True},
+        audio={"rate_hz": 8000, "frames_per_s": 40},
+    )
     kept = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, in_memory=True))
     for k in range(12):
         key = (k % 3, (3, k, 0)) if training else k % 3
         assert same(Clips(table, kept, training)[key], Clips(table, cfg, training)[key])
     for path in folder.rglob("*.mp4"):
         path.unlink()
-    assert Clips(table, kept, training)[(0, (3, 0, 0)) if training else 0]["failures"] == []  # it was read from memory
+    assert (
+        Clips(table, kept, training)[(0, (3, 0, 0)) if training else 0]["failures"] == []
+    )  # it was read from memory
 
 
 @pytest.mark.parametrize("moments", [1, 2])
@@ -140,7 +156,7 @@ def test_one_modality_alone(table):
 @pytest.mark.parametrize("how", ["epoch", "iid"])
 def test_batches_do_not_depend_on_the_number_of_workers(table, how):
     def batches(workers):
-        draws = Draws(len(table), 4, how, seed=0, first_step=0, last_step=3)
+        draws = BatchSampler(len(table), 4, how, seed=0, first_step=0, last_step=3)
         return list(data.loader(Clips(table, settings(), training=True), workers, batch_sampler=draws))
 
     alone, helped = batches(0), batches(1)
@@ -172,7 +188,9 @@ def test_the_volume_changes_all_columns_alike(table):
     for k in range(30):
         gain = loud[0, (3, k, 0)]["audio"] - plain[0, (3, k, 0)]["audio"]
         gains.append(gain[..., 3].median().item())
-        torch.testing.assert_close(gain[..., 2:5], torch.full_like(gain[..., 2:5], gains[-1]), atol=1e-3, rtol=0)
+        torch.testing.assert_close(
+            gain[..., 2:5], torch.full_like(gain[..., 2:5], gains[-1]), atol=1e-3, rtol=0
+        )
     assert 20 * np.log10(0.5) <= min(gains) < -3
     assert 1.5 < max(gains) <= 20 * np.log10(1.5)
 
@@ -274,7 +292,9 @@ def test_evaluation_takes_the_central_square(tmp_path):
     good(tmp_path / "a.mp4")
     cfg = dataclasses.replace(settings(video={"size": 32}), eval=config.Eval(clips=1, crop=0.5))
     video = Clips(folder_table(tmp_path), cfg, training=False)[0]["video"][0]
-    whole = Clips(folder_table(tmp_path), settings(video={"size": 64}, clips=1), training=False)[0]["video"][0]
+    whole = Clips(folder_table(tmp_path), settings(video={"size": 64}, clips=1), training=False)[0]["video"][
+        0
+    ]
     assert torch.equal(video, whole[..., 16:48, 16:48])
 
 
@@ -329,14 +349,19 @@ def test_batches_of_evaluation_leave_unusable_files_out(mixed):
 
 
 def test_a_batch_of_unusable_files_has_only_failures():
-    assert collate([{"index": 1, "failures": [(1, "no sound")]}, {"index": 3, "failures": [(3, "no picture")]}]) == {
-        "failures": [(1, "no sound"), (3, "no picture")]
-    }
+    assert collate(
+        [{"index": 1, "failures": [(1, "no sound")]}, {"index": 3, "failures": [(3, "no picture")]}]
+    ) == {"failures": [(1, "no sound"), (3, "no picture")]}
 
 
 def test_a_batch_keeps_items_in_order_and_all_failures():
     items = [
-        {"index": 4, "failures": [(1, "x"), (2, "y")], "video": torch.full((1, 2), 4.0), "flip": torch.tensor([True])},
+        {
+            "index": 4,
+            "failures": [(1, "x"), (2, "y")],
+            "video": torch.full((1, 2), 4.0),
+            "flip": torch.tensor([True]),
+        },
         {"index": 0, "failures": [], "video": torch.zeros(1, 2), "flip": torch.tensor([False])},
         {"index": 5, "failures": [(2, "y")], "video": torch.full((1, 2), 5.0), "flip": torch.tensor([True])},
     ]
@@ -351,7 +376,13 @@ def test_real_files_of_a_folder(real_media):
     """Two real videos can be used; those without sound, and the damaged one, are named."""
     table = folder_table(real_media)
     names = [path.rpartition("/")[2] for path in table.paths]
-    assert sorted(names) == ["corrupted.mp4", "flipping_a_pancake.mkv", "nasa_13013.mp4", "part_0.mp4", "video_90.mov"]
+    assert sorted(names) == [
+        "corrupted.mp4",
+        "flipping_a_pancake.mkv",
+        "nasa_13013.mp4",
+        "part_0.mp4",
+        "video_90.mov",
+    ]
     failures, used = {}, []
     for batch in data.loader(Clips(table, settings(clips=2), training=False), 0, batch_size=2):
         failures |= {names[at]: reason for at, reason in batch["failures"]}
@@ -374,7 +405,7 @@ def batches_of(draws):
 
 
 def test_an_epoch_is_a_permutation():
-    draws = Draws(12, 4, "epoch", seed=0, first_step=0, last_step=9)
+    draws = BatchSampler(12, 4, "epoch", seed=0, first_step=0, last_step=9)
     assert len(draws) == 9
     epochs = np.array(batches_of(draws)).reshape(3, 12)
     for epoch in epochs:
@@ -383,14 +414,16 @@ def test_an_epoch_is_a_permutation():
 
 
 def test_an_epoch_leaves_out_what_fills_no_batch():
-    epochs = np.array(batches_of(Draws(11, 4, "epoch", seed=0, first_step=0, last_step=40))).reshape(20, 8)
+    epochs = np.array(batches_of(BatchSampler(11, 4, "epoch", seed=0, first_step=0, last_step=40))).reshape(
+        20, 8
+    )
     assert all(len(set(epoch)) == 8 for epoch in epochs)
     assert set(epochs.flatten()) == set(range(11))  # others each time
 
 
 def test_iid_draws_are_independent():
     """Every instance is equally likely at every place; a batch holds repetitions as often as chance has it."""
-    batches = np.array(batches_of(Draws(20, 10, "iid", seed=0, first_step=0, last_step=2000)))
+    batches = np.array(batches_of(BatchSampler(20, 10, "iid", seed=0, first_step=0, last_step=2000)))
     assert np.bincount(batches.flatten(), minlength=20) == pytest.approx(1000, abs=150)
     distinct = np.mean([len(set(batch)) for batch in batches])
     assert distinct == pytest.approx(20 * (1 - (19 / 20) ** 10), abs=0.1)
@@ -398,31 +431,38 @@ def test_iid_draws_are_independent():
 
 @pytest.mark.parametrize("how", ["epoch", "iid"])
 def test_resuming_at_a_step_continues_the_sequence(how):
-    whole = list(Draws(10, 3, how, seed=5, first_step=0, last_step=12))
+    whole = list(BatchSampler(10, 3, how, seed=5, first_step=0, last_step=12))
     for step in (1, 3, 7, 11):
-        assert list(Draws(10, 3, how, seed=5, first_step=step, last_step=12)) == whole[step:]
-    assert whole != list(Draws(10, 3, how, seed=6, first_step=0, last_step=12))
+        assert list(BatchSampler(10, 3, how, seed=5, first_step=step, last_step=12)) == whole[step:]
+    assert whole != list(BatchSampler(10, 3, how, seed=6, first_step=0, last_step=12))
 
 
 @pytest.mark.parametrize("how", ["epoch", "iid"])
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_the_ranks_shares_are_the_global_batch(how, world):
-    whole = list(Draws(30, 12, how, seed=0, first_step=2, last_step=8))
-    shares = [list(Draws(30, 12, how, seed=0, first_step=2, last_step=8, rank=rank, world=world)) for rank in range(world)]
+    whole = list(BatchSampler(30, 12, how, seed=0, first_step=2, last_step=8))
+    shares = [
+        list(BatchSampler(30, 12, how, seed=0, first_step=2, last_step=8, rank=rank, world=world))
+        for rank in range(world)
+    ]
     assert [list(itertools.chain(*parts)) for parts in zip(*shares, strict=True)] == whole
     assert {len(batch) for share in shares for batch in share} == {12 // world}
 
 
 def test_every_draw_is_used_once():
-    draws = Counter(draw for batch in Draws(10, 5, "iid", seed=0, first_step=0, last_step=20) for _, draw in batch)
+    draws = Counter(
+        draw for batch in BatchSampler(10, 5, "iid", seed=0, first_step=0, last_step=20) for _, draw in batch
+    )
     assert len(draws) == 100
     assert set(draws.values()) == {1}
 
 
 def test_a_batch_larger_than_the_data_set_is_refused():
-    with pytest.raises(ValueError, match=r"a batch of 8 is larger than the data set of 7 videos; lower optim.batch_size"):
-        Draws(7, 8, "epoch", 0, 0, 1)
-    assert len(next(iter(Draws(7, 7, "epoch", 0, 0, 1)))) == 7
+    with pytest.raises(
+        ValueError, match=r"a batch of 8 is larger than the data set of 7 videos; lower optim.batch_size"
+    ):
+        BatchSampler(7, 8, "epoch", 0, 0, 1)
+    assert len(next(iter(BatchSampler(7, 7, "epoch", 0, 0, 1)))) == 7
 
 
 # -------------------------------------------------------------------------------------------------------------- cropping
@@ -434,7 +474,9 @@ def test_a_random_crop_has_the_asked_area_and_shape():
         top, left, height, width = random_crop(120, 160, (0.2, 0.6), (0.75, 1.3333), rng)
         assert 0 <= top <= 120 - height
         assert 0 <= left <= 160 - width
-        crops.append((height * width / (120 * 160), width / height, (top + height / 2) / 120, (left + width / 2) / 160))
+        crops.append(
+            (height * width / (120 * 160), width / height, (top + height / 2) / 120, (left + width / 2) / 160)
+        )
     area, ratio, y, x = np.array(crops).T
     assert 0.19 < area.min() < 0.22
     assert 0.58 < area.max() < 0.61
@@ -450,7 +492,8 @@ def test_a_crop_that_does_not_fit_becomes_the_central_square():
 
 
 @pytest.mark.parametrize(
-    "height, width, share, expected", [(120, 160, 1.0, (0, 20, 120, 120)), (8, 4, 0.5, (3, 1, 2, 2)), (3, 3, 0.1, (1, 1, 1, 1))]
+    "height, width, share, expected",
+    [(120, 160, 1.0, (0, 20, 120, 120)), (8, 4, 0.5, (3, 1, 2, 2)), (3, 3, 0.1, (1, 1, 1, 1))],
 )
 def test_the_central_crop(height, width, share, expected):
     assert central_crop(height, width, share) == expected
@@ -474,7 +517,9 @@ def test_masks_are_drawn_as_wide_as_asked(table):
 
 
 def test_augmentations_are_drawn_as_often_as_asked(table):
-    clips = Clips(table, settings(video={"flip": 0.3, "grey": 0.2, "jitter": [0.4, 0.3, 0.2, 0.1]}), training=True)
+    clips = Clips(
+        table, settings(video={"flip": 0.3, "grey": 0.2, "jitter": [0.4, 0.3, 0.2, 0.1]}), training=True
+    )
     rng = np.random.default_rng(0)
     draws = [clips.draws(2, rng) for _ in range(1000)]
     flip, grey, strengths = (torch.cat([draw[name] for draw in draws]) for name in ("flip", "grey", "jitter"))
@@ -486,10 +531,15 @@ def test_augmentations_are_drawn_as_often_as_asked(table):
 
 def test_on_the_device_training_batches_are_augmented(table):
     items = [Clips(table, settings(temporal={"moments": 2}), training=True)[k, (3, 0, k)] for k in range(3)]
-    draws = SimpleNamespace(**{name: torch.cat([item[name] for item in items]) for name in ("flip", "jitter", "grey")})
+    draws = SimpleNamespace(
+        **{name: torch.cat([item[name] for item in items]) for name in ("flip", "jitter", "grey")}
+    )
     plain = torch.cat([item["video"] for item in items]).float() / 255
     batch = to_device(collate(items), torch.device("cpu"))
-    mean, std = torch.tensor(data.PIXEL_MEAN)[:, None, None, None], torch.tensor(data.PIXEL_STD)[:, None, None, None]
+    mean, std = (
+        torch.tensor(data.PIXEL_MEAN)[:, None, None, None],
+        torch.tensor(data.PIXEL_STD)[:, None, None, None],
+    )
     expected = (augment(plain, draws.flip, draws.jitter, draws.grey) - mean) / std
     torch.testing.assert_close(batch["video"], expected)
     assert batch["video"].shape == (6, 3, 4, 32, 32)

@@ -73,7 +73,9 @@ def test_brightness_contrast_and_saturation_in_plain_numbers():
 def test_grey_takes_all_colour_away():
     grey = torch.tensor([True, False, False])
     changed = augment(videos(), **{**off(), "grey": grey})
-    torch.testing.assert_close(changed[0], changed[0].mean(0, keepdim=True).expand_as(changed[0]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        changed[0], changed[0].mean(0, keepdim=True).expand_as(changed[0]), atol=1e-6, rtol=0
+    )
     torch.testing.assert_close(changed[1:], videos()[1:], atol=1e-6, rtol=0)
 
 
@@ -81,7 +83,9 @@ def test_the_hue_turns_about_the_grey_axis():
     turns = torch.tensor([0.0, 1 / 3, -1 / 3, 0.17, 1.0])
     matrices = hue_rotation(turns)
     torch.testing.assert_close(matrices @ torch.ones(3), torch.ones(5, 3))  # grey stays grey
-    torch.testing.assert_close(matrices @ matrices.mT, torch.eye(3).expand(5, 3, 3), atol=1e-6, rtol=0)  # a rotation
+    torch.testing.assert_close(
+        matrices @ matrices.mT, torch.eye(3).expand(5, 3, 3), atol=1e-6, rtol=0
+    )  # a rotation
     torch.testing.assert_close(matrices[0], torch.eye(3))
     torch.testing.assert_close(matrices[4], torch.eye(3), atol=1e-5, rtol=0)
     red, green, blue = torch.eye(3)
@@ -107,10 +111,14 @@ def test_masks_cover_their_share_of_columns_and_bins():
 
 def test_on_the_device_clips_stand_in_one_row_and_are_normalised():
     video = (
-        torch.arange(256, dtype=torch.uint8).repeat(2 * 2 * 3 * 2 * 3 * 4 // 32)[: 2 * 2 * 3 * 2 * 3 * 4].view(2, 2, 3, 2, 3, 4)
+        torch.arange(256, dtype=torch.uint8)
+        .repeat(2 * 2 * 3 * 2 * 3 * 4 // 32)[: 2 * 2 * 3 * 2 * 3 * 4]
+        .view(2, 2, 3, 2, 3, 4)
     )
     audio = torch.linspace(-100, 0, 2 * 2 * 5 * 6).view(2, 2, 1, 5, 6)
-    batch = to_device({"video": video, "audio": audio, "index": torch.tensor([7, 9]), "failures": []}, torch.device("cpu"))
+    batch = to_device(
+        {"video": video, "audio": audio, "index": torch.tensor([7, 9]), "failures": []}, torch.device("cpu")
+    )
     assert batch["video"].shape == (4, 3, 2, 3, 4)
     assert batch["audio"].shape == (4, 1, 5, 6)
     assert batch["index"].tolist() == [7, 9]

@@ -47,11 +47,7 @@ def error(root, name, split, **settings):
 # every reader
 
 
-def test_every_data_set_of_the_configuration_has_a_reader():
-    assert sorted(config.DATA_SETS) == sorted(datasets.READERS) == sorted(datasets.EVALUATION_SPLIT)
-
-
-@pytest.mark.parametrize("name", config.DATA_SETS)
+@pytest.mark.parametrize("name", datasets.DATA)
 @pytest.mark.parametrize("root", ["", "nowhere", "file.txt"])
 def test_an_empty_place_is_an_error_that_shows_the_layout(name, root, tmp_path):
     touch(tmp_path, "file.txt")
@@ -71,7 +67,9 @@ def test_files_that_cannot_be_found_are_an_error_that_names_one(tmp_path):
 def test_a_split_that_is_not_there_is_an_error_that_names_those_that_are(tmp_path):
     write(tmp_path, "vggsound.csv", "abc,3,dog,train", "def,3,dog,test")
     touch(tmp_path, "video/abc_000003.mp4")
-    assert error(tmp_path, "vggsound", "val").startswith(f"vggsound val: no such split in {tmp_path}, only test, train\n")
+    assert error(tmp_path, "vggsound", "val").startswith(
+        f"vggsound val: no such split in {tmp_path}, only test, train\n"
+    )
 
 
 def test_classes_are_the_same_for_every_split(tmp_path):
@@ -169,7 +167,14 @@ def test_the_report_counts_and_names_what_is_missing(tmp_path):
 
 
 def test_take_keeps_rows_together_and_classes_as_they_are(tmp_path):
-    write(tmp_path, "manifest.csv", "path,label,start,end,loud", "a.mp4,x,1,2,no", "b.mp4,y,,,yes", "c.mp4,z,0.5,9,no")
+    write(
+        tmp_path,
+        "manifest.csv",
+        "path,label,start,end,loud",
+        "a.mp4,x,1,2,no",
+        "b.mp4,y,,,yes",
+        "c.mp4,z,0.5,9,no",
+    )
     touch(tmp_path, "a.mp4", "b.mp4", "c.mp4")
     table = load(tmp_path, "manifest", "train")
     few = datasets.take(table, [2, 0])
@@ -232,7 +237,18 @@ def test_a_label_column_that_is_not_there_is_an_error_that_lists_the_columns(tmp
 
 
 @pytest.mark.parametrize(
-    "path", ["../a.mp4", "x/../../a.mp4", "x/..", "/etc/a.mp4", r"..\a.mp4", r"C:\a.mp4", "C:a.mp4", r"\\host\a.mp4", ""]
+    "path",
+    [
+        "../a.mp4",
+        "x/../../a.mp4",
+        "x/..",
+        "/etc/a.mp4",
+        r"..\a.mp4",
+        r"C:\a.mp4",
+        "C:a.mp4",
+        r"\\host\a.mp4",
+        "",
+    ],
 )
 def test_a_path_must_not_leave_the_data_root(path, tmp_path):
     touch(tmp_path, "a.mp4", "in/a.mp4")
@@ -263,7 +279,9 @@ def test_a_path_named_twice_is_an_error_that_names_both_lines(tmp_path):
     ],
 )
 def test_a_malformed_row_is_an_error_that_names_file_and_line(line, cause, tmp_path):
-    write(tmp_path, "manifest.csv", "path,label,start,end", "a.mp4,dog,,", "", line, "c.mp4,dog,,", end="\r\n")
+    write(
+        tmp_path, "manifest.csv", "path,label,start,end", "a.mp4,dog,,", "", line, "c.mp4,dog,,", end="\r\n"
+    )
     touch(tmp_path, "a.mp4", "b.mp4", "c.mp4")
     text = error(tmp_path, "manifest", "train")
     assert text.startswith(f"{tmp_path / 'manifest.csv'}, line 4: {cause}") and "\n" not in text
@@ -280,9 +298,21 @@ def test_a_list_that_is_not_utf8_is_an_error_that_names_it(tmp_path):
 
 
 def test_a_folder_of_classes_is_read_whole_for_every_split(tmp_path):
-    touch(tmp_path, "big dog/b.mp4", "big dog/a.MOV", "cat/deep/c.webm", "cat/notes.txt", ".cache/d.mp4", "cat/.e.mp4")
+    touch(
+        tmp_path,
+        "big dog/b.mp4",
+        "big dog/a.MOV",
+        "cat/deep/c.webm",
+        "cat/notes.txt",
+        ".cache/d.mp4",
+        "cat/.e.mp4",
+    )
     table = load(tmp_path, "folder", "train")
-    assert labelled(table) == {"big dog/a.MOV": "big dog", "big dog/b.mp4": "big dog", "cat/deep/c.webm": "cat"}
+    assert labelled(table) == {
+        "big dog/a.MOV": "big dog",
+        "big dog/b.mp4": "big dog",
+        "cat/deep/c.webm": "cat",
+    }
     assert load(tmp_path, "folder", "test").paths == table.paths
 
 
@@ -297,11 +327,16 @@ def test_a_folder_in_parts_gives_each_split_its_own(tmp_path):
     train, val = load(tmp_path, "folder", "train"), load(tmp_path, "folder", "val")
     assert labelled(train) == {"train/cat/b.mp4": "cat", "train/dog/a.mp4": "dog"}
     assert labelled(val) == {"validation/dog/c.mp4": "dog"} and val.classes == ["cat", "dog"]
-    assert error(tmp_path, "folder", "test").startswith(f"folder test: no such split in {tmp_path}, only train, val\n")
+    assert error(tmp_path, "folder", "test").startswith(
+        f"folder test: no such split in {tmp_path}, only train, val\n"
+    )
 
 
 def test_one_part_alone_is_a_part_and_a_class_called_train_is_a_class(tmp_path):
     touch(tmp_path / "part", "train/dog/a.mp4")
     touch(tmp_path / "class", "train/a.mp4", "bus/b.mp4")
     assert labelled(load(tmp_path / "part", "folder", "train")) == {"train/dog/a.mp4": "dog"}
-    assert labelled(load(tmp_path / "class", "folder", "train")) == {"bus/b.mp4": "bus", "train/a.mp4": "train"}
+    assert labelled(load(tmp_path / "class", "folder", "train")) == {
+        "bus/b.mp4": "bus",
+        "train/a.mp4": "train",
+    }

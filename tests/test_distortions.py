@@ -6,8 +6,8 @@ import torch
 import torchvision.transforms.v2.functional as TF
 from conftest import chirp_time, chirps
 
-from avid.distortions import DISTORTIONS, MP3_RATES_HZ
 from avid.media import Media
+from avid.tools.distortions import DISTORTIONS, MP3_RATES_HZ
 
 RATE_HZ = 24000
 VIDEO = [name for name, distortion in DISTORTIONS.items() if distortion.modality == "video"]
@@ -34,7 +34,9 @@ def wave():
     t = np.arange(2 * RATE_HZ) / RATE_HZ
     hiss = np.random.default_rng(1).standard_normal(len(t))
     return torch.from_numpy(
-        (chirps([0.5, 1.1, 1.7], 2, RATE_HZ)[0] + 0.1 * np.sin(2 * np.pi * 100 * t) + 0.02 * hiss).astype("f4")
+        (chirps([0.5, 1.1, 1.7], 2, RATE_HZ)[0] + 0.1 * np.sin(2 * np.pi * 100 * t) + 0.02 * hiss).astype(
+            "f4"
+        )
     )
 
 
@@ -64,20 +66,28 @@ def test_a_copy_has_the_form_of_its_original_and_follows_the_generator(name, str
 @pytest.mark.parametrize("name", ["crop", "overlay", "rotation", "noise"])
 def test_what_is_random_differs_from_draw_to_draw(name, video, wave):
     clip, strength = video if name in VIDEO else wave, DISTORTIONS[name].strengths[1]
-    assert any(not torch.equal(distort(name, clip, strength), distort(name, clip, strength, seed)) for seed in range(1, 6))
+    assert any(
+        not torch.equal(distort(name, clip, strength), distort(name, clip, strength, seed))
+        for seed in range(1, 6)
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in DISTORTIONS if name not in ("crop", "flip")])
 def test_a_larger_strength_is_further_away(name, video, wave):
     clip = video if name in VIDEO else wave
-    away = [(distort(name, clip, strength).float() - clip.float()).square().mean() for strength in DISTORTIONS[name].strengths]
+    away = [
+        (distort(name, clip, strength).float() - clip.float()).square().mean()
+        for strength in DISTORTIONS[name].strengths
+    ]
     assert away[0] < away[1] < away[2]
 
 
 # picture
 
 
-@pytest.mark.parametrize("name, strength", [(name, s) for name, s in EACH if name in ("blur", "h264", "overlay") or s in (5, 15)])
+@pytest.mark.parametrize(
+    "name, strength", [(name, s) for name, s in EACH if name in ("blur", "h264", "overlay") or s in (5, 15)]
+)
 def test_every_frame_stays_where_it_is(name, strength, video):
     copy = distort(name, video, strength).float()
     away = (copy[:, :, None] - video[:, None].float()).square().mean((0, 3, 4))  # T×T
@@ -86,7 +96,10 @@ def test_every_frame_stays_where_it_is(name, strength, video):
 
 def test_compression_at_its_best_is_almost_the_original(video):
     red = torch.tensor([200, 30, 60], dtype=torch.uint8)[:, None, None, None].expand(video.shape)
-    for clip in (video[:1].expand(3, -1, -1, -1), red):  # no change of colour from pixel to pixel: it has half the resolution
+    for clip in (
+        video[:1].expand(3, -1, -1, -1),
+        red,
+    ):  # no change of colour from pixel to pixel: it has half the resolution
         assert (distort("h264", clip, 0).float() - clip.float()).abs().mean() < 3
 
 
@@ -157,9 +170,12 @@ def test_noise_has_the_ratio_it_says(snr_db, wave):
 def test_filters_take_away_what_is_beyond_their_cutoff(name, sign):
     hiss = torch.from_numpy(0.1 * np.random.default_rng(0).standard_normal(10 * RATE_HZ).astype("f4"))
     for cutoff_hz in DISTORTIONS[name].strengths:
-        power = (torch.fft.rfft(distort(name, hiss, cutoff_hz)) / torch.fft.rfft(hiss)).abs().square()  # a bin is 0.1 Hz
+        power = (
+            (torch.fft.rfft(distort(name, hiss, cutoff_hz)) / torch.fft.rfft(hiss)).abs().square()
+        )  # a bin is 0.1 Hz
         kept, half, gone = (
-            10 * power[at - 200 : at + 200].mean().log10() for at in (int(10 * cutoff_hz * 2.0 ** (sign * k)) for k in (-2, 0, 1))
+            10 * power[at - 200 : at + 200].mean().log10()
+            for at in (int(10 * cutoff_hz * 2.0 ** (sign * k)) for k in (-2, 0, 1))
         )
         assert abs(kept) < 0.5 and abs(half + 6) < 0.5 and gone < -20
 

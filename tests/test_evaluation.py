@@ -17,12 +17,15 @@ def unit(rows, dim, seed=0):
 
 
 @pytest.mark.parametrize(
-    ("q", "g", "k", "rows", "columns"), [(7, 30, 5, 3, 4), (1, 1, 3, 10, 10), (20, 50, 50, 6, 7), (5, 9, 20, 2, 100)]
+    ("q", "g", "k", "rows", "columns"),
+    [(7, 30, 5, 3, 4), (1, 1, 3, 10, 10), (20, 50, 50, 6, 7), (5, 9, 20, 2, 100)],
 )
 def test_nearest_is_a_sort_by_similarity(q, g, k, rows, columns):
     queries, gallery = unit(q, 8), unit(g, 8, seed=1)
     expected = np.argsort(-(queries @ gallery.T), axis=1)[:, : min(k, g)]
-    np.testing.assert_array_equal(evaluation.nearest(queries, gallery, k, rows=rows, columns=columns), expected)
+    np.testing.assert_array_equal(
+        evaluation.nearest(queries, gallery, k, rows=rows, columns=columns), expected
+    )
 
 
 def test_the_query_itself_does_not_count():
@@ -44,7 +47,9 @@ def test_recall_of_random_features_is_a_plain_count():
     queries, gallery = unit(40, 5), unit(60, 5, seed=1)
     rng = np.random.default_rng(2)
     query_y, key_y = rng.integers(4, size=40), rng.integers(4, size=60)
-    result = evaluation.recall(evaluation.nearest(queries, gallery, 20), lambda q, f: query_y[q] == key_y[f], (1, 5, 20))
+    result = evaluation.recall(
+        evaluation.nearest(queries, gallery, 20), lambda q, f: query_y[q] == key_y[f], (1, 5, 20)
+    )
     for k in (1, 5, 20):
         hits = 0
         for i in range(40):
@@ -71,7 +76,9 @@ def clouds(n, clips, seed):
     rng = np.random.default_rng(seed)
     y = np.arange(n) % 3
     centre = np.eye(3, 6)[y] * 3
-    return (centre[:, None] + rng.standard_normal((n, 1, 6)) + rng.standard_normal((n, clips, 6))).astype(np.float32), y
+    return (centre[:, None] + rng.standard_normal((n, 1, 6)) + rng.standard_normal((n, clips, 6))).astype(
+        np.float32
+    ), y
 
 
 @pytest.mark.parametrize("classifier", ["linear", "svm"])
@@ -92,7 +99,9 @@ def test_two_classes_have_margins_too():
 
 
 def test_accuracies_average_scores_over_clips():
-    scores = np.array([[[0.6, 0.4, 0.0], [0.0, 0.9, 0.1]], [[0.2, 0.2, 0.6], [0.5, 0.3, 0.2]]])  # 2 videos, 2 clips
+    scores = np.array(
+        [[[0.6, 0.4, 0.0], [0.0, 0.9, 0.1]], [[0.2, 0.2, 0.6], [0.5, 0.3, 0.2]]]
+    )  # 2 videos, 2 clips
     result = evaluation.accuracies(scores, np.array([10, 30]), np.array([10, 20, 30]))
     assert result == {"top1": 50.0, "top5": 100.0, "clip_top1": 50.0}
 
@@ -131,8 +140,12 @@ def test_numbered_divisions(tmp_path):
 
 def test_files_without_a_class_are_an_error_that_counts_them():
     nothing = np.zeros(3)
-    table = datasets.Table("x", Path("."), ["a.mp4", "b.mp4", "c.mp4"], np.array([0, -1, 1]), ["p", "q"], *[nothing] * 3, {}, [])
-    with pytest.raises(datasets.DataError, match=r"x: 1 of 3 files have no class, e\.g\. b\.mp4; give them one"):
+    table = datasets.Table(
+        "x", Path("."), ["a.mp4", "b.mp4", "c.mp4"], np.array([0, -1, 1]), ["p", "q"], *[nothing] * 3, {}, []
+    )
+    with pytest.raises(
+        datasets.DataError, match=r"x: 1 of 3 files have no class, e\.g\. b\.mp4; give them one"
+    ):
         evaluation.labels_of(table)
     table.labels = np.array([[0, 1], [1, 1], [0, 0]], np.uint8)
     with pytest.raises(datasets.DataError, match="x has several classes a file"):
@@ -147,14 +160,19 @@ def test_where_videos_have_several_classes_a_match_shares_one():
     found = evaluation.Features(np.arange(3), embeddings={"video": eye, "audio": eye[[2, 0, 1]]})
     labels = np.array([[1, 0, 0, 1], [1, 1, 0, 0], [0, 1, 1, 0]], np.uint8)
     result = evaluation.cross_modal(found, labels, ks=(1,))
-    assert (result["v→a instance R@1"], result["v→a class R@1"], result["a→v class R@1"]) == pytest.approx((0, 200 / 3, 200 / 3))
+    assert (result["v→a instance R@1"], result["v→a class R@1"], result["a→v class R@1"]) == pytest.approx(
+        (0, 200 / 3, 200 / 3)
+    )
     labels[2] = 0  # without any class
     assert not any("class" in name for name in evaluation.cross_modal(found, labels, ks=(1,)))
 
 
 def test_features_are_kept_as_they_are(tmp_path):
     found = evaluation.Features(
-        np.array([0, 2]), {"video": unit(4, 3).reshape(2, 2, 3)}, {"video": unit(4, 5).reshape(2, 2, 5)}, {1: "no sound"}
+        np.array([0, 2]),
+        {"video": unit(4, 3).reshape(2, 2, 3)},
+        {"video": unit(4, 5).reshape(2, 2, 5)},
+        {1: "no sound"},
     )
     found.save(tmp_path / "f.npz", labels=np.array([3, 4]))
     kept = evaluation.Features.load(tmp_path / "f.npz")
@@ -162,7 +180,9 @@ def test_features_are_kept_as_they_are(tmp_path):
     np.testing.assert_array_equal(kept.features["video"], found.features["video"])
     np.testing.assert_array_equal(kept.embeddings["video"], found.embeddings["video"])
     with np.load(tmp_path / "f.npz") as arrays:
-        assert arrays["labels"].tolist() == [3, 4] and json.loads(str(arrays["failures"])) == {"1": "no sound"}
+        assert arrays["labels"].tolist() == [3, 4] and json.loads(str(arrays["failures"])) == {
+            "1": "no sound"
+        }
     assert [path.name for path in tmp_path.iterdir()] == ["f.npz"]
 
 

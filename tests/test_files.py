@@ -25,10 +25,11 @@ import files
 from test_train import TINY
 
 import train
-from avid import config, data, evaluation, models, prepare, processes
+from avid import config, data, evaluation, models, processes
 from avid.config import ConfigError
-from avid.data import Clips, Draws
+from avid.data import BatchSampler, Clips
 from avid.media import Media, MediaError
+from avid.tools import prepare
 
 TIMEOUT_S = 4.0
 DIED, HUNG = "its decoder died with SIGSEGV", f"its decoder took longer than data.timeout_s = {TIMEOUT_S:g} s"
@@ -85,7 +86,7 @@ def batches(table, training, workers):
     clips = Clips(table, CFG, training)
     if not training:
         return data.loader(clips, workers, batch_size=3)
-    return data.loader(clips, workers, batch_sampler=Draws(len(table), 4, "epoch", 0, 0, 6))
+    return data.loader(clips, workers, batch_sampler=BatchSampler(len(table), 4, "epoch", 0, 0, 6))
 
 
 # ------------------------------------------------------------------------------------------ decoders that die or hang
@@ -150,7 +151,11 @@ def test_every_way_to_die_is_named(tmp_path, monkeypatch):
 
 
 def test_whoever_leaves_early_does_not_wait_for_a_decoder_that_hangs(deadly):
-    found = iter(data.loader(Clips(deadly, dataclasses.replace(CFG, data=config.Data()), False), 1, batch_sampler=[[0], [7]]))
+    found = iter(
+        data.loader(
+            Clips(deadly, dataclasses.replace(CFG, data=config.Data()), False), 1, batch_sampler=[[0], [7]]
+        )
+    )
     assert next(found)["index"].tolist() == [0]
     (process,) = multiprocessing.active_children()
     time.sleep(0.3)
@@ -190,7 +195,9 @@ def test_an_error_in_the_main_process_ends_the_program(deadly):
 
 def test_processes_that_die_between_files_end_the_run_in_one_line(deadly, monkeypatch):
     monkeypatch.setattr(data, "collate", lambda items: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(ConfigError, match=r"decoding processes die between files.*lower data\.workers") as caught:
+    with pytest.raises(
+        ConfigError, match=r"decoding processes die between files.*lower data\.workers"
+    ) as caught:
         list(data.loader(Clips(deadly, CFG, False), 1, batch_sampler=[[0], [1]]))
     assert "\n" not in str(caught.value)
 
@@ -211,7 +218,12 @@ def test_a_training_and_its_evaluation_survive_a_decoder_that_dies(tmp_path, mon
         good(tmp_path / "videos" / f"{k}.mp4", seconds=1.0)
     shutil.copy(tmp_path / "videos" / "0.mp4", tmp_path / "videos" / "dies.mp4")
     monkeypatch.setattr(data, "Media", Deadly)
-    settings = ["data.name=folder", f"data.root={tmp_path / 'videos'}", "data.workers=2", "optim.batch_size=5"]
+    settings = [
+        "data.name=folder",
+        f"data.root={tmp_path / 'videos'}",
+        "data.workers=2",
+        "optim.batch_size=5",
+    ]
     cfg = config.load("toy", [*TINY, *settings, f"out={tmp_path / 'run'}"])
     train.main(cfg)
     assert capfd.readouterr().out.count(f"dies.mp4: {DIED}\n") == 1
@@ -255,7 +267,12 @@ def test_every_skipped_file_is_in_the_list_at_the_end(tmp_path, capsys):
     written = capsys.readouterr().out
     assert written.isascii() and len(written.splitlines()) == 4  # a line a file, and one that names the list
     with open(tmp_path / "skipped.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        assert list(csv.reader(file)) == [["path", "reason"], [names[1], "no sound"], [names[2], "no picture"], [names[3], DIED]]
+        assert list(csv.reader(file)) == [
+            ["path", "reason"],
+            [names[1], "no sound"],
+            [names[2], "no picture"],
+            [names[3], DIED],
+        ]
 
 
 def test_without_bad_files_there_is_no_list(tmp_path, capsys):
@@ -345,6 +362,8 @@ def test_silence_black_frames_and_constant_sound_give_finite_numbers(tmp_path, k
         assert all(x.isfinite().all() for x in saved[part].values() if torch.is_tensor(x))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     left_out = [line["step"] for line in lines if "not_finite" in line]
-    assert not left_out or kinds == ("black",)  # where all clips of a batch are one, batch norm divides by nothing
+    assert not left_out or kinds == (
+        "black",
+    )  # where all clips of a batch are one, batch norm divides by nothing
     assert sorted(left_out + [line["step"] for line in lines if "loss" in line]) == list(range(1, 7))
     assert_finite_features()

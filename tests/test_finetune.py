@@ -47,10 +47,14 @@ def script(root, out, *overrides):
 
 
 def process(root, out, *overrides, ranks=1):
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    )
     command = [sys.executable, *launcher, __file__, str(root), str(out), *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
 
 
 def saved(out, modality="video"):
@@ -120,7 +124,8 @@ def test_the_warm_up_moves_the_linear_layer_alone(whole, tmp_path):
         finetune.finetune(subject, *tables_of(subject, whole[0]), "video", tmp_path)
     start = subject.network.video_model.state_dict()
     moved = {
-        step: {name for name in start if not torch.equal(state[f"encoder.{name}"], start[name])} for step, state in states.items()
+        step: {name for name in start if not torch.equal(state[f"encoder.{name}"], start[name])}
+        for step, state in states.items()
     }
     parameters = {name for name, _ in subject.network.video_model.named_parameters()}
     assert list(states) == list(range(1, 9))
@@ -130,11 +135,20 @@ def test_the_warm_up_moves_the_linear_layer_alone(whole, tmp_path):
 
 
 def test_the_learning_rate_falls_at_the_milestones(whole, tmp_path):
-    settings = "finetune.milestones=[0.25,0.5]", "finetune.gamma=0.1", "finetune.warmup_epochs=1", "log.checkpoint_minutes=0"
+    settings = (
+        "finetune.milestones=[0.25,0.5]",
+        "finetune.gamma=0.1",
+        "finetune.warmup_epochs=1",
+        "log.checkpoint_minutes=0",
+    )
     subject = subject_of(*settings)
     rates = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetune.checkpoint, "save", lambda path, state: rates.append(state["optimizer"]["param_groups"][0]["lr"]))
+        patch.setattr(
+            finetune.checkpoint,
+            "save",
+            lambda path, state: rates.append(state["optimizer"]["param_groups"][0]["lr"]),
+        )
         finetune.finetune(subject, *tables_of(subject, whole[0]), "video", tmp_path)
     assert rates == pytest.approx([1e-3] * 4 + [1e-4] * 2 + [1e-5] * 4)  # 2 steps an epoch, the warm-up first
 
@@ -215,7 +229,9 @@ def test_two_processes_are_one(whole, tmp_path):
     one, two = (saved(tmp_path / name)["classifier"] for name in "12")
     assert one.keys() == two.keys()
     for name in one:
-        torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            one[name], two[name], atol=1e-5, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def test_bad_files_are_named_replaced_and_counted(whole, tmp_path, capsys):

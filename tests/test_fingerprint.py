@@ -10,14 +10,15 @@ import pytest
 import torch
 from conftest import chirps, numbers, write_media
 
-from avid import config, data, datasets, evaluation, fingerprint, models
-from avid.fingerprint import PROTOCOL, Copies
+from avid import config, data, datasets, evaluation, models
 from avid.media import MediaError
+from avid.tools import fingerprint
+from avid.tools.fingerprint import PROTOCOL, Copies
 
 ROOT = Path(__file__).parents[1]
 TINY = (
     "toy.train=16 toy.test=8 toy.seconds=2 toy.size=32 data.workers=0 video.size=32 video.frames=4 audio.seconds=0.5 audio.mels=32 "
-    "audio.rate_hz=16000 model.width=4 model.depth=1 model.embedding=16 eval.clips=2 eval.settle_batches=2 optim.batch_size=8"
+    "audio.rate_hz=16000 model.width=4 model.depth=1 model.embedding=16 eval.clips=2 eval.calibration_batches=2 optim.batch_size=8"
 ).split()
 EACH = [(name, strength) for name, kind in PROTOCOL.items() for strength in kind.strengths]
 IDENTITIES = {"crop": 1.0, "blur": 1e-6, "rotation": 0, "gain": 0, "clipping": 0, "noise": 300, "speed": 1.0}
@@ -32,7 +33,7 @@ def world(tmp_path_factory):
     network = models.AudioVisual(cfg.model).eval()
     subject = evaluation.Subject(network, cfg, torch.device("cpu"), "random", "untrained", out)
     train, table = next(evaluation.tables(cfg))
-    evaluation.settle(subject, train)
+    evaluation.calibrate_batch_norm(subject, train)
     return subject, table
 
 
@@ -55,7 +56,9 @@ def test_a_copy_without_distortion_is_its_original(world, monkeypatch):
     for name, strength in IDENTITIES.items():
         for modality in data.MODALITIES if name == "speed" else (PROTOCOL[name].modality,):
             clean = evaluation.features(subject, table, (modality,)).video_level("features", modality)
-            np.testing.assert_allclose(fingerprint.encode(subject, table, modality, name, strength), clean, atol=1e-5)
+            np.testing.assert_allclose(
+                fingerprint.encode(subject, table, modality, name, strength), clean, atol=1e-5
+            )
 
 
 @pytest.mark.parametrize("name, strength", EACH)
@@ -65,14 +68,22 @@ def test_a_copy_differs_from_its_original_in_nothing_but_content(world, name, st
         original = data.Clips(table, subject.cfg, training=False, modalities=(modality,))[0]
         copy, again = (Copies(table, subject.cfg, modality, name, strength)[0] for _ in range(2))
         assert copy.keys() == original.keys() and copy["index"] == 0
-        assert copy[modality].shape == original[modality].shape and copy[modality].dtype == original[modality].dtype
-        assert all(not torch.equal(mine, its) for mine, its in zip(copy[modality], original[modality], strict=True))
+        assert (
+            copy[modality].shape == original[modality].shape
+            and copy[modality].dtype == original[modality].dtype
+        )
+        assert all(
+            not torch.equal(mine, its) for mine, its in zip(copy[modality], original[modality], strict=True)
+        )
         assert torch.equal(copy[modality], again[modality])
 
 
 def test_only_the_distorted_modality_is_read_again(world, monkeypatch):
     measured = {}
-    for distorted, name, strength, other in (("video", "crop", 0.5, "loudness"), ("audio", "gain", -24, "picture")):
+    for distorted, name, strength, other in (
+        ("video", "crop", 0.5, "loudness"),
+        ("audio", "gain", -24, "picture"),
+    ):
         for modality in data.MODALITIES:
             evaluation.features(*world, (modality,))  # kept: the gallery is not read again
 
@@ -139,7 +150,15 @@ def test_a_faster_copy_runs_through_the_whole_original(tmp_path):
     write_media(tmp_path / "a.mp4", np.arange(100) / 25, wave, 16000)
     table = datasets.load(config.Data(name="folder", root=str(tmp_path)), "all")
     cfg = config.load(
-        "toy", ["video.size=64", "video.frames=4", "video.fps=5", "audio.seconds=1", "audio.rate_hz=16000", "audio.mels=0"]
+        "toy",
+        [
+            "video.size=64",
+            "video.frames=4",
+            "video.fps=5",
+            "audio.seconds=1",
+            "audio.rate_hz=16000",
+            "audio.mels=0",
+        ],
     )
     for speed, step in ((1, 5), (2.0, 10)):
         clips = Copies(table, cfg, "video", "speed", speed)[0]["video"]  # 5×3×T×S×S
@@ -157,7 +176,10 @@ def test_what_cannot_be_read_is_left_out_and_counted(world, tmp_path, monkeypatc
     for path in table.paths:
         (tmp_path / Path(path).name).symlink_to((table.root / path).resolve())
     write_media(tmp_path / "silent.mp4", np.arange(50) / 25)
-    torn, table = Path(table.paths[3]).name, datasets.load(config.Data(name="folder", root=str(tmp_path)), "all")
+    torn, table = (
+        Path(table.paths[3]).name,
+        datasets.load(config.Data(name="folder", root=str(tmp_path)), "all"),
+    )
     picture = Copies.picture
 
     def once(self, media, clip, rng):
@@ -168,7 +190,12 @@ def test_what_cannot_be_read_is_left_out_and_counted(world, tmp_path, monkeypatc
     only(monkeypatch, rotation=0, gain=0)
     monkeypatch.setattr(Copies, "picture", once)
     result = measure((subject, table))
-    assert (result["videos"], result["gallery_videos"], result["skipped"], result["unread_copies"]) == (8, 8, 1, 1)
+    assert (result["videos"], result["gallery_videos"], result["skipped"], result["unread_copies"]) == (
+        8,
+        8,
+        1,
+        1,
+    )
     assert result["rotation 0 video instance R@1"] == result["gain 0 joint instance R@1"] == 100
     assert not any("class" in key for key in result)
 
@@ -188,7 +215,12 @@ def test_a_sample_rate_without_its_distortions_is_said_beforehand():
 
 
 def test_the_script_writes_every_number_the_same_each_time(world, tmp_path):
-    command = [sys.executable, str(ROOT / "eval_retrieval.py"), *"--ckpt random --task fingerprint".split(), f"--out={tmp_path}"]
+    command = [
+        sys.executable,
+        str(ROOT / "eval_retrieval.py"),
+        *"--ckpt random --task fingerprint".split(),
+        f"--out={tmp_path}",
+    ]
     command += [f"data.root={world[1].root.parent}", *TINY]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -203,4 +235,8 @@ def test_the_script_writes_every_number_the_same_each_time(world, tmp_path):
             for by in ("instance", "class"):
                 r1, r5 = (result[f"{name} {strength:g} {modality} {by} R@{k}"] for k in (1, 5))
                 assert 0 <= r1 <= r5 <= 100
-    assert result["videos"] == result["gallery_videos"] == 8 and result["task"] == "fingerprint" and result["seed"] == 0
+    assert (
+        result["videos"] == result["gallery_videos"] == 8
+        and result["task"] == "fingerprint"
+        and result["seed"] == 0
+    )

@@ -83,8 +83,12 @@ def reference_soft_targets(w, estimator):
     S_v, S_a = [], []
     for v_i, a_i in zip(w.own_video, w.own_audio, strict=True):
         pairs = list(zip(w.bank_video, w.bank_audio, strict=True))
-        S_v.append(reference_softmax([EXPONENT[estimator](v_i, a_i, v_j, a_j) for v_j, a_j in pairs], w.valid))
-        S_a.append(reference_softmax([EXPONENT[estimator](a_i, v_i, a_j, v_j) for v_j, a_j in pairs], w.valid))
+        S_v.append(
+            reference_softmax([EXPONENT[estimator](v_i, a_i, v_j, a_j) for v_j, a_j in pairs], w.valid)
+        )
+        S_a.append(
+            reference_softmax([EXPONENT[estimator](a_i, v_i, a_j, v_j) for v_j, a_j in pairs], w.valid)
+        )
     return np.array(S_v), np.array(S_a)
 
 
@@ -106,7 +110,9 @@ def reference_weights(agreement, mean, std, w_min, delta, kappa):
     def cdf(x):
         return 0.5 * (1 + math.erf(x / math.sqrt(2)))
 
-    return [w_min + (1 - w_min) * cdf((s - (mean + delta * std)) / (math.sqrt(kappa) * std)) for s in agreement]
+    return [
+        w_min + (1 - w_min) * cdf((s - (mean + delta * std)) / (math.sqrt(kappa) * std)) for s in agreement
+    ]
 
 
 def assert_close(ours, reference, tolerance=1e-5):
@@ -118,7 +124,9 @@ def test_attention_is_the_softmax_and_its_normaliser(piece):
     bias = torch.where(w.valid, 0.3 * torch.arange(len(w.valid)), -math.inf)
     total, S = losses.attend(w.video, w.bank_audio, torch.eye(len(w.valid)), bias, TAU)
     r = float64(w)
-    exponents = [[v @ a_j / TAU + b for a_j, b in zip(r.bank_audio, bias.tolist(), strict=True)] for v in r.video]
+    exponents = [
+        [v @ a_j / TAU + b for a_j, b in zip(r.bank_audio, bias.tolist(), strict=True)] for v in r.video
+    ]
     assert_close(S, [reference_softmax(e, r.valid) for e in exponents])
     assert_close(total, [math.log(sum(map(math.exp, e))) for e in exponents])
     assert not w.valid.all() and (S[:, ~w.valid] == 0).all()
@@ -149,7 +157,10 @@ def test_everything_is_float32_under_autocast_and_from_a_half_precision_bank(low
 @pytest.mark.parametrize("w_min, delta, kappa", [(0.25, 0.0, 0.5), (0.0, -1.0, 0.25), (0.5, 0.7, 2.0)])
 def test_weights_follow_the_normal_cdf_of_the_agreement(w_min, delta, kappa):
     agreement = torch.linspace(-0.4, 0.9, 14)
-    mean, std = (torch.tensor(0.2, dtype=torch.float64), torch.tensor(0.15, dtype=torch.float64))  # as the bank gives them
+    mean, std = (
+        torch.tensor(0.2, dtype=torch.float64),
+        torch.tensor(0.15, dtype=torch.float64),
+    )  # as the bank gives them
     ours = losses.faulty_positive_weights(agreement, mean, std, w_min, delta, kappa)
     assert ours.dtype == torch.float32
     assert_close(ours, reference_weights(agreement.double().tolist(), 0.2, 0.15, w_min, delta, kappa))
@@ -157,7 +168,9 @@ def test_weights_follow_the_normal_cdf_of_the_agreement(w_min, delta, kappa):
 
 def test_faulty_pairs_weigh_less():
     mean, std = torch.tensor(0.5), torch.tensor(0.2)
-    faulty, usual, good = losses.faulty_positive_weights(torch.tensor([-0.6, 0.5, 0.95]), mean, std, 0.25, 0.0, 0.5)
+    faulty, usual, good = losses.faulty_positive_weights(
+        torch.tensor([-0.6, 0.5, 0.95]), mean, std, 0.25, 0.0, 0.5
+    )
     assert faulty == pytest.approx(0.25, abs=1e-4)
     assert usual == pytest.approx((0.25 + 1) / 2) and usual < good <= 1
 
@@ -167,18 +180,24 @@ def test_weights_of_a_collapsed_bank_are_equal(std):
     agreement = 0.7 + torch.tensor([-1e-7, 0.0, 1e-7, 2e-7])  # equal but for rounding
     w = losses.faulty_positive_weights(agreement, torch.tensor(0.7), torch.tensor(std), 0.25, 1.0, 0.5)
     assert torch.equal(w, w[:1].expand(4))
-    assert w[0] == pytest.approx(reference_weights([0.7], 0.7, 1.0, 0.25, 1.0, 0.5)[0])  # at s = μ, whatever σ
+    assert w[0] == pytest.approx(
+        reference_weights([0.7], 0.7, 1.0, 0.25, 1.0, 0.5)[0]
+    )  # at s = μ, whatever σ
 
 
 def test_w_min_1_weighs_every_pair_exactly_1():
-    w = losses.faulty_positive_weights(torch.linspace(-1, 1, 9), torch.tensor(0.3), torch.tensor(0.1), 1.0, 0.0, 0.5)
+    w = losses.faulty_positive_weights(
+        torch.linspace(-1, 1, 9), torch.tensor(0.3), torch.tensor(0.1), 1.0, 0.0, 0.5
+    )
     assert torch.equal(w, torch.ones(9))
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_soft_targets_agree_with_the_table(estimator):
     w = world()
-    ours = soft_targets(estimator, w.own_video, w.own_audio, w.bank_video, w.bank_audio, w.valid, TAU_S, TAU_T)
+    ours = soft_targets(
+        estimator, w.own_video, w.own_audio, w.bank_video, w.bank_audio, w.valid, TAU_S, TAU_T
+    )
     for S, reference in zip(ours, reference_soft_targets(float64(w), estimator), strict=True):
         assert_close(S, reference)
         assert_close(S.sum(1), np.ones(5))
@@ -221,12 +240,16 @@ def test_a_faulty_neighbour_counts_less_in_cycle_than_in_swapped():
 def test_cross_entropy_is_finite_where_the_probability_is_zero():
     x, memories = torch.eye(3)[:2].requires_grad_(), torch.eye(3)
     valid, target = torch.tensor([True, False, True]), torch.tensor([[0.25, 0.0, 0.75], [1.0, 0.0, 0.0]])
-    loss = losses.cross_entropy(x, target @ memories, memories, valid, 0.5)  # exponents (2, −∞, 0) and (0, −∞, 0)
+    loss = losses.cross_entropy(
+        x, target @ memories, memories, valid, 0.5
+    )  # exponents (2, −∞, 0) and (0, −∞, 0)
     expected = [math.log(math.exp(2) + 1) - 2 * 0.25, math.log(2)]
     assert loss.tolist() == pytest.approx(expected)
     loss.sum().backward()
     p = [math.exp(2) / (math.exp(2) + 1), 0.5]
-    assert_close(x.grad, [[(p[0] - 0.25) / 0.5, 0, (1 - p[0] - 0.75) / 0.5], [(p[1] - 1) / 0.5, 0, (1 - p[1]) / 0.5]])
+    assert_close(
+        x.grad, [[(p[0] - 0.25) / 0.5, 0, (1 - p[0] - 0.75) / 0.5], [(p[1] - 1) / 0.5, 0, (1 - p[1]) / 0.5]]
+    )
 
 
 @pytest.mark.parametrize("everything", [False, True], ids=["drawn", "whole_bank"])
@@ -234,10 +257,14 @@ def test_cross_entropy_is_finite_where_the_probability_is_zero():
 def test_robust_xid_agrees_with_the_equations(estimator, piece, everything):
     w = world(everything=everything)
     r = float64(w)
-    assert_close(robust_xid(w, 0.5, estimator), reference_losses(r, 0.5, *reference_soft_targets(r, estimator)))
+    assert_close(
+        robust_xid(w, 0.5, estimator), reference_losses(r, 0.5, *reference_soft_targets(r, estimator))
+    )
 
 
-@pytest.mark.parametrize("soft, estimator", [(0.0, "cycle"), *((0.5, name) for name in ESTIMATORS), (1.0, "neighbor")])
+@pytest.mark.parametrize(
+    "soft, estimator", [(0.0, "cycle"), *((0.5, name) for name in ESTIMATORS), (1.0, "neighbor")]
+)
 def test_gradients_agree_with_finite_differences(soft, estimator, piece):
     w = world()
     weight = torch.tensor([0.3, 1.0, 0.3, 0.8, 0.5])
@@ -250,7 +277,9 @@ def test_gradients_agree_with_finite_differences(soft, estimator, piece):
         for place in np.ndindex(x.shape):
             for sign in (1, -1):
                 x[place] += sign * step
-                gradient[place] += sign * (weight * reference_losses(r, soft, *S)).sum() / weight.sum() / (2 * step)
+                gradient[place] += (
+                    sign * (weight * reference_losses(r, soft, *S)).sum() / weight.sum() / (2 * step)
+                )
                 x[place] -= sign * step
         assert_close(getattr(w, modality).grad, gradient)
 
@@ -260,7 +289,9 @@ def test_plain_xid_is_the_cross_entropy_of_the_pair():
     logits_v = (w.video @ w.bank_audio.T / TAU)[:, w.valid]  # B×valid
     logits_a = (w.audio @ w.bank_video.T / TAU)[:, w.valid]
     column = w.valid.cumsum(0)[w.column] - 1
-    expected = F.cross_entropy(logits_v, column, reduction="none") + F.cross_entropy(logits_a, column, reduction="none")
+    expected = F.cross_entropy(logits_v, column, reduction="none") + F.cross_entropy(
+        logits_a, column, reduction="none"
+    )
     assert_close(robust_xid(w, soft=0.0), expected.detach().numpy())
 
 
@@ -293,10 +324,15 @@ def test_memory_does_not_grow_with_the_candidates(soft, monkeypatch):
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             result = function(*args, **(kwargs or {}))
-            made.extend(x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor) and not x._is_view())
+            made.extend(
+                x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor) and not x._is_view()
+            )
             return result
 
-    with Watch(), torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+    with (
+        Watch(),
+        torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x),
+    ):
         loss = robust_xid(w, soft)
     assert max(made) == candidates and max(kept) <= 5 * 6
     (gradient,) = torch.autograd.grad(loss.sum(), w.video)
@@ -308,9 +344,15 @@ def test_a_robust_step_over_many_candidates_agrees_with_float64():
     """As many as make several real pieces: value and gradient against log-softmax and B×C targets."""
     n, batch, dim = 20000, 6, 16
     video, audio = unit(n, dim, seed=0), F.normalize(unit(n, dim, seed=0) + unit(n, dim, seed=1), dim=1)
-    column, valid = torch.arange(batch) * 3000, torch.rand(n, generator=torch.Generator().manual_seed(0)) < 0.9
+    column, valid = (
+        torch.arange(batch) * 3000,
+        torch.rand(n, generator=torch.Generator().manual_seed(0)) < 0.9,
+    )
     valid[column] = True
-    v, a = (F.normalize(x[column] + 0.3 * unit(batch, dim, seed=2), dim=1).requires_grad_() for x in (video, audio))
+    v, a = (
+        F.normalize(x[column] + 0.3 * unit(batch, dim, seed=2), dim=1).requires_grad_()
+        for x in (video, audio)
+    )
     world = SimpleNamespace(video=v, audio=a, bank_video=video, bank_audio=audio, valid=valid, column=column)
     loss = robust_xid(world)
     loss.sum().backward()
@@ -318,7 +360,10 @@ def test_a_robust_step_over_many_candidates_agrees_with_float64():
     video, audio = video.double(), audio.double()
     own_video, own_audio, outside = video[column], audio[column], torch.where(valid, 0.0, -math.inf).double()
     last = (video * audio).sum(1) / TAU_T + outside
-    S_v, S_a = F.softmax(own_audio @ video.T / TAU_S + last, 1), F.softmax(own_video @ audio.T / TAU_S + last, 1)
+    S_v, S_a = (
+        F.softmax(own_audio @ video.T / TAU_S + last, 1),
+        F.softmax(own_video @ audio.T / TAU_S + last, 1),
+    )
     expected = []
     for x, S, memories in ((v, S_v, audio), (a, S_a, video)):
         x = x.detach().double().requires_grad_()
@@ -387,14 +432,19 @@ def reference_contrast(x, usual, positives, negatives, temperature):
 def test_contrast_is_the_equation(n_pos, rows):
     generator = torch.Generator().manual_seed(0)
     x, usual = (F.normalize(torch.randn(rows, 8, generator=generator), dim=1) for _ in range(2))
-    positives, negatives = (F.normalize(torch.randn(rows, n, 8, generator=generator), dim=2) for n in (n_pos, 20))
+    positives, negatives = (
+        F.normalize(torch.randn(rows, n, 8, generator=generator), dim=2) for n in (n_pos, 20)
+    )
     loss = losses.contrast(x, usual, positives, negatives, 0.07)
-    torch.testing.assert_close(loss.double(), reference_contrast(x, usual, positives, negatives, 0.07), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        loss.double(), reference_contrast(x, usual, positives, negatives, 0.07), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_contrast_teaches_both_clips_and_no_memory():
     x, usual, near, far = (
-        torch.randn(shape, dtype=torch.double, requires_grad=True) for shape in ((3, 4), (3, 4), (3, 2, 4), (3, 5, 4))
+        torch.randn(shape, dtype=torch.double, requires_grad=True)
+        for shape in ((3, 4), (3, 4), (3, 2, 4), (3, 5, 4))
     )
     loss = losses.contrast(x.float(), usual.float(), near.float(), far.float(), 0.5).sum()
     loss.backward()
@@ -404,7 +454,9 @@ def test_contrast_teaches_both_clips_and_no_memory():
             step = torch.zeros_like(tensor)
             step[at] = 1e-4
             up, down = (
-                reference_contrast(*(t + s * step if t is tensor else t for t in (x, usual, near, far)), 0.5).sum()
+                reference_contrast(
+                    *(t + s * step if t is tensor else t for t in (x, usual, near, far)), 0.5
+                ).sum()
                 for s in (1, -1)
             )
             assert tensor.grad[at].item() == pytest.approx(((up - down) / 2e-4).item(), abs=1e-4)

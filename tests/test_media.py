@@ -113,7 +113,13 @@ def test_a_chirp_lands_at_its_time(media_file, container, file_hz, rate_hz):
 
 @pytest.mark.parametrize(
     ("name", "codec"),
-    [("a.wav", "pcm_s16le"), ("a.flac", "flac"), ("a.mp3", "libmp3lame"), ("a.ogg", "libopus"), ("a.m4a", "aac")],
+    [
+        ("a.wav", "pcm_s16le"),
+        ("a.flac", "flac"),
+        ("a.mp3", "libmp3lame"),
+        ("a.ogg", "libopus"),
+        ("a.m4a", "aac"),
+    ],
 )
 def test_files_of_sound_alone(media_file, name, codec):
     media = Media(media_file(name, wave=chirps([0.4, 1.3], 2.0, 48000), codecs=("", codec)), ("audio",))
@@ -155,7 +161,10 @@ def test_what_was_read_before_does_not_matter(media_file, name):
         media.frames([start_s])
         again = media.sound(start_s, 4800, 16000)
         if name == "a.mkv":  # its time stamps are rounded to milliseconds, by chance this way or that
-            assert chirp_time(again, 16000) == pytest.approx(chirp_time(alone[start_s], 16000), abs=MS) or start_s == 0.1
+            assert (
+                chirp_time(again, 16000) == pytest.approx(chirp_time(alone[start_s], 16000), abs=MS)
+                or start_s == 0.1
+            )
         else:
             np.testing.assert_allclose(again, alone[start_s], atol=1e-3)
 
@@ -164,7 +173,9 @@ def test_what_was_read_before_does_not_matter(media_file, name):
 def test_an_interval_equals_that_part_of_the_whole(media_file, name):
     at_s = [0.2, 0.75, 1.5, 2.1, 2.9]
     wave = chirps(at_s, 3.0, 48000) + 0.2 * tone(220, 3.0, 48000)  # no noise: AAC decoders make it up
-    media = Media(media_file(name, wave=wave, codecs=("", "libopus" if name == "a.webm" else "aac")), ("audio",))
+    media = Media(
+        media_file(name, wave=wave, codecs=("", "libopus" if name == "a.webm" else "aac")), ("audio",)
+    )
     whole = media.sound(0.0, 48000, 16000)
     for time_s in at_s:
         begin = round((time_s - 0.1) * 16000)
@@ -189,17 +200,23 @@ PLACES = {  # (first frame at, sound from) s
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts"])
 @pytest.mark.parametrize("picture_s, sound_s", PLACES.values(), ids=PLACES)
 def test_picture_and_sound_share_a_clock_that_begins_with_the_file(media_file, picture_s, sound_s, name):
-    path = media_file(name, frame_s=TWO_SECONDS + picture_s, wave=chirps([0.5, 1.2], 2.0, 48000), sound_from_s=sound_s)
+    path = media_file(
+        name, frame_s=TWO_SECONDS + picture_s, wave=chirps([0.5, 1.2], 2.0, 48000), sound_from_s=sound_s
+    )
     media = Media(path)
     picture_s, sound_s = picture_s - min(picture_s, sound_s), sound_s - min(picture_s, sound_s)
     shift_s = heard_at(media, sound_s + 1.2, 16000) - (sound_s + 1.2)
-    assert -MS <= shift_s <= 22 * MS  # some files begin with the lead-in of the sound's encoder, where that comes first
+    assert (
+        -MS <= shift_s <= 22 * MS
+    )  # some files begin with the lead-in of the sound's encoder, where that comes first
     assert heard_at(media, sound_s + 0.5, 16000) == pytest.approx(sound_s + 0.5 + shift_s, abs=MS)
     for k in (40, 0, 13):
         assert numbers(media.frames(picture_s + shift_s + (k + np.array([0.1, 0.9])) / 25)) == [k, k]
     assert media.first_s == pytest.approx(max(picture_s, sound_s), abs=25 * MS)
     assert media.last_s <= picture_s + 2.0 + 45 * MS  # mkv does not say when its sound ends
-    assert media.last_s == pytest.approx((picture_s if name == "a.mkv" else min(picture_s, sound_s)) + 2.0, abs=45 * MS)
+    assert media.last_s == pytest.approx(
+        (picture_s if name == "a.mkv" else min(picture_s, sound_s)) + 2.0, abs=45 * MS
+    )
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
@@ -251,7 +268,9 @@ def test_the_asked_part_narrows_the_usable_one(media_file):
 
 @pytest.mark.parametrize("sought", [False, True])
 def test_without_time_stamps_sound_is_counted_from_the_beginning(media_file, sought):
-    path = media_file("a.avi", frame_s=TWO_SECONDS, wave=chirps([0.1, 1.3], 2.0, 48000), codecs=("mpeg4", "pcm_s16le"))
+    path = media_file(
+        "a.avi", frame_s=TWO_SECONDS, wave=chirps([0.1, 1.3], 2.0, 48000), codecs=("mpeg4", "pcm_s16le")
+    )
     media = Media(path)
     container = media.container
 
@@ -262,7 +281,9 @@ def test_without_time_stamps_sound_is_counted_from_the_beginning(media_file, sou
 
     media.container = SimpleNamespace(seek=container.seek, decode=decode, close=container.close)
     time_s = 1.3 if sought else 0.1
-    assert time_s - 0.1 + chirp_time(media.sound(time_s - 0.1, 8000, 16000), 16000) == pytest.approx(time_s, abs=MS)
+    assert time_s - 0.1 + chirp_time(media.sound(time_s - 0.1, 8000, 16000), 16000) == pytest.approx(
+        time_s, abs=MS
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------- faults
@@ -280,7 +301,9 @@ def complaint(path, modalities=("video", "audio"), then=lambda media: None):
 
 
 @pytest.mark.parametrize("modalities", [("video", "audio"), ("video",), ("audio",)])
-@pytest.mark.parametrize("name", ["empty.mp4", "text.mp4", "noise.mp4", "headless.mp4", "absent.mp4", "folder.mp4"])
+@pytest.mark.parametrize(
+    "name", ["empty.mp4", "text.mp4", "noise.mp4", "headless.mp4", "absent.mp4", "folder.mp4"]
+)
 def test_what_is_no_media_file(media_file, tmp_path, capfd, name, modalities):
     whole = media_file("whole.mp4", frame_s=TWO_SECONDS, wave=tone(600, 2.0, 48000)).read_bytes()
     content = {
@@ -321,7 +344,9 @@ def test_a_recording_that_does_not_know_its_length(media_file):
 
 
 def test_sound_of_a_file_that_was_cut_off(media_file, tmp_path):
-    whole = media_file("a.mp4", frame_s=TWO_SECONDS, wave=tone(600, 2.0, 48000), movflags="faststart").read_bytes()
+    whole = media_file(
+        "a.mp4", frame_s=TWO_SECONDS, wave=tone(600, 2.0, 48000), movflags="faststart"
+    ).read_bytes()
     cut = tmp_path / "cut.mp4"
     cut.write_bytes(whole[: len(whole) * 6 // 10])
     media = Media(cut)
@@ -379,7 +404,9 @@ def test_files_are_closed(media_file, tmp_path):
 def test_media_imported_first_leaves_torch_whole():
     """decord offers NVIDIA's BLAS to all that is loaded after it, and torch would crash in it."""
     code = "import avid.media, torch; print(avid.media.resampler(44100, 16000)(torch.ones(5760)).shape)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "2090" in done.stdout
 

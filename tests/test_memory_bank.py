@@ -36,9 +36,13 @@ def test_a_fresh_bank_is_random_on_the_sphere_and_the_same_for_a_seed():
         assert memory.shape == (500, 16) and memory.dtype == torch.float32
         assert torch.allclose(memory.norm(dim=1), torch.ones(500))
         assert memory.mean(0).norm() < 0.15  # 1 / √500 = 0.045 expected
-        assert torch.equal(memory, getattr(again, modality)) and not torch.equal(memory, getattr(other, modality))
+        assert torch.equal(memory, getattr(again, modality)) and not torch.equal(
+            memory, getattr(other, modality)
+        )
     mean, std = bank.agreement_mean_std()
-    assert abs(mean) < 0.05 and std == pytest.approx(1 / 16**0.5, rel=0.15)  # the two banks know nothing of each other
+    assert abs(mean) < 0.05 and std == pytest.approx(
+        1 / 16**0.5, rel=0.15
+    )  # the two banks know nothing of each other
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
@@ -71,7 +75,10 @@ def test_the_bank_stays_float32_and_out_of_the_graph_with_bf16_embeddings():
 @pytest.mark.parametrize("dtype, rounding", [("float16", 2**-11), ("bfloat16", 2**-8)])
 def test_a_half_precision_bank_follows_the_float32_one_and_knows_its_own_agreement(dtype, rounding, tmp_path):
     whole, bank = MemoryBank(60, 8, 0.5, 0), MemoryBank(60, 8, 0.5, 0, dtype)
-    assert bank.video.dtype == bank.audio.dtype == getattr(torch, dtype) and bank.agreement.dtype == torch.float32
+    assert (
+        bank.video.dtype == bank.audio.dtype == getattr(torch, dtype)
+        and bank.agreement.dtype == torch.float32
+    )
     assert torch.equal(bank.video, whole.video.to(bank.video.dtype))
     for seed in range(200):
         index, video, audio = batch(60, 32, 8, seed)
@@ -86,7 +93,9 @@ def test_a_half_precision_bank_follows_the_float32_one_and_knows_its_own_agreeme
     stored = (bank.video.double() * bank.audio.double()).sum(1)
     assert torch.allclose(bank.agreement.double(), stored, atol=1e-6)
     assert bank.agreement_sum == pytest.approx(bank.agreement.double().sum().item(), abs=1e-10)
-    assert bank.agreement_sum_squares == pytest.approx(bank.agreement.double().square().sum().item(), abs=1e-10)
+    assert bank.agreement_sum_squares == pytest.approx(
+        bank.agreement.double().square().sum().item(), abs=1e-10
+    )
     torch.save(bank.state_dict(), tmp_path / "bank.pt")
     other = MemoryBank(60, 8, 0.5, 1, dtype)
     other.load_state_dict(torch.load(tmp_path / "bank.pt", weights_only=True))
@@ -99,9 +108,13 @@ def test_running_mean_and_std_equal_the_full_ones_after_many_updates():
     for seed in range(400):
         index, video, audio = batch(60, 32, 8, seed)  # two of 32 out of 60 are almost always the same
         bank.update(index, video, F.normalize(video + 0.5 * audio, dim=1) if seed % 2 else audio)
-    full = [float(v @ a) for v, a in zip(bank.video.double().numpy(), bank.audio.double().numpy(), strict=True)]
+    full = [
+        float(v @ a) for v, a in zip(bank.video.double().numpy(), bank.audio.double().numpy(), strict=True)
+    ]
     mean, std = bank.agreement_mean_std()
-    assert mean.item() == pytest.approx(np.mean(full), abs=1e-6) and std.item() == pytest.approx(np.std(full), abs=1e-6)
+    assert mean.item() == pytest.approx(np.mean(full), abs=1e-6) and std.item() == pytest.approx(
+        np.std(full), abs=1e-6
+    )
     stored = bank.agreement.double()
     assert bank.agreement_sum == pytest.approx(stored.sum().item(), abs=1e-10)
     assert bank.agreement_sum_squares == pytest.approx(stored.square().sum().item(), abs=1e-10)
@@ -113,7 +126,11 @@ def test_candidates_are_the_batch_and_the_drawn_each_instance_valid_once(seed):
     index, _, _ = batch(40, 16, 4, seed)
     c = bank.candidates(index, 30, seed)
     instances, seen = c.index.tolist(), set()
-    assert len(instances) == 16 + 30 and instances[:16] == index.tolist() and 0 <= min(instances) <= max(instances) < 40
+    assert (
+        len(instances) == 16 + 30
+        and instances[:16] == index.tolist()
+        and 0 <= min(instances) <= max(instances) < 40
+    )
     for instance, valid in zip(instances, c.valid.tolist(), strict=True):
         assert valid == (instance not in seen)
         seen.add(instance)
@@ -194,7 +211,11 @@ def test_an_embedding_that_cannot_be_normalised_leaves_the_memory(broken):
     before = bank.video.clone()
     video[0] = -bank.video[1] if broken == "opposite" else broken
     bank.update(index, video, audio)
-    assert all_finite(bank) and torch.equal(bank.video[1], before[1]) and not torch.equal(bank.video[4], before[4])
+    assert (
+        all_finite(bank)
+        and torch.equal(bank.video[1], before[1])
+        and not torch.equal(bank.video[4], before[4])
+    )
     assert bank.agreement[1] == pytest.approx((bank.video[1] @ bank.audio[1]).item(), abs=1e-6)
     assert torch.allclose(bank.video.norm(dim=1), torch.ones(6))
     assert bank.agreement_mean_std()[0].item() == pytest.approx(bank.agreement.mean().item(), abs=1e-6)
@@ -284,11 +305,16 @@ def test_neighbours_are_drawn_without_replacement_and_are_apart():
 def test_uniform_negatives_are_uniform_and_harder_ones_are_nearer():
     bank = MemoryBank(60, 8, 0.5, seed=2)
     similarity = bank.audio @ bank.audio[3]
-    uniform, hard = (neighbourhoods(bank, config.Contrast(k_pos=4, negatives=5, tau_n=tau), 2000)[1] for tau in (math.inf, 0.1))
+    uniform, hard = (
+        neighbourhoods(bank, config.Contrast(k_pos=4, negatives=5, tau_n=tau), 2000)[1]
+        for tau in (math.inf, 0.1)
+    )
     counts = torch.bincount(uniform.flatten(), minlength=60)
     drawn = counts[counts > 0].double()
     assert len(drawn) == 60 - 4 - 1
-    assert ((drawn - drawn.mean()) ** 2 / drawn.mean()).sum() < 110  # chi-square, 54 degrees of freedom: p < 1e-4
+    assert (
+        (drawn - drawn.mean()) ** 2 / drawn.mean()
+    ).sum() < 110  # chi-square, 54 degrees of freedom: p < 1e-4
     assert similarity[hard].mean() > similarity[uniform].mean() + 0.1
 
 

@@ -21,13 +21,18 @@ TASKS = {"speed_video": 4, "direction_audio": 2, "order_video": 3, "order_cross"
 
 
 def network(tasks=(), seed=0, **model):
+    small = (
+        SMALL if model.get("video", "avid") == "avid" else {"embedding": 16}
+    )  # torchvision's have one size
     torch.manual_seed(seed)
-    return models.AudioVisual(config.Model(**{**SMALL, **model}), tasks)
+    return models.AudioVisual(config.Model(**{**small, **model}), tasks)
 
 
 def clips(batch=4, frames=8, size=32, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, 3, frames, size, size, generator=generator), torch.randn(batch, 1, 40, 32, generator=generator)
+    return torch.randn(batch, 3, frames, size, size, generator=generator), torch.randn(
+        batch, 1, 40, 32, generator=generator
+    )
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +63,11 @@ def test_released_names_and_own_names_give_the_same_features():
     one, native, released_ = network(seed=1), network(seed=2), network(seed=3)
     state = one.state_dict()
     models.load(native, {"network": state}, "last.pt")
-    models.load(released_, {"model": {f"module.{name}": tensor for name, tensor in state.items()}, "epoch": 1}, "AVID.pth.tar")
+    models.load(
+        released_,
+        {"model": {f"module.{name}": tensor for name, tensor in state.items()}, "epoch": 1},
+        "AVID.pth.tar",
+    )
     video, audio = torch.randn(2, 3, 4, 32, 32), torch.randn(2, 1, 40, 33)
     for x, y in zip(native.eval()(video, audio)[:4], released_.eval()(video, audio)[:4], strict=True):
         assert torch.equal(x, y)
@@ -67,7 +76,9 @@ def test_released_names_and_own_names_give_the_same_features():
 def test_an_own_checkpoint_loads():
     one, other = network(seed=1), network(seed=2)
     models.load(other, {"network": one.state_dict()}, "last.pt")
-    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    )
 
 
 def test_what_does_not_fit_is_named():
@@ -132,7 +143,9 @@ def test_the_audio_network_halves_five_times_but_the_last_block(released):
 @pytest.mark.parametrize("modality, last", [("video", "conv5x"), ("audio", "block4")])
 def test_features_are_the_largest_values_over_time_and_space(modality, last):
     model, maps = network().eval(), []
-    getattr(getattr(model, f"{modality}_model"), last).register_forward_hook(lambda module, inputs, output: maps.append(output))
+    getattr(getattr(model, f"{modality}_model"), last).register_forward_hook(
+        lambda module, inputs, output: maps.append(output)
+    )
     _, features = model.encode(modality, dict(zip(("video", "audio"), clips(size=64), strict=True))[modality])
     assert maps[0][0, 0].numel() > 1
     torch.testing.assert_close(features, maps[0].flatten(2).max(2).values)
@@ -160,7 +173,7 @@ def test_width_and_depth(width, depth):
     assert output.video.shape == output.audio.shape == (4, 10)
 
 
-@pytest.mark.parametrize("backbone", config.BACKBONES)
+@pytest.mark.parametrize("backbone", models.VIDEO)
 def test_every_backbone_gives_features_and_embeddings(backbone):
     model = network(video=backbone).eval()
     video, audio = clips(batch=2, frames=16, size=64)
@@ -205,9 +218,9 @@ def test_batch_norm_in_the_heads_takes_the_common_direction_away():
 
 def test_batch_norm_stands_behind_each_layer_the_last_one_without_scale_and_shift():
     names = [name for name, _ in network(head_norm="batch").video_proj.named_parameters()]
-    assert names == [f"projection.{at}.{what}" for at, what in ((0, "weight"), (1, "weight"), (1, "bias"))] + [
-        f"projection.{at}.{what}" for at, what in ((3, "weight"), (4, "weight"), (4, "bias"), (6, "weight"))
-    ]
+    assert names == [
+        f"projection.{at}.{what}" for at, what in ((0, "weight"), (1, "weight"), (1, "bias"))
+    ] + [f"projection.{at}.{what}" for at, what in ((3, "weight"), (4, "weight"), (4, "bias"), (6, "weight"))]
 
 
 def test_one_clip_does_not_depend_on_the_others_when_evaluated():
@@ -234,7 +247,9 @@ def test_the_gradient_reaches_every_parameter(head_norm, tasks):
     model = network(tasks, head_norm=head_norm).train()
     output = model(*clips(batch=8))
     torch.manual_seed(1)
-    sum((x * torch.randn_like(x)).sum() for x in (output.video, output.audio, *output.temporal.values())).backward()
+    sum(
+        (x * torch.randn_like(x)).sum() for x in (output.video, output.audio, *output.temporal.values())
+    ).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
@@ -244,7 +259,12 @@ def test_the_gradient_reaches_every_parameter(head_norm, tasks):
 def test_the_temporal_heads_give_logits_of_their_classes():
     output = network(TASKS)(*clips(batch=6))
     shapes = {task: tuple(logits.shape) for task, logits in output.temporal.items()}
-    assert shapes == {"speed_video": (6, 4), "direction_audio": (6, 2), "order_video": (3, 3), "order_cross": (6, 3)}
+    assert shapes == {
+        "speed_video": (6, 4),
+        "direction_audio": (6, 2),
+        "order_video": (3, 3),
+        "order_cross": (6, 3),
+    }
 
 
 def test_the_seed_decides_the_network():
@@ -281,10 +301,14 @@ def test_checkpointed_activations_give_the_same_step_from_less_memory(backbone, 
     plain, checkpointed = (network(video=backbone).train() for _ in range(2))
     models.checkpoint_activations(checkpointed)
     inputs = clips(batch=2, frames=frames, size=size)
-    (loss, kept), (loss_again, kept_again) = (step(model, inputs, model.parameters()) for model in (plain, checkpointed))
+    (loss, kept), (loss_again, kept_again) = (
+        step(model, inputs, model.parameters()) for model in (plain, checkpointed)
+    )
     assert torch.equal(loss, loss_again)
     assert kept_again < 0.5 * kept
-    for (name, one), (name_again, other) in zip(plain.named_parameters(), checkpointed.named_parameters(), strict=True):
+    for (name, one), (name_again, other) in zip(
+        plain.named_parameters(), checkpointed.named_parameters(), strict=True
+    ):
         assert name == name_again
         assert torch.equal(one.grad, other.grad), name
     state = checkpointed.state_dict()
@@ -299,7 +323,9 @@ def test_a_compiled_network_checkpoints_its_activations_alike():
     models.checkpoint_activations(checkpointed)
     (video, _), (one, other) = clips(), (model.video_model for model in (plain, checkpointed))
     loss, _ = step(one, (video,), one.parameters())
-    loss_again, _ = step(torch.compile(other, backend="aot_eager_decomp_partition"), (video,), other.parameters())
+    loss_again, _ = step(
+        torch.compile(other, backend="aot_eager_decomp_partition"), (video,), other.parameters()
+    )
     torch.testing.assert_close(loss, loss_again, rtol=1e-4, atol=1e-4)
     for (name, a), b in zip(one.named_parameters(), other.parameters(), strict=True):
         assert (a.grad - b.grad).norm() < 1e-3 * a.grad.norm(), name

@@ -21,25 +21,27 @@ class Watch:
 
     def __init__(self, monkeypatch, spoil):
         self.states, self.parts = [], {}
-        objective, to_device, start = train.objective, train.data.to_device, train.run_folder.Run.__init__
+        objective, to_device, resume = train.Objective.__call__, train.data.to_device, train.run.Folder.resume
 
         def spoilt(*arguments):
             terms, accuracies = objective(*arguments)
-            step = arguments[-2]
+            step = arguments[-1]
             return {name: term * spoil.get(step, 1.0) for name, term in terms.items()}, accuracies
 
-        def remember(run, *arguments, **state):
-            start(run, *arguments, **state)
+        def remember(folder, table, **state):
             self.parts = {name: state[name] for name in ("network", "bank", "optimizer")}
+            return resume(folder, table, **state)
 
         def watched(batch, device):
             if "mask" in batch:  # of training, not of a check
-                self.states.append(copy.deepcopy({name: part.state_dict() for name, part in self.parts.items()}))
+                self.states.append(
+                    copy.deepcopy({name: part.state_dict() for name, part in self.parts.items()})
+                )
             return to_device(batch, device)
 
-        monkeypatch.setattr(train, "objective", spoilt)
+        monkeypatch.setattr(train.Objective, "__call__", spoilt)
         monkeypatch.setattr(train.data, "to_device", watched)
-        monkeypatch.setattr(train.run_folder.Run, "__init__", remember)
+        monkeypatch.setattr(train.run.Folder, "resume", remember)
 
     def moved(self, step):
         """Which tensors of the whole state a step changed."""
@@ -57,7 +59,14 @@ def flat(state, prefix=""):
 
 def settings(tmp_path, *overrides):
     return config.load(
-        "toy", [*TINY, f"data.root={tmp_path / 'data'}", f"out={tmp_path / 'run'}", "log.check_epochs=0", *overrides]
+        "toy",
+        [
+            *TINY,
+            f"data.root={tmp_path / 'data'}",
+            f"out={tmp_path / 'run'}",
+            "log.check_epochs=0",
+            *overrides,
+        ],
     )
 
 
@@ -78,7 +87,9 @@ def test_a_step_that_is_not_finite_moves_nothing_and_is_named(tmp_path, monkeypa
 
 def test_too_many_in_a_row_end_the_run_and_keep_the_checkpoint_from_before(tmp_path, monkeypatch):
     watch = Watch(monkeypatch, dict.fromkeys([1, 4, 5, 6, 7, 8], math.nan))
-    with pytest.raises(FloatingPointError, match=r"3 steps in a row, up to step 7, were not finite .*a lower optim.lr"):
+    with pytest.raises(
+        FloatingPointError, match=r"3 steps in a row, up to step 7, were not finite .*a lower optim.lr"
+    ):
         train.main(settings(tmp_path, "optim.max_bad_steps=3"))
     saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     assert saved["step"] == 6  # the epoch's end, with the weights of step 4

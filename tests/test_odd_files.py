@@ -25,11 +25,16 @@ def encoded(tmp_path):
         raw, sound, out = tmp_path / "raw", tmp_path / "sound.wav", tmp_path / name
         raw.write_bytes(numbered(range(frames)).tobytes())
         write_media(
-            sound, wave=chirps([0.5, 1.2], 2.0, rate_hz) if wave is None else wave, rate_hz=rate_hz, codecs=("", "pcm_s16le")
+            sound,
+            wave=chirps([0.5, 1.2], 2.0, rate_hz) if wave is None else wave,
+            rate_hz=rate_hz,
+            codecs=("", "pcm_s16le"),
         )
         command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *before.split()]
         command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "64x64", "-r", "25", "-i", raw, "-i", sound]
-        done = subprocess.run([*command, *options.split(), "-threads", "1", out], capture_output=True, text=True)
+        done = subprocess.run(
+            [*command, *options.split(), "-threads", "1", out], capture_output=True, text=True
+        )
         if "Unknown encoder" in done.stderr:
             pytest.skip(done.stderr.strip())
         assert done.returncode == 0, done.stderr
@@ -41,7 +46,9 @@ def encoded(tmp_path):
 def assert_usable(path, modalities=data.MODALITIES):
     table = files.table_of(path.parent, [path.name])
     for training in (True, False):
-        batch = data.collate([Clips(table, files.CONFIG, training, modalities)[(0, (3, 0, 0)) if training else 0]])
+        batch = data.collate(
+            [Clips(table, files.CONFIG, training, modalities)[(0, (3, 0, 0)) if training else 0]]
+        )
         assert batch["failures"] == []
         assert files.complaint(batch, modalities, 1 if training else 3) == ""
 
@@ -141,7 +148,9 @@ def test_a_cover_is_no_video(encoded, tmp_path):
     for path in (encoded("a.m4a", "-map 1:a -c:a aac"), encoded("a.mp4", "-c:v libx264")):
         covered, has_video = path.with_stem("covered"), path.suffix == ".mp4"
         inputs = ["-i", path, "-i", cover, "-map", "0", "-map", "1", "-c", "copy"]
-        subprocess.run([*ffmpeg, *inputs, f"-disposition:v:{int(has_video)}", "attached_pic", covered], check=True)
+        subprocess.run(
+            [*ffmpeg, *inputs, f"-disposition:v:{int(has_video)}", "attached_pic", covered], check=True
+        )
         assert_usable(covered, data.MODALITIES if has_video else ("audio",))
         if has_video:
             assert numbers(Media(covered).frames([0.5])) == [12]
@@ -153,7 +162,9 @@ def test_a_cover_is_no_video(encoded, tmp_path):
 @pytest.mark.parametrize("rate_hz", [8000, 11025, 22255, 44101, 48000, 96000])
 def test_sounds_of_every_rate(tmp_path, rate_hz):
     """The filter of an odd rate does not fill the memory."""
-    path = write_media(tmp_path / "a.wav", wave=chirps([0.5, 1.2], 2.0, rate_hz), rate_hz=rate_hz, codecs=("", "pcm_s16le"))
+    path = write_media(
+        tmp_path / "a.wav", wave=chirps([0.5, 1.2], 2.0, rate_hz), rate_hz=rate_hz, codecs=("", "pcm_s16le")
+    )
     media = Media(path, ("audio",))
     for to_hz in (16000, 24000):
         wave = media.sound(0.9, to_hz // 2, to_hz)
@@ -164,7 +175,9 @@ def test_sounds_of_every_rate(tmp_path, rate_hz):
 
 @pytest.mark.parametrize("rate_hz", [1, 999, 768001, 2**31 - 1])
 def test_sounds_of_impossible_rates(tmp_path, rate_hz):
-    path = write_media(tmp_path / "a.wav", wave=tone(500, 1.0, 16000), rate_hz=16000, codecs=("", "pcm_s16le"))
+    path = write_media(
+        tmp_path / "a.wav", wave=tone(500, 1.0, 16000), rate_hz=16000, codecs=("", "pcm_s16le")
+    )
     content = bytearray(path.read_bytes())
     at = content.index(b"fmt ") + 12
     assert int.from_bytes(content[at : at + 4], "little") == 16000

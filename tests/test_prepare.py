@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from conftest import chirp_time, chirps, numbers, tone
 
-from avid import config, datasets, prepare
+from avid import config, datasets
 from avid.media import Media
-from avid.prepare import Small
+from avid.tools import prepare
+from avid.tools.prepare import Small
 
 ROOT = Path(__file__).parents[1]
 FRAMES_S = np.arange(40) / 20
@@ -29,7 +30,9 @@ def ffmpeg():
     """ffmpeg's path."""
     if path := shutil.which("ffmpeg"):
         return path
-    return pytest.importorskip("imageio_ffmpeg", reason="no ffmpeg on PATH, no imageio-ffmpeg").get_ffmpeg_exe()
+    return pytest.importorskip(
+        "imageio_ffmpeg", reason="no ffmpeg on PATH, no imageio-ffmpeg"
+    ).get_ffmpeg_exe()
 
 
 @pytest.fixture
@@ -65,7 +68,9 @@ def left_over(root):
 
 
 def test_every_file_gets_a_row_that_says_what_it_is(folder, tmp_path, capsys):
-    assert run("check", "--data", "folder", "--root", folder, "--workers", 2, "--out", tmp_path / "out.csv") == 0
+    assert (
+        run("check", "--data", "folder", "--root", folder, "--workers", 2, "--out", tmp_path / "out.csv") == 0
+    )
     found = rows(tmp_path / "out.csv")
     assert {path: (row["usable"], row["reason"].partition(":")[0]) for path, row in found.items()} == {
         "a/good.mp4": ("yes", ""),
@@ -75,7 +80,12 @@ def test_every_file_gets_a_row_that_says_what_it_is(folder, tmp_path, capsys):
     }
     good = found["a/good.mp4"]
     assert abs(float(good["seconds"]) - 2.0) < 0.05 and float(good["fps"]) == pytest.approx(20, abs=0.01)
-    assert [good[key] for key in ("width", "height", "audio_rate_hz", "channels")] == ["64", "64", "24000", "2"]
+    assert [good[key] for key in ("width", "height", "audio_rate_hz", "channels")] == [
+        "64",
+        "64",
+        "24000",
+        "2",
+    ]
     assert found["a/mute.mp4"]["width"] == "64" and found["a/mute.mp4"]["audio_rate_hz"] == ""
     text = capsys.readouterr().out
     assert "usable, but silent   e.g. b/silent.mp4" in text and "no sound   e.g. a/mute.mp4" in text
@@ -83,10 +93,23 @@ def test_every_file_gets_a_row_that_says_what_it_is(folder, tmp_path, capsys):
 
 def test_a_modality_asks_for_less(folder, tmp_path):
     assert (
-        run("check", "--data", "folder", "--root", folder, "--modality", "video", "--out", tmp_path / "v.csv", "data.workers=1")
+        run(
+            "check",
+            "--data",
+            "folder",
+            "--root",
+            folder,
+            "--modality",
+            "video",
+            "--out",
+            tmp_path / "v.csv",
+            "data.workers=1",
+        )
         == 0
     )
-    assert [path for path, row in rows(tmp_path / "v.csv").items() if row["usable"] == "no"] == ["b/broken.mp4"]
+    assert [path for path, row in rows(tmp_path / "v.csv").items() if row["usable"] == "no"] == [
+        "b/broken.mp4"
+    ]
 
 
 def test_a_check_reads_the_part_that_the_list_names(media_file, tmp_path):
@@ -97,7 +120,9 @@ def test_a_check_reads_the_part_that_the_list_names(media_file, tmp_path):
 
 
 def test_a_damaged_end_is_found(media_file, tmp_path):
-    path = media_file("whole/x.mp4", frame_s=FRAMES_S, wave=tone(440, 2, 24000), rate_hz=24000, movflags="faststart")
+    path = media_file(
+        "whole/x.mp4", frame_s=FRAMES_S, wave=tone(440, 2, 24000), rate_hz=24000, movflags="faststart"
+    )
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut/x.mp4").write_bytes(path.read_bytes()[: int(path.stat().st_size * 0.7)])
     assert run("check", "--data", "folder", "--root", tmp_path / "whole", "--out", tmp_path / "1.csv") == 0
@@ -123,7 +148,11 @@ def test_a_file_that_crashes_its_reader_is_named_and_the_rest_is_read(folder, tm
     monkeypatch.setattr(prepare, "examine", crash_on_mute)
     assert prepare.check(table(folder), ("video", "audio"), tmp_path / "out.csv", 1) == 3
     found = rows(tmp_path / "out.csv")
-    assert len(found) == 4 and found["a/mute.mp4"]["usable"] == "no" and "SIGSEGV" in found["a/mute.mp4"]["reason"]
+    assert (
+        len(found) == 4
+        and found["a/mute.mp4"]["usable"] == "no"
+        and "SIGSEGV" in found["a/mute.mp4"]["reason"]
+    )
     assert "crashes the decoder   e.g. a/mute.mp4" in capsys.readouterr().out
 
 
@@ -135,7 +164,10 @@ def crash_on_mute(root, path, *_):
 
 def test_a_check_leaves_other_files_alone(folder, tmp_path, capsys):
     out = tmp_path / "out.csv"
-    for content in ("path,label\na/good.mp4,dog", ",".join(prepare.COLUMNS) + "\nother.mp4,yes,,1,1,1,1,1,1,video+audio\n"):
+    for content in (
+        "path,label\na/good.mp4,dog",
+        ",".join(prepare.COLUMNS) + "\nother.mp4,yes,,1,1,1,1,1,1,video+audio\n",
+    ):
         out.write_text(content)
         assert run("check", "--data", "folder", "--root", folder, "--out", out) == 2
         assert out.read_text() == content and "--out" in capsys.readouterr().err
@@ -158,7 +190,10 @@ OFFSETS_S = [(0.0, 0.0), (0.0, 0.7), (0.4, 0.0)]  # when picture and sound begin
 
 @pytest.mark.parametrize(
     "name, from_s",
-    [*((name, at) for name in ("x.mp4", "x.mkv") for at in OFFSETS_S), *((name, OFFSETS_S[0]) for name in CONSTANT)],
+    [
+        *((name, at) for name in ("x.mp4", "x.mkv") for at in OFFSETS_S),
+        *((name, OFFSETS_S[0]) for name in CONSTANT),
+    ],
 )
 def test_prepared_files_show_and_sound_the_same_at_the_same_times(name, from_s, media_file, ffmpeg, tmp_path):
     picture_from_s, sound_from_s = from_s
@@ -172,19 +207,28 @@ def test_prepared_files_show_and_sound_the_same_at_the_same_times(name, from_s, 
     np.testing.assert_allclose(after.frame_starts, before.frame_starts, atol=1e-3)
     ends = np.array([(media.first_s, media.last_s) for media in (before, after)])
     np.testing.assert_allclose(*ends, atol=0.1)  # AAC begins with some silence
-    assert numbers(after.frames(before.frame_starts + 0.01)) == numbers(before.frames(before.frame_starts + 0.01))
+    assert numbers(after.frames(before.frame_starts + 0.01)) == numbers(
+        before.frames(before.frame_starts + 0.01)
+    )
     heard = [chirp_time(media.sound(1.0, 24000, 24000), 24000) for media in (before, after)]
-    assert heard[0] == pytest.approx(0.3, abs=0.03) and heard[1] == pytest.approx(heard[0], abs=1e-3)  # Matroska's clock: 1 ms
+    assert heard[0] == pytest.approx(0.3, abs=0.03) and heard[1] == pytest.approx(
+        heard[0], abs=1e-3
+    )  # Matroska's clock: 1 ms
 
 
 def test_what_follows_a_gap_keeps_its_time(media_file, ffmpeg, tmp_path):
     path, rate_hz = tmp_path / "in/gap.mkv", 48000
     path.parent.mkdir()
     with av.open(str(path), "w") as file:
-        stream, wave = file.add_stream("pcm_s16le", rate=rate_hz, layout="mono"), chirps([0.2, 1.6], 2.0, rate_hz)
+        stream, wave = (
+            file.add_stream("pcm_s16le", rate=rate_hz, layout="mono"),
+            chirps([0.2, 1.6], 2.0, rate_hz),
+        )
         for begin in range(0, 2 * rate_hz, 960):
             if not 0.5 <= begin / rate_hz < 1.3:
-                frame = av.AudioFrame.from_ndarray((wave[:, begin : begin + 960] * 32767).astype(np.int16), "s16", "mono")
+                frame = av.AudioFrame.from_ndarray(
+                    (wave[:, begin : begin + 960] * 32767).astype(np.int16), "s16", "mono"
+                )
                 frame.sample_rate, frame.time_base, frame.pts = rate_hz, Fraction(1, rate_hz), begin
                 file.mux(stream.encode(frame))
     prepare.prepare(path.parent, tmp_path / "out", Small(), 1)
@@ -212,7 +256,10 @@ def test_real_videos_keep_their_shape_their_times_and_their_sound(real_media, ff
     shapes = {"flipping_a_pancake.mkv": (128, 228), "nasa_13013.mp4": (128, 228), "video_90.mov": (228, 128)}
     for name, shape in shapes.items():
         modalities = ("video",) if name == "video_90.mov" else ("video", "audio")
-        before, after = Media(real_media / name, modalities), Media((tmp_path / name).with_suffix(".mp4"), modalities)
+        before, after = (
+            Media(real_media / name, modalities),
+            Media((tmp_path / name).with_suffix(".mp4"), modalities),
+        )
         assert after.frames([0.0]).shape[1:3] == shape
         np.testing.assert_allclose(after.frame_starts, before.frame_starts, atol=1e-3)
         if "audio" in modalities:
@@ -228,11 +275,15 @@ def test_an_interrupted_preparation_goes_on(folder, ffmpeg, tmp_path, capsys):
     (out / "prepare.json").write_text(json.dumps(prepare.Small()._asdict()))
     assert run("prepare", folder, out, "--workers", 2) == 0
     assert not left_over(out) and (out / "a/mute.mp4").read_bytes() == b"there"
-    assert [path for path, row in rows(out / "failures.csv").items() if "Invalid data" in row["reason"]] == ["b/broken.mp4"]
+    assert [path for path, row in rows(out / "failures.csv").items() if "Invalid data" in row["reason"]] == [
+        "b/broken.mp4"
+    ]
     assert "prepared 2 files (0 without sound)" in capsys.readouterr().out
     shutil.copy(folder / "a/mute.mp4", folder / "b/broken.mp4")
     assert run("prepare", folder, out, "--workers", 2) == 0
-    assert sorted(os.listdir(out / "b")) == ["broken.mp4", "silent.mp4"] and not (out / "failures.csv").exists()
+    assert (
+        sorted(os.listdir(out / "b")) == ["broken.mp4", "silent.mp4"] and not (out / "failures.csv").exists()
+    )
     text = capsys.readouterr().out
     assert "prepared 1 files (1 without sound)" in text and "3 were there before" in text
 
@@ -265,7 +316,9 @@ def test_two_files_that_would_become_one_are_not_mixed_up(media_file, ffmpeg, tm
     media_file("in/a.mp4", frame_s=FRAMES_S)
     assert prepare.prepare(tmp_path / "in", tmp_path / "out", Small(), 1) == 1
     assert len(Media(tmp_path / "out/a.mp4", ("video",)).frame_starts) == 10
-    assert rows(tmp_path / "out/failures.csv")["a.mp4"]["reason"].startswith("would become a.mp4, as a.avi does")
+    assert rows(tmp_path / "out/failures.csv")["a.mp4"]["reason"].startswith(
+        "would become a.mp4, as a.avi does"
+    )
 
 
 def test_a_folder_holds_files_of_one_kind(folder, ffmpeg, tmp_path, capsys):
@@ -300,7 +353,7 @@ def fake_ffmpeg(tmp_path, monkeypatch):
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_ends_every_process_and_leaves_nothing_half(how, folder, fake_ffmpeg, tmp_path):
     fake_ffmpeg(f'echo half > "$out"\necho $$ >> {tmp_path}/pids\nexec sleep 600')
-    command = [sys.executable, "-m", "avid.prepare", "prepare", str(folder), str(tmp_path / "out"), "--workers", "2"]
+    command = [sys.executable, "-m", "avid", "prepare", str(folder), str(tmp_path / "out"), "--workers", "2"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
     pids, give_up = [], time.monotonic() + 60
     while len(pids) < 2 and process.poll() is None and time.monotonic() < give_up:
@@ -318,7 +371,9 @@ def test_an_interruption_ends_every_process_and_leaves_nothing_half(how, folder,
 
 
 def test_a_full_disk_ends_the_preparation_with_one_line(folder, fake_ffmpeg, tmp_path, capsys):
-    fake_ffmpeg('echo "[mp4] something" >&2; echo "av_interleaved_write_frame(): No space left on device" >&2; exit 228')
+    fake_ffmpeg(
+        'echo "[mp4] something" >&2; echo "av_interleaved_write_frame(): No space left on device" >&2; exit 228'
+    )
     assert run("prepare", folder, tmp_path / "out", "--workers", 1) == 2
     assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
     assert not list((tmp_path / "out").rglob("*.mp4"))
@@ -344,6 +399,6 @@ def test_without_ffmpeg_one_line_says_how_to_get_it(folder, tmp_path, monkeypatc
 
 
 def test_help_answers_without_the_heavy_imports():
-    code = "import sys, avid.prepare as p\ntry: p.main(['check', '--help'])\nfinally: assert not {'torch', 'decord', 'av'} & set(sys.modules)"
+    code = "import sys, avid.tools.prepare as p\ntry: p.main(['check', '--help'])\nfinally: assert not {'torch', 'decord', 'av'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "--modality" in done.stdout, done.stderr

@@ -16,7 +16,9 @@ from avid.temporal_tasks import UNKNOWN
 def holds(examples):
     """The same examples in every run, and no clock: a slow machine is no error."""
     fixture = HealthCheck.function_scoped_fixture  # a folder whose files every example writes anew
-    return settings(max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=[fixture])
+    return settings(
+        max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=[fixture]
+    )
 
 
 seeds = st.integers(0, 2**32 - 1)
@@ -34,7 +36,9 @@ seeds = st.integers(0, 2**32 - 1)
     reverse=st.booleans(),
     seed=seeds,
 )
-def test_a_plan_stays_inside_and_its_labels_are_right(first_s, room_s, length_s, speeds, moments, reverse, seed):
+def test_a_plan_stays_inside_and_its_labels_are_right(
+    first_s, room_s, length_s, speeds, moments, reverse, seed
+):
     last_s = first_s + room_s
     room_s = last_s - first_s  # as it was rounded
     assume(room_s > 0)
@@ -44,7 +48,9 @@ def test_a_plan_stays_inside_and_its_labels_are_right(first_s, room_s, length_s,
     fits = [s for s in speeds if s * length_s <= room_s]
     slack = 1e-9 * max(last_s, 1.0)
     lengths_s = [clip.speed * length_s for clip in clips]
-    for clip, length, speed, direction in zip(clips, lengths_s, labels["speed"], labels["direction"], strict=True):
+    for clip, length, speed, direction in zip(
+        clips, lengths_s, labels["speed"], labels["direction"], strict=True
+    ):
         assert clip.speed in (fits or speeds[:1])
         assert clip.start_s >= first_s - slack and math.isfinite(clip.start_s)
         assert clip.start_s + length <= last_s + slack if fits else clip.start_s <= first_s + slack
@@ -63,7 +69,12 @@ def test_a_plan_stays_inside_and_its_labels_are_right(first_s, room_s, length_s,
 
 
 @holds(100)
-@given(first_s=st.floats(0, 1e4), room_s=st.floats(1e-3, 1e4), length_s=st.floats(0.05, 100), clips=st.integers(1, 20))
+@given(
+    first_s=st.floats(0, 1e4),
+    room_s=st.floats(1e-3, 1e4),
+    length_s=st.floats(0.05, 100),
+    clips=st.integers(1, 20),
+)
 def test_clips_of_an_evaluation_run_from_the_beginning_to_the_end(first_s, room_s, length_s, clips):
     last_s, slack = first_s + room_s, 1e-9 * (first_s + room_s)
     starts_s = np.array([clip.start_s for clip in temporal_tasks.evenly(first_s, last_s, length_s, clips)])
@@ -107,7 +118,12 @@ def quoted(text):
 
 
 @holds(60)
-@given(rows=tables(), newline=st.sampled_from(("\n", "\r\n")), mark=st.sampled_from(("", "\ufeff")), blank=st.booleans())
+@given(
+    rows=tables(),
+    newline=st.sampled_from(("\n", "\r\n")),
+    mark=st.sampled_from(("", "\ufeff")),
+    blank=st.booleans(),
+)
 def test_any_well_formed_manifest_is_read_as_it_was_written(tmp_path_factory, rows, newline, mark, blank):
     root = tmp_path_factory.mktemp("list")
     lines = ["path,label,split,start,end"]
@@ -173,7 +189,9 @@ fields = st.sampled_from(
         "a" * 300,
     ]
 )
-almost = st.lists(st.lists(fields, min_size=1, max_size=6).map(",".join) | st.text(max_size=30), max_size=5).map("\n".join)
+almost = st.lists(
+    st.lists(fields, min_size=1, max_size=6).map(",".join) | st.text(max_size=30), max_size=5
+).map("\n".join)
 
 
 @holds(250)
@@ -237,7 +255,9 @@ def test_the_nearest_are_those_of_a_full_sort_however_the_search_is_cut_up(case,
 
 
 @holds(60)
-@given(seed=seeds, q=st.integers(1, 20), g=st.integers(1, 20), classes=st.integers(1, 4), several=st.booleans())
+@given(
+    seed=seeds, q=st.integers(1, 20), g=st.integers(1, 20), classes=st.integers(1, 4), several=st.booleans()
+)
 def test_recall_grows_with_k_and_is_that_of_loops(seed, q, g, classes, several):
     rng = np.random.default_rng(seed)
     found = np.stack([rng.permutation(g) for _ in range(q)])
@@ -245,7 +265,7 @@ def test_recall_grows_with_k_and_is_that_of_loops(seed, q, g, classes, several):
         query, gallery = ((rng.random((n, classes)) < 0.4).astype(np.uint8) for n in (q, g))
     else:
         query, gallery = (rng.integers(-1, classes, n) for n in (q, g))
-    result = evaluation.recall(found, evaluation.same_class(query, gallery), ks=range(1, g + 1))
+    result = evaluation.recall(found, datasets.same_class(query, gallery), ks=range(1, g + 1))
     values = [result[f"R@{k}"] for k in range(1, g + 1)]
     assert (np.diff(values) >= 0).all() and 0 <= values[0] <= values[-1] <= 100
 
@@ -261,13 +281,23 @@ def test_recall_grows_with_k_and_is_that_of_loops(seed, q, g, classes, several):
 @given(seed=seeds, n=st.integers(1, 20), clips=st.integers(1, 4), classes=st.integers(2, 9))
 def test_accuracies_do_not_depend_on_the_order_of_videos_or_classes(seed, n, clips, classes):
     rng = np.random.default_rng(seed)
-    scores, labels, names = rng.standard_normal((n, clips, classes)), rng.integers(0, classes, n), np.arange(classes)
+    scores, labels, names = (
+        rng.standard_normal((n, clips, classes)),
+        rng.integers(0, classes, n),
+        np.arange(classes),
+    )
     result = evaluation.accuracies(scores, labels, names)
     assert 0 <= result["top1"] <= result["top5"] <= 100 and (classes > 5 or result["top5"] == 100)
-    assert result["top1"] == pytest.approx(100 * np.mean([scores[i].mean(0).argmax() == labels[i] for i in range(n)]))
-    assert result["clip_top1"] == pytest.approx(100 * np.mean([row.argmax() == labels[i] for i in range(n) for row in scores[i]]))
+    assert result["top1"] == pytest.approx(
+        100 * np.mean([scores[i].mean(0).argmax() == labels[i] for i in range(n)])
+    )
+    assert result["clip_top1"] == pytest.approx(
+        100 * np.mean([row.argmax() == labels[i] for i in range(n) for row in scores[i]])
+    )
     videos, columns = rng.permutation(n), rng.permutation(classes)
-    assert evaluation.accuracies(scores[videos][:, :, columns], labels[videos], names[columns]) == pytest.approx(result)
+    assert evaluation.accuracies(
+        scores[videos][:, :, columns], labels[videos], names[columns]
+    ) == pytest.approx(result)
 
 
 # --------------------------------------------------------------------------------------------------------------- the bank
@@ -279,7 +309,11 @@ def updates(draw):
     momentum = draw(st.sampled_from((0.0, 0.3, 0.5, 0.9, 1.0)))
     index = draw(st.lists(st.integers(0, n - 1), min_size=batch, max_size=batch))
     spoilt = draw(
-        st.lists(st.sampled_from((1.0, 1.0, 1.0, np.nan, np.inf, -np.inf, 0.0, 1e-30, 1e30)), min_size=batch, max_size=batch)
+        st.lists(
+            st.sampled_from((1.0, 1.0, 1.0, np.nan, np.inf, -np.inf, 0.0, 1e-30, 1e30)),
+            min_size=batch,
+            max_size=batch,
+        )
     )
     return n, dim, momentum, torch.tensor(index), torch.tensor(spoilt), draw(seeds)
 
@@ -290,7 +324,10 @@ def test_a_bank_stays_on_the_sphere_and_its_sums_are_those_of_its_memories(case)
     n, dim, momentum, index, spoilt, seed = case
     bank = memory_bank.MemoryBank(n, dim, momentum, seed)
     generator = torch.Generator().manual_seed(seed)
-    video, audio = (torch.nn.functional.normalize(torch.randn(len(index), dim, generator=generator), dim=1) for _ in range(2))
+    video, audio = (
+        torch.nn.functional.normalize(torch.randn(len(index), dim, generator=generator), dim=1)
+        for _ in range(2)
+    )
     video = video * spoilt[:, None].float()
     before = bank.video.clone(), bank.audio.clone()
     bank.update(index, video, audio)
@@ -342,11 +379,15 @@ def test_the_order_of_rows_does_not_matter_to_a_bank(case):
     first_step=st.integers(0, 30),
     steps=st.integers(1, 12),
 )
-def test_draws_are_the_same_for_any_number_of_ranks_and_from_any_step(per_rank, world, more, how, seed, first_step, steps):
+def test_draws_are_the_same_for_any_number_of_ranks_and_from_any_step(
+    per_rank, world, more, how, seed, first_step, steps
+):
     batch, n = per_rank * 12, per_rank * 12 + more  # 12: any of these numbers of ranks shares it
     end = first_step + steps
-    whole = list(data.Draws(n, batch, how, seed, 0, end))
-    shares = [list(data.Draws(n, batch, how, seed, first_step, end, rank, world)) for rank in range(world)]
+    whole = list(data.BatchSampler(n, batch, how, seed, 0, end))
+    shares = [
+        list(data.BatchSampler(n, batch, how, seed, first_step, end, rank, world)) for rank in range(world)
+    ]
     for step in range(first_step, end):
         together = [key for share in shares for key in share[step - first_step]]
         assert together == whole[step]
@@ -354,5 +395,7 @@ def test_draws_are_the_same_for_any_number_of_ranks_and_from_any_step(per_rank, 
     if how == "epoch":
         epoch_steps = n // batch
         for epoch in range(end // epoch_steps):
-            seen = [index for keys in whole[epoch * epoch_steps : (epoch + 1) * epoch_steps] for index, _ in keys]
+            seen = [
+                index for keys in whole[epoch * epoch_steps : (epoch + 1) * epoch_steps] for index, _ in keys
+            ]
             assert len(set(seen)) == len(seen) == epoch_steps * batch

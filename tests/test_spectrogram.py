@@ -64,7 +64,9 @@ def test_a_toy_file_in_memory_is_the_same_bits(tmp_path):
     toy.encode(path, numbered(range(64)), rng.normal(0, 0.2, 64000).astype(np.float32), settings)
     kept = MediaInMemory(path)
     for start_s in rng.uniform(-0.1, 4.1, 30):
-        np.testing.assert_array_equal(kept.sound(start_s, 8000, 16000), Media(path).sound(start_s, 8000, 16000))
+        np.testing.assert_array_equal(
+            kept.sound(start_s, 8000, 16000), Media(path).sound(start_s, 8000, 16000)
+        )
 
 
 def test_a_file_is_decoded_once(media_file):
@@ -78,7 +80,9 @@ def test_a_file_is_decoded_once(media_file):
 
 def test_a_file_that_is_cut_off_is_not_kept(media_file, tmp_path):
     """What is there of it can be used still, by way of Media."""
-    whole = media_file("a.mp4", frame_s=TWO_SECONDS, wave=tone(600, 2.0, 48000), movflags="faststart").read_bytes()
+    whole = media_file(
+        "a.mp4", frame_s=TWO_SECONDS, wave=tone(600, 2.0, 48000), movflags="faststart"
+    ).read_bytes()
     for modalities in (("video", "audio"), ("audio",)):
         cut = tmp_path / f"cut{len(modalities)}.mp4"
         cut.write_bytes(whole[: len(whole) * 6 // 10])
@@ -93,7 +97,12 @@ def test_a_spectrogram_in_plain_numbers(media_file):
     """Every column against a Fourier transform written out: 10·log10 of the power in a Hann window of unit energy."""
     rng = np.random.default_rng(0)
     media = Media(
-        media_file("a.wav", wave=rng.uniform(-0.5, 0.5, (1, 24000)).astype(np.float32), rate_hz=16000, codecs=("", "pcm_s16le")),
+        media_file(
+            "a.wav",
+            wave=rng.uniform(-0.5, 0.5, (1, 24000)).astype(np.float32),
+            rate_hz=16000,
+            codecs=("", "pcm_s16le"),
+        ),
         ("audio",),
     )
     audio = config.Audio(seconds=0.5, rate_hz=16000, frames_per_s=50, n_fft=256, mels=0)
@@ -122,23 +131,31 @@ def test_column_k_is_centred_on_its_time(media_file, speed):
     image = spectrogram(media, start_s, audio, speed)
     assert image.shape == (1, 100, 257)
     loudness = image[0].mean(1)
-    peaks = [k for k in range(1, 99) if loudness[k] >= max(loudness[k - 1], loudness[k + 1]) and loudness[k] > -70]
+    peaks = [
+        k for k in range(1, 99) if loudness[k] >= max(loudness[k - 1], loudness[k + 1]) and loudness[k] > -70
+    ]
     assert peaks == list(asked)
 
 
 @pytest.mark.parametrize("mels", [0, 64])
 def test_speed_keeps_the_pitch(media_file, mels):
-    media = Media(media_file("a.wav", wave=tone(1000, 10.0, 16000), rate_hz=16000, codecs=("", "pcm_s16le")), ("audio",))
+    media = Media(
+        media_file("a.wav", wave=tone(1000, 10.0, 16000), rate_hz=16000, codecs=("", "pcm_s16le")), ("audio",)
+    )
     audio = config.Audio(seconds=1.0, rate_hz=16000, frames_per_s=100, n_fft=512, mels=mels)
     slow, fast = (spectrogram(media, 0.5, audio, speed) for speed in (1, 8))
     assert slow.shape == fast.shape == (1, 100, mels or 257)
     assert set(slow[0].argmax(1).tolist()) == set(fast[0].argmax(1).tolist())
-    assert slow[0, 0].argmax() == (32 if mels == 0 else slow[0].mean(0).argmax())  # 1000 Hz / (16000 Hz / 512)
+    assert slow[0, 0].argmax() == (
+        32 if mels == 0 else slow[0].mean(0).argmax()
+    )  # 1000 Hz / (16000 Hz / 512)
     np.testing.assert_allclose(slow[0].max(1).values, fast[0].max(1).values, atol=0.5)
 
 
 def test_silence_is_the_lowest_level(media_file):
-    media = Media(media_file("a.wav", wave=chirps([], 2.0, 16000), rate_hz=16000, codecs=("", "pcm_s16le")), ("audio",))
+    media = Media(
+        media_file("a.wav", wave=chirps([], 2.0, 16000), rate_hz=16000, codecs=("", "pcm_s16le")), ("audio",)
+    )
     image = spectrogram(media, 0.5, config.Audio(seconds=0.5, rate_hz=16000))
     np.testing.assert_allclose(image, -100.0, atol=1e-3)
 

@@ -19,7 +19,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 def steps(seeds):
     """Updates of instances, some of them twice in a batch, as float32 embeddings."""
-    return [batch(N, 8, D, seed) for seed in seeds]
+    return [batch(N, 12, D, seed) for seed in seeds]
 
 
 def one_rank(rank, world, folder):
@@ -39,8 +39,9 @@ def one_rank(rank, world, folder):
             for name in ("video", "audio", "agreement"):
                 for asked in (candidates.index, everything):
                     assert torch.equal(bank.read(name, asked), whole.read(name, asked)), (name, rank)
-            bank.update(index, video, audio)
-            whole.update(index, video, audio)
+            local = [x.chunk(world)[rank] for x in (video, audio)]
+            bank.update(index, *local)
+            whole.update(index, *local)
             assert [x.item() for x in bank.agreement_mean_std()] == pytest.approx(
                 [x.item() for x in whole.agreement_mean_std()], abs=1e-12
             )
@@ -79,23 +80,34 @@ def test_training_with_a_spread_bank_is_training(tmp_path):
         out = tmp_path / name.split()[0]
         settings = (*ROBUST, "log.check_epochs=0", "optim.schedule=constant", *more)
         done = subprocess.run(
-            command(tmp_path, out, *settings, ranks=2), capture_output=True, text=True, timeout=300, env=ENVIRONMENT
+            command(tmp_path, out, *settings, ranks=2),
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env=ENVIRONMENT,
         )
         assert done.returncode == 0, done.stderr[-3000:]
         text[name] = done.stdout + done.stderr
     assert "resuming" in text["spread again"]
-    whole, spread = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "spread"))
+    whole, spread = (
+        torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "spread")
+    )
     for part in ("bank", "network"):
         assert whole[part].keys() == spread[part].keys()
         for name, x in whole[part].items():
-            torch.testing.assert_close(x, spread[part][name], atol=1e-12 if name.startswith("agreement_sum") else 0, rtol=0)
+            torch.testing.assert_close(
+                x, spread[part][name], atol=1e-12 if name.startswith("agreement_sum") else 0, rtol=0
+            )
     lines = [
-        [json.loads(x) for x in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("whole", "spread")
+        [json.loads(x) for x in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "spread")
     ]
     assert [line["loss"] for line in lines[0]] == [line["loss"] for line in lines[1]]
 
 
-@pytest.mark.parametrize("other", ["bank.num_negatives=all", "weights.contrast_va=1", "weights.contrast_vv=1"])
+@pytest.mark.parametrize(
+    "other", ["bank.num_negatives=all", "weights.contrast_va=1", "weights.contrast_vv=1"]
+)
 def test_what_needs_the_whole_bank_is_refused(other):
     with pytest.raises(config.ConfigError, match=r"bank\.spread"):
         config.load("toy", ["bank.spread=true", "temporal.moments=2", other])

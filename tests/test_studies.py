@@ -79,13 +79,29 @@ def test_real_sounds_and_videos_by_the_checkpoint_of_a_study(perform, folder, tm
     for name in ("dog", "rain"):
         for i in range(20):
             wave = tone({"dog": 300, "rain": 2000}[name] + 20 * i, 1.2, 16000)
-            write_media(tmp_path / "esc" / "audio" / f"{name}{i}.wav", wave=wave, rate_hz=16000, codecs=(None, "pcm_s16le"))
+            write_media(
+                tmp_path / "esc" / "audio" / f"{name}{i}.wav",
+                wave=wave,
+                rate_hz=16000,
+                codecs=(None, "pcm_s16le"),
+            )
             lines.append(f"{name}{i}.wav,{i % 5 + 1},0,{name},True")
     (tmp_path / "esc" / "meta").mkdir()
     (tmp_path / "esc" / "meta" / "esc50.csv").write_text("\n".join(lines))
-    world = toy.write(tmp_path, config.Toy(train=3, test=1, seconds=6.0, size=40), seed=0, workers=1, progress=False)
+    world = toy.write(
+        tmp_path, config.Toy(train=3, test=1, seconds=6.0, size=40), seed=0, workers=1, progress=False
+    )
     (world / "train" / "silent.mp4").write_bytes(b"no video")
-    command = ["--esc10", tmp_path / "esc", "--media", world / "train", "--runs", tmp_path, "--results", tmp_path / "results"]
+    command = [
+        "--esc10",
+        tmp_path / "esc",
+        "--media",
+        world / "train",
+        "--runs",
+        tmp_path,
+        "--results",
+        tmp_path / "results",
+    ]
     arguments = real.command_line([str(word) for word in command])
     real.main(arguments)
     assert "left out" in capsys.readouterr().out
@@ -93,7 +109,10 @@ def test_real_sounds_and_videos_by_the_checkpoint_of_a_study(perform, folder, tm
         rows = list(csv.DictReader(file))
     assert [row["method"] for row in rows] == ["untrained, as in robust", "xid"]
     assert all(float(row["ESC-10 top1"]) > 80 for row in rows)  # a low and a high tone
-    assert all((tmp_path / "results" / "images" / f"real-{name}.png").stat().st_size > 5000 for name in ("sounds", "neighbours"))
+    assert all(
+        (tmp_path / "results" / "images" / f"real-{name}.png").stat().st_size > 5000
+        for name in ("sounds", "neighbours")
+    )
     before = (tmp_path / "results" / "real.csv").read_bytes()
     real.main(arguments)  # again: no checkpoint is asked twice
     assert (tmp_path / "results" / "real.csv").read_bytes() == before
@@ -138,7 +157,9 @@ def test_soft_targets_by_the_manifest_are_the_same_for_all_of_the_kind():
     torch.testing.assert_close(v[1], bank.audio[1])  # a bell is seen, none is heard: its own
     torch.testing.assert_close(a[1], (bank.video[0] + bank.video[2]) / 2)  # a drum is heard, two are seen
     torch.testing.assert_close(a[2], bank.video[2])  # music: its own
-    assert losses.soft_targets.__name__ == "soft_targets" and not bank.candidates.__qualname__.startswith("told")
+    assert losses.soft_targets.__name__ == "soft_targets" and not bank.candidates.__qualname__.startswith(
+        "told"
+    )
 
 
 def test_all_runs_are_different_and_have_settings_that_can_be_used():
@@ -181,7 +202,10 @@ def test_tables_go_between_their_marks(tmp_path):
     page.write_text("a\n<!-- x -->\nold\n<!-- /x -->\nb\n<!-- y -->\n<!-- /y -->\n", encoding="utf-8")
     runs.insert(page, "x", "| \\1 new |\n")
     runs.insert(page, "z", "nowhere")
-    assert page.read_text(encoding="utf-8") == "a\n<!-- x -->\n| \\1 new |\n<!-- /x -->\nb\n<!-- y -->\n<!-- /y -->\n"
+    assert (
+        page.read_text(encoding="utf-8")
+        == "a\n<!-- x -->\n| \\1 new |\n<!-- /x -->\nb\n<!-- y -->\n<!-- /y -->\n"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- measures
@@ -192,16 +216,25 @@ def world(faulty, n=200):
     rows = toy.table(config.Toy(train=n, test=1, faulty=faulty), seed=0)[:n]
     columns = {key: [str(row[key]) for row in rows] for key in rows[0]}
     empty = np.zeros(n)
-    return datasets.Table("toy", None, columns["path"], empty, list(toy.KINDS), empty, empty, empty, columns, [])
+    return datasets.Table(
+        "toy", None, columns["path"], empty, list(toy.KINDS), empty, empty, empty, columns, []
+    )
 
 
 def bank_by_kind(table, noise=0.0):
     """A bank in which every picture and every sound lies where its kind does."""
-    directions = torch.nn.functional.normalize(torch.randn(len(measures.SOUNDS), 32, generator=torch.Generator().manual_seed(0)))
+    directions = torch.nn.functional.normalize(
+        torch.randn(len(measures.SOUNDS), 32, generator=torch.Generator().manual_seed(0))
+    )
     bank = memory_bank.MemoryBank(len(table), 32, 0.0, seed=1)
-    video, audio = (directions[[measures.SOUNDS.index(kind) for kind in table.columns[c]]] for c in ("label", "sound"))
+    video, audio = (
+        directions[[measures.SOUNDS.index(kind) for kind in table.columns[c]]] for c in ("label", "sound")
+    )
     if noise:
-        video, audio = (x + noise * torch.randn(x.shape, generator=torch.Generator().manual_seed(2)) for x in (video, audio))
+        video, audio = (
+            x + noise * torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+            for x in (video, audio)
+        )
     bank.update(torch.arange(len(table)), video, audio)
     return bank
 
@@ -223,7 +256,9 @@ def test_soft_targets_of_a_bank_that_knows_the_kinds_stay_within_them(estimator)
     assert masses[f"{estimator} same kind"] > 99
     assert masses[f"{estimator} itself"] == pytest.approx(5, abs=0.1)  # one of twenty of its kind
     np.testing.assert_allclose(np.reshape(matrix, (10, 12)), np.eye(10, 12), atol=0.01)
-    masses, matrix = measures.soft_targets(memory_bank.MemoryBank(200, 32, 0.5, seed=0), table, config.Loss(), estimator)
+    masses, matrix = measures.soft_targets(
+        memory_bank.MemoryBank(200, 32, 0.5, seed=0), table, config.Loss(), estimator
+    )
     assert masses[f"{estimator} same kind"] == pytest.approx(10, abs=4)
 
 
@@ -242,7 +277,8 @@ def test_the_cycle_doubts_faulty_neighbours():
     table = world(0.3)
     bank = bank_by_kind(table)
     on_faulty = {
-        e: measures.soft_targets(bank, table, config.Loss(), e)[0][f"{e} on faulty"] for e in ("neighbor", "swapped", "cycle")
+        e: measures.soft_targets(bank, table, config.Loss(), e)[0][f"{e} on faulty"]
+        for e in ("neighbor", "swapped", "cycle")
     }
     assert on_faulty["neighbor"] > 20 and on_faulty["swapped"] > 20 and on_faulty["cycle"] < 1
 

@@ -42,7 +42,9 @@ def test_no_label_tells_another():
         assert (UNKNOWN in orders) == (pair == (3, 3))  # 4 s and 4 s do not fit apart into 6 s
         assert set(orders) == {UNKNOWN} or equally_often(orders, range(3))
     for way in (0, 1):
-        assert equally_often([label["speed"][1] for label in labels if label["direction"] == [way, 1]], range(4))
+        assert equally_often(
+            [label["speed"][1] for label in labels if label["direction"] == [way, 1]], range(4)
+        )
 
 
 @pytest.mark.parametrize("length_s", [0.7, 1.2, 2.5, 6.0, 10.0])
@@ -65,9 +67,17 @@ def test_clips_lie_within_the_video_and_their_order_is_the_label(length_s):
 def test_what_a_video_is_too_short_for_is_unknown_and_never_wrong():
     for clips, label in plans(0.3, count=50):  # not even one clip
         assert [clip.speed for clip in clips] == [1, 1]
-        assert label["speed"] == [UNKNOWN] * 2 and label["direction"] == [UNKNOWN] * 2 and label["order"] == UNKNOWN
+        assert (
+            label["speed"] == [UNKNOWN] * 2
+            and label["direction"] == [UNKNOWN] * 2
+            and label["order"] == UNKNOWN
+        )
     for _, label in plans(0.9, count=50):  # a clip, at one speed
-        assert label["speed"] == [UNKNOWN] * 2 and UNKNOWN not in label["direction"] and label["order"] == UNKNOWN
+        assert (
+            label["speed"] == [UNKNOWN] * 2
+            and UNKNOWN not in label["direction"]
+            and label["order"] == UNKNOWN
+        )
     speeds = [speed for _, label in plans(2.5) for speed in label["speed"]]
     assert equally_often(speeds, range(3))  # 8× does not fit
 
@@ -84,7 +94,9 @@ def test_clips_show_what_their_labels_say(tmp_path, fps):
     seconds, rate_hz, climb_hz = 4.2, 16000, 1500
     t = np.arange(round(seconds * rate_hz)) / rate_hz
     sweep = 0.5 * np.sin(2 * np.pi * (300 * t + climb_hz * t**2 / 2)).astype(np.float32)[None]
-    path = write_media(tmp_path / "a.mp4", frame_s=np.arange(round(seconds * fps)) / fps, wave=sweep, rate_hz=rate_hz)
+    path = write_media(
+        tmp_path / "a.mp4", frame_s=np.arange(round(seconds * fps)) / fps, wave=sweep, rate_hz=rate_hz
+    )
     cfg = config.load(
         "toy_temporal",
         "video.size=64 video.crop_area=[1,1] video.crop_ratio=[1,1] video.flip=0 audio.mels=0 audio.volume=0".split(),
@@ -101,8 +113,12 @@ def test_clips_show_what_their_labels_say(tmp_path, fps):
             heard_s = time_of_bin[item["audio"][moment, 0].argmax(1)]  # F
             speed = cfg.temporal.speeds[item["speed"][moment]] if item["speed"][moment] != UNKNOWN else 1
             way = -1 if item["direction"][moment] else 1
-            assert np.polyfit(np.arange(8) / 16, frame_s, 1)[0] == pytest.approx(way * speed, abs=0.3 if fps > 8 else 0.45)
-            assert np.polyfit(np.arange(50) / 100, heard_s, 1)[0] == pytest.approx(way * speed, abs=0.1 * speed)
+            assert np.polyfit(np.arange(8) / 16, frame_s, 1)[0] == pytest.approx(
+                way * speed, abs=0.3 if fps > 8 else 0.45
+            )
+            assert np.polyfit(np.arange(50) / 100, heard_s, 1)[0] == pytest.approx(
+                way * speed, abs=0.1 * speed
+            )
             middle = heard_s.mean()
             assert frame_s.mean() + 0.5 / fps == pytest.approx(
                 middle, abs=0.02 + 0.6 / fps
@@ -132,7 +148,12 @@ def test_heads_see_the_clips_that_their_labels_are_about():
         "speed_audio": (4, 4),
     }
     assert pairs["order_video"].tolist() == [[0, 0, 1, 1], [2, 2, 3, 3]]
-    assert pairs["order_cross"].tolist() == [[0, 0, 11, 11, 11], [2, 2, 13, 13, 13], [1, 1, 10, 10, 10], [3, 3, 12, 12, 12]]
+    assert pairs["order_cross"].tolist() == [
+        [0, 0, 11, 11, 11],
+        [2, 2, 13, 13, 13],
+        [1, 1, 10, 10, 10],
+        [3, 3, 12, 12, 12],
+    ]
     assert pairs["speed_audio"].tolist() == audio.tolist()
 
 
@@ -140,17 +161,24 @@ def test_targets_stand_as_the_logits_do():
     batch = {"speed": torch.tensor([[0, 3], [UNKNOWN, 1]]), "order": torch.tensor([0, UNKNOWN])}
     assert temporal_tasks.targets("speed_video", batch).tolist() == [0, 3, UNKNOWN, 1]
     assert temporal_tasks.targets("order_audio", batch).tolist() == [0, UNKNOWN]
-    assert temporal_tasks.targets("order_cross", batch).tolist() == [0, UNKNOWN, 2, UNKNOWN]  # seen from the other side
+    assert temporal_tasks.targets("order_cross", batch).tolist() == [
+        0,
+        UNKNOWN,
+        2,
+        UNKNOWN,
+    ]  # seen from the other side
 
 
 def test_unknown_labels_count_nothing():
     logits = torch.randn(5, 3, requires_grad=True)
     target = torch.tensor([0, UNKNOWN, 2, 1, UNKNOWN])
-    loss, right, known = temporal_tasks.judge(logits, target)
+    loss, right, known = temporal_tasks.task_loss(logits, target)
     loss.backward()
     probability = logits.detach().double().softmax(1)
-    assert loss.item() == pytest.approx(-sum(probability[i, target[i]].log().item() for i in (0, 2, 3)), rel=1e-5)
+    assert loss.item() == pytest.approx(
+        -sum(probability[i, target[i]].log().item() for i in (0, 2, 3)), rel=1e-5
+    )
     assert known == 3 and right == sum(probability[i].argmax() == target[i] for i in (0, 2, 3))
     assert logits.grad[[1, 4]].abs().max() == 0
-    nothing, _, known = temporal_tasks.judge(logits, torch.full((5,), UNKNOWN))
+    nothing, _, known = temporal_tasks.task_loss(logits, torch.full((5,), UNKNOWN))
     assert nothing == 0 and known == 0

@@ -55,8 +55,13 @@ def test_a_changed_setting_makes_a_new_folder(world, tmp_path, monkeypatch, chan
 
     monkeypatch.setattr(toy, "render", lambda settings, seed, row: (None, None))
     monkeypatch.setattr(toy, "encode", nothing)
-    new = {"train": 7, "test": 3, "seconds": 2.1, "size": 34, "fps": 15, "rate_hz": 24000, "faulty": 0.5}[change]
-    assert toy.write(tmp_path, dataclasses.replace(TINY, **{change: new}), 3, 1, progress=False).name != world.name
+    new = {"train": 7, "test": 3, "seconds": 2.1, "size": 34, "fps": 15, "rate_hz": 24000, "faulty": 0.5}[
+        change
+    ]
+    assert (
+        toy.write(tmp_path, dataclasses.replace(TINY, **{change: new}), 3, 1, progress=False).name
+        != world.name
+    )
     assert toy.write(tmp_path, TINY, 3, 1, progress=False).name == world.name
 
 
@@ -111,10 +116,14 @@ def alive(pid):
 def test_an_ended_writer_leaves_no_process_and_no_half_video(tmp_path, how):
     settings = dataclasses.replace(TINY, train=400)
     code = f"from avid import config, toy; toy.write({str(tmp_path)!r}, config.{settings!r}, 3, 2, progress=False)"
-    writer = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1], stderr=subprocess.PIPE, text=True)
+    writer = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[1], stderr=subprocess.PIPE, text=True
+    )
     while writer.poll() is None and len(list(tmp_path.glob("*/train/*.mp4"))) < 3:
         time.sleep(0.01)
-    children = [int(pid) for pid in Path(f"/proc/{writer.pid}/task/{writer.pid}/children").read_text().split()]
+    children = [
+        int(pid) for pid in Path(f"/proc/{writer.pid}/task/{writer.pid}/children").read_text().split()
+    ]
     assert len(children) == 2
     for pid in [writer.pid] + (children if how == signal.SIGINT else []):  # Ctrl-C reaches all of them
         os.kill(pid, how)
@@ -209,7 +218,9 @@ def test_tempo_and_pitch_say_nothing_of_the_kind():
     rows = toy.table(config.Toy(train=400, test=0), 0)
     for kind in KINDS:
         mine = [row for row in rows if row["label"] == kind]
-        assert np.mean([np.log2(row["pitch_hz"] / toy.PITCH_HZ) for row in mine]) == pytest.approx(0.5, abs=0.15)
+        assert np.mean([np.log2(row["pitch_hz"] / toy.PITCH_HZ) for row in mine]) == pytest.approx(
+            0.5, abs=0.15
+        )
     for row in rows:
         assert abs(row["tempo"] / toy.TEMPO[row["motion"]] - 1) <= toy.TEMPO_JITTER + 1e-3
 
@@ -248,7 +259,9 @@ def test_the_sound_sets_in_at_the_events(kind):
     for seed, motion in enumerate(MOTIONS):
         rng = np.random.default_rng(seed)
         track = toy.course(motion, toy.TEMPO[motion], LONG.seconds, rng)
-        rise = np.diff(np.log(loudness(toy.sound(kind, track, 300.0, LONG, rng), 50) + 1e-3))  # k: from k/50 s to (k + 1)/50 s
+        rise = np.diff(
+            np.log(loudness(toy.sound(kind, track, 300.0, LONG, rng), 50) + 1e-3)
+        )  # k: from k/50 s to (k + 1)/50 s
         event = np.zeros(len(rise), bool)
         for time_s in track.event_s:
             k = int(time_s * 50)

@@ -22,12 +22,24 @@ TINY = (
 
 
 def command(root, out, *overrides, ranks=1, script="train.py"):
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    return [sys.executable, *launcher, str(ROOT / script), f"out={out}", f"data.root={root}", *TINY, *overrides]
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    )
+    return [
+        sys.executable,
+        *launcher,
+        str(ROOT / script),
+        f"out={out}",
+        f"data.root={root}",
+        *TINY,
+        *overrides,
+    ]
 
 
 def run(*arguments, **options):
-    done = subprocess.run(command(*arguments, **options), capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
+    done = subprocess.run(
+        command(*arguments, **options), capture_output=True, text=True, timeout=300, env=ENVIRONMENT
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout + done.stderr
 
@@ -96,11 +108,14 @@ def test_another_seed_gives_another_network(whole):
     root, out, _ = whole
     run(root, root / "other", *ROBUST, "seed=1", "optim.epochs=1", "log.check_epochs=0")
     assert not torch.equal(
-        final(out)["network"]["audio_model.conv1.0.weight"], final(root / "other")["network"]["audio_model.conv1.0.weight"]
+        final(out)["network"]["audio_model.conv1.0.weight"],
+        final(root / "other")["network"]["audio_model.conv1.0.weight"],
     )
 
 
-@pytest.mark.parametrize("more", [["optim.draws=iid"], ["optim.draws=epoch", *TASKS]], ids=["robust, iid", "all tasks, epochs"])
+@pytest.mark.parametrize(
+    "more", [["optim.draws=iid"], ["optim.draws=epoch", *TASKS]], ids=["robust, iid", "all tasks, epochs"]
+)
 def test_killed_at_a_random_step_and_resumed_it_ends_in_the_same_bits(whole, more, tmp_path):
     root, _out, _ = whole
     settings = (*ROBUST, "log.checkpoint_minutes=0", *more)
@@ -109,7 +124,10 @@ def test_killed_at_a_random_step_and_resumed_it_ends_in_the_same_bits(whole, mor
     killed = tmp_path / "killed"
     after = random.Random(more[0]).randrange(2, 11)  # steps
     process = subprocess.Popen(
-        command(root, killed, *settings), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT
+        command(root, killed, *settings),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=ENVIRONMENT,
     )
     deadline = time.monotonic() + 120
     while not (killed / "metrics.jsonl").exists() or len(metrics_so_far(killed)) < after:
@@ -121,7 +139,10 @@ def test_killed_at_a_random_step_and_resumed_it_ends_in_the_same_bits(whole, mor
     assert "resuming" in text or not (killed / "last.pt").exists()
     assert_same(final(reference), final(killed))
     drop = ("clips_per_s", "data_wait")
-    clean = [[{k: v for k, v in line.items() if k not in drop} for line in metrics(folder)] for folder in (reference, killed)]
+    clean = [
+        [{k: v for k, v in line.items() if k not in drop} for line in metrics(folder)]
+        for folder in (reference, killed)
+    ]
     assert clean[0] == clean[1]
 
 
@@ -164,7 +185,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("more", [["optim.draws=iid"], ["optim.draws=epoch", *TASKS]], ids=["robust, iid", "all tasks, epochs"])
+@pytest.mark.parametrize(
+    "more", [["optim.draws=iid"], ["optim.draws=epoch", *TASKS]], ids=["robust, iid", "all tasks, epochs"]
+)
 def test_two_processes_are_one(whole, more, tmp_path):
     """Twelve steps, six of them robust, in float64: in float32 batch norm, max-pooling and Adam blow rounding up to 1e-4. Batch norm
     takes its statistics over both ranks (optim.sync_bn), so that only the global batch counts."""
@@ -174,7 +197,11 @@ def test_two_processes_are_one(whole, more, tmp_path):
         arguments = command(root, tmp_path / str(ranks), *ROBUST, "log.check_epochs=0", *more, ranks=ranks)
         arguments.insert(arguments.index(str(ROOT / "train.py")), str(tmp_path / "float64.py"))
         done = subprocess.run(
-            arguments, capture_output=True, text=True, timeout=300, env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+            arguments,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)},
         )
         assert done.returncode == 0, done.stderr[-3000:]
     one, two = (final(tmp_path / name) for name in "12")
@@ -183,12 +210,16 @@ def test_two_processes_are_one(whole, more, tmp_path):
             assert line[name] == pytest.approx(other[name], rel=1e-7), (line["step"], name)
     for part in ("bank", "network"):
         for name, value in one[part].items():
-            torch.testing.assert_close(value, two[part][name], atol=1e-7, rtol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(
+                value, two[part][name], atol=1e-7, rtol=1e-7, msg=lambda m, name=name: f"{name}: {m}"
+            )
 
 
 def test_other_settings_do_not_resume(whole):
     root, out, _ = whole
-    done = subprocess.run(command(root, out, *ROBUST, "loss.delta=1"), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        command(root, out, *ROBUST, "loss.delta=1"), capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 2
     assert "loss.delta was" in done.stderr and "Traceback" not in done.stderr
 

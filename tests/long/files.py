@@ -50,8 +50,23 @@ ORIGINALS = {  # name: codecs of picture and sound, the container's options
 }
 INDICES = b"moov", b"stbl", b"idx1", b"\x1c\x53\xbb\x6b"  # of MP4, AVI, Matroska
 ENDINGS = [Path(name).suffix for name in ORIGINALS] + [".jpg", ""]
-NAMES = ["with space.mp4", "quo'te\".mp4", "ünïcode 漢字 🎬.mp4", "new\nline.mp4", "tab\t.mp4", "a" * 200 + ".mp4"]
-NAMES += ["-rf.mp4", "file:x.mp4", "%03d.mp4", "*?[a].mp4", "$(id);|&.mp4", os.fsdecode(b"not \xff utf8.mp4"), "concat:a|b.mp4"]
+NAMES = [
+    "with space.mp4",
+    "quo'te\".mp4",
+    "ünïcode 漢字 🎬.mp4",
+    "new\nline.mp4",
+    "tab\t.mp4",
+    "a" * 200 + ".mp4",
+]
+NAMES += [
+    "-rf.mp4",
+    "file:x.mp4",
+    "%03d.mp4",
+    "*?[a].mp4",
+    "$(id);|&.mp4",
+    os.fsdecode(b"not \xff utf8.mp4"),
+    "concat:a|b.mp4",
+]
 CONFIG = config.Config(
     data=config.Data(timeout_s=15.0),
     video=config.Video(frames=4, fps=8.0, size=32),
@@ -66,12 +81,21 @@ def originals(folder, names=tuple(ORIGINALS)):
     for name in names:
         codecs, options = ORIGINALS[name]
         frame_s = np.arange(50) / 25 if codecs[0] else ()
-        quiet = {"libx265": {"x265-params": "log-level=none"}, "libsvtav1": {"svtav1-params": "lp=1", "preset": "12"}}
+        quiet = {
+            "libx265": {"x265-params": "log-level=none"},
+            "libsvtav1": {"svtav1-params": "lp=1", "preset": "12"},
+        }
         rate_hz = 48000 if codecs[1] == "libopus" else 44100
         wave = tone(500, 2.0, rate_hz, channels=2)
-        write_media(folder / name, frame_s, wave, rate_hz, codecs=codecs, encoder=quiet.get(codecs[0]), **options)
+        write_media(
+            folder / name, frame_s, wave, rate_hz, codecs=codecs, encoder=quiet.get(codecs[0]), **options
+        )
     real = Path(os.environ.get("AVID_TEST_DATA", TESTS.parents[1] / "shared" / "data"))
-    return [*(folder / name for name in names), *sorted(real.glob("media/*")), *sorted(real.glob("esc10/audio/*.ogg"))[:3]]
+    return [
+        *(folder / name for name in names),
+        *sorted(real.glob("media/*")),
+        *sorted(real.glob("esc10/audio/*.ogg"))[:3],
+    ]
 
 
 def damage(kind, content, rng):
@@ -89,7 +113,9 @@ def damage(kind, content, rng):
     elif kind == "sizes":  # extreme numbers where lengths, rates and sizes stand
         for _ in range(rng.choice((1, 3))):
             at = rng.randrange(min(n, 1000) - 8)
-            data[at : at + 4] = rng.choice((b"\xff" * 4, b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", bytes(4), b"\x80\0\0\0"))
+            data[at : at + 4] = rng.choice(
+                (b"\xff" * 4, b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", bytes(4), b"\x80\0\0\0")
+            )
     elif kind == "index":
         begin = rng.choice([at for at in map(content.find, INDICES) if at >= 0] or [n * 9 // 10])
         noise(begin, min(begin + 2000, n), rng.choice((1, 5, 20)))
@@ -113,7 +139,19 @@ def damage(kind, content, rng):
     return bytes(data)
 
 
-KINDS = ["bytes", "header", "sizes", "index", "cut", "beginning lost", "zeroed", "noise", "shifted", "two in one", "wrong ending"]
+KINDS = [
+    "bytes",
+    "header",
+    "sizes",
+    "index",
+    "cut",
+    "beginning lost",
+    "zeroed",
+    "noise",
+    "shifted",
+    "two in one",
+    "wrong ending",
+]
 
 
 def write_mutants(folder, sources, count, rng):
@@ -151,7 +189,18 @@ def write_mutants(folder, sources, count, rng):
 
 def table_of(folder, names):
     n = len(names)
-    return datasets.Table("mutants", folder, names, np.full(n, -1), [], np.zeros(n), np.full(n, np.inf), np.zeros(n, int), {}, [])
+    return datasets.Table(
+        "mutants",
+        folder,
+        names,
+        np.full(n, -1),
+        [],
+        np.zeros(n),
+        np.full(n, np.inf),
+        np.zeros(n, int),
+        {},
+        [],
+    )
 
 
 class Timed(data.Clips):
@@ -203,12 +252,22 @@ def name_of(outcome):
     """used, skipped, died or hung."""
     if outcome.startswith("its decoder died"):
         return "died"
-    return "hung" if outcome.startswith("its decoder took longer") else "used" if outcome == "used" else "skipped"
+    return (
+        "hung"
+        if outcome.startswith("its decoder took longer")
+        else "used"
+        if outcome == "used"
+        else "skipped"
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mutants", type=int, default=500, help="damaged files, besides those with odd names (default: 500)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--mutants", type=int, default=500, help="damaged files, besides those with odd names (default: 500)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2, help="decoding processes (default: 2)")
     parser.add_argument("--keep", type=Path, help="write the files into this new folder and leave them there")
@@ -222,11 +281,17 @@ def main():
         counts, reasons, slowest, wrong = defaultdict(Counter), Counter(), [], []
         sounds = [name for name in kinds if Path(name).suffix in (".wav", ".flac", ".mp3", ".ogg", ".m4a")]
         pictures = [name for name in kinds if name not in sounds]
-        for names, modalities in ((pictures, data.MODALITIES), (pictures, ("video",)), ([*kinds], ("audio",))):
+        for names, modalities in (
+            (pictures, data.MODALITIES),
+            (pictures, ("video",)),
+            ([*kinds], ("audio",)),
+        ):
             for training in (False, True):
                 title = f"{'training' if training else 'evaluation'}, {' and '.join(modalities)}"
                 begin = time.perf_counter()
-                outcomes, complaints, seconds = read(table_of(folder, names), training, modalities, arguments.workers)
+                outcomes, complaints, seconds = read(
+                    table_of(folder, names), training, modalities, arguments.workers
+                )
                 print(f"{title}: {len(names)} files in {time.perf_counter() - begin:.0f} s", flush=True)
                 wrong += complaints
                 for index, outcome in outcomes.items():
@@ -236,8 +301,16 @@ def main():
         print(f"\n{'':24}{'used':>9}{'skipped':>9}{'died':>9}{'hung':>9}")
         for kind, count in [*counts.items(), ("all", sum(counts.values(), Counter()))]:
             print(f"{kind:24}" + "".join(f"{count[name]:>9}" for name in ("used", "skipped", "died", "hung")))
-        print("\nthe commonest reasons:", *(f"{n:>6}  {reason}" for reason, n in (+reasons).most_common(25)), sep="\n")
-        print("\nthe slowest:", *(f"{s:>6.2f} s  {name}  ({title})" for s, name, title in sorted(slowest)[:-11:-1]), sep="\n")
+        print(
+            "\nthe commonest reasons:",
+            *(f"{n:>6}  {reason}" for reason, n in (+reasons).most_common(25)),
+            sep="\n",
+        )
+        print(
+            "\nthe slowest:",
+            *(f"{s:>6.2f} s  {name}  ({title})" for s, name, title in sorted(slowest)[:-11:-1]),
+            sep="\n",
+        )
     if multiprocessing.active_children():
         wrong.append(f"processes are left: {multiprocessing.active_children()}")
     print("\n" + ("\n".join(["WRONG:", *wrong]) if wrong else "nothing wrong"))

@@ -30,7 +30,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).resolve().parents[k]) for k in (1, 2)]  # tests, and the project
 import forked
 
-from avid import checkpoint
+from avid import run
 
 SETTINGS = (
     "out=run data.root=world toy.train=16 toy.test=4 toy.seconds=1 toy.size=32 data.workers=1 video.size=32 video.frames=4 "
@@ -40,7 +40,11 @@ SETTINGS = (
 ).split()
 FILES, STEPS, CHECKS = 20, 24, 2
 CKPT = ["--ckpt", "run/last.pt"]
-STAGES = {"train": ["train.py"], "linear": ["eval_linear.py", *CKPT], "retrieval": ["eval_retrieval.py", *CKPT]}
+STAGES = {
+    "train": ["train.py"],
+    "linear": ["eval_linear.py", *CKPT],
+    "retrieval": ["eval_retrieval.py", *CKPT],
+}
 PHASES = {  # what a kill hits: in which stage
     "the toy being written": "train",
     "start and resume": "train",
@@ -100,14 +104,20 @@ def undisturbed(folder, stages):
         if stage == "train":
             write_s = [b[0] - a[0] for a, b in itertools.pairwise(at) if a[1]["checkpoint_part"]]
             one, all_of = first(lambda now: now["steps"] >= 1), first(lambda now: now["steps"] == STEPS)
-            seconds["the toy being written"] = (first(lambda now: now["world"]) - first(lambda now: now["files"])) / FILES
+            seconds["the toy being written"] = (
+                first(lambda now: now["world"]) - first(lambda now: now["files"])
+            ) / FILES
             seconds["start and resume"] = one - first(lambda now: now["world"])
             seconds["a step"] = (all_of - one) / (STEPS - 1)
             seconds["a checkpoint being written"] = float(np.median(write_s)) if write_s else 0.0
             seconds["a check of held-out videos"] = end - all_of
         elif stage == "linear":
-            seconds["features being computed"] = first(lambda now: now["features"] == 2) - first(lambda now: now["bar"])
-            seconds["features being written"] = 0.0  # too short to be seen: the kill comes as soon as the file is there
+            seconds["features being computed"] = first(lambda now: now["features"] == 2) - first(
+                lambda now: now["bar"]
+            )
+            seconds["features being written"] = (
+                0.0  # too short to be seen: the kill comes as soon as the file is there
+            )
         else:
             seconds["retrieval"] = end - begin
     return seconds
@@ -142,7 +152,9 @@ def kill(folder, phase, moment, seconds):
         "start and resume": lambda now: True,
         "a step": lambda now: now["steps"] >= whole,
         "a checkpoint being written": lambda now: now["steps"] >= whole and now["checkpoint_part"],
-        "a check of held-out videos": lambda now: now["steps"] >= (whole + 1) * STEPS // CHECKS and now["checks"] == whole,
+        "a check of held-out videos": lambda now: (
+            now["steps"] >= (whole + 1) * STEPS // CHECKS and now["checks"] == whole
+        ),
         "features being computed": lambda now: now["bar"],
         "features being written": lambda now: now["features_part"],
         "retrieval": lambda now: True,
@@ -197,7 +209,7 @@ def whole(folder, reference):
         if path.read_bytes() != (reference / path.relative_to(folder)).read_bytes():
             raise SystemExit(f"{path} is not what the undisturbed run wrote")
     for path in folder.glob("run/*.pt"):
-        checkpoint.load(path)
+        run.load_checkpoint(path)
     for path in folder.glob("run/features/*.npz"):
         with np.load(path, allow_pickle=False) as arrays:
             for name in arrays.files:
@@ -208,7 +220,7 @@ def whole(folder, reference):
 
 def outcome(folder):
     """{name: value} of all that a user keeps, but for speeds and for names that hold the checkpoint's hash."""
-    state = checkpoint.load(folder / "run" / "last.pt")
+    state = run.load_checkpoint(folder / "run" / "last.pt")
     state.pop("metrics_bytes")  # the log names speeds
     lines = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
     state["log"] = [{name: value for name, value in line.items() if name not in SPEEDS} for line in lines]
@@ -223,14 +235,18 @@ def outcome(folder):
     for path in folder.glob("run/*.json"):
         result = json.loads(path.read_text(encoding="utf-8"))
         state[path.name] = {name: value for name, value in result.items() if name != "checkpoint_hash"}
-    state["leftover"] = sorted(str(path.relative_to(folder / "world")) for path in folder.glob("world/**/*.part"))
+    state["leftover"] = sorted(
+        str(path.relative_to(folder / "world")) for path in folder.glob("world/**/*.part")
+    )
     return state
 
 
 def differences(a, b, name=""):
     """The names under which two nested results are not bit for bit the same."""
     if isinstance(a, dict) and isinstance(b, dict):
-        return [d for key in a.keys() | b.keys() for d in differences(a.get(key), b.get(key), f"{name}/{key}")]
+        return [
+            d for key in a.keys() | b.keys() for d in differences(a.get(key), b.get(key), f"{name}/{key}")
+        ]
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
         return [d for i, pair in enumerate(zip(a, b, strict=True)) for d in differences(*pair, f"{name}/{i}")]
     if torch.is_tensor(a) and torch.is_tensor(b):
@@ -240,7 +256,9 @@ def differences(a, b, name=""):
 
 def main(kills, seed, folder, phases):
     rng = random.Random(seed)
-    stages = [stage for stage in STAGES if stage == "train" or any(PHASES[phase] == stage for phase in phases)]
+    stages = [
+        stage for stage in STAGES if stage == "train" or any(PHASES[phase] == stage for phase in phases)
+    ]
     reference = folder / "undisturbed"
     reference.mkdir(parents=True)
     (reference / "log").touch()
@@ -263,7 +281,10 @@ def main(kills, seed, folder, phases):
                 if PHASES[phase] != stage:
                     continue
                 hit = kill(world, phase, moment, seconds)
-                print(f"round {round_}: aimed at {phase} ({moment:.2f}), hit {hit or 'nothing: it had ended'}", flush=True)
+                print(
+                    f"round {round_}: aimed at {phase} ({moment:.2f}), hit {hit or 'nothing: it had ended'}",
+                    flush=True,
+                )
                 whole(world, reference)
                 if hit:
                     hits[hit] += 1
@@ -286,7 +307,9 @@ def main(kills, seed, folder, phases):
 
 if __name__ == "__main__":
     forked.from_here()
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     arguments.add_argument("--kills", type=int, default=25)
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--folder", type=Path, help="kept; must not exist (default: a temporary one)")

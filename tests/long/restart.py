@@ -26,7 +26,14 @@ SETTINGS = (
 
 def start(folder, name, restarts):
     """torchrun with two processes; what they print goes to <folder>/<name>.log."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        f"--max-restarts={restarts}",
+    ]
     return subprocess.Popen(
         [*torchrun, str(ROOT / "train.py"), f"out={name}", *SETTINGS],
         cwd=folder,
@@ -43,7 +50,9 @@ def ranks(process):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=3, help="default: 3")
     parser.add_argument("--out", type=Path, required=True, help="folder for world and runs; must not exist")
     arguments = parser.parse_args()
@@ -61,13 +70,17 @@ def main():
         os.kill(alive[victim], signal.SIGKILL)
         print(f"kill {kill + 1}: process {victim}")
     assert process.wait() == 0, (arguments.out / "killed.log").read_text()[-3000:]
-    whole, killed = (torch.load(arguments.out / name / "last.pt", weights_only=True) for name in ("whole", "killed"))
+    whole, killed = (
+        torch.load(arguments.out / name / "last.pt", weights_only=True) for name in ("whole", "killed")
+    )
     assert whole["step"] == killed["step"] == 40
     for part in ("network", "bank"):
         for name, value in whole[part].items():
             assert torch.equal(value, killed[part][name]), f"{part} {name} differs"
     resumed = (arguments.out / "killed.log").read_text(errors="replace").count("resuming killed")
-    print(f"{arguments.kills} kills, resumed {resumed} times; the end is bit for bit that of the undisturbed run")
+    print(
+        f"{arguments.kills} kills, resumed {resumed} times; the end is bit for bit that of the undisturbed run"
+    )
 
 
 if __name__ == "__main__":

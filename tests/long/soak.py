@@ -48,7 +48,11 @@ def cycles(epochs):
         for name in ("last.pt", "last.previous.pt"):
             Path(out, name).unlink(missing_ok=True)
         ckpt = ["--ckpt", f"{out}/last.pt"]
-        for script, more in (("train.py", [f"optim.epochs={epochs}"]), ("eval_linear.py", ckpt), ("eval_retrieval.py", ckpt)):
+        for script, more in (
+            ("train.py", [f"optim.epochs={epochs}"]),
+            ("eval_linear.py", ckpt),
+            ("eval_retrieval.py", ckpt),
+        ):
             sys.argv = [str(forked.ROOT / script), *more, *SETTINGS, f"out={out}", f"seed={cycle}"]
             handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
             runpy.run_path(sys.argv[0], run_name="__main__")
@@ -74,7 +78,9 @@ def sample(group):
             found["processes"] += 1
         except (FileNotFoundError, ProcessLookupError):  # it has just ended
             continue
-    shared = [path.stat() for path in Path("/dev/shm").iterdir() if path.name.startswith(("torch_", "psm_", "sem."))]
+    shared = [
+        path.stat() for path in Path("/dev/shm").iterdir() if path.name.startswith(("torch_", "psm_", "sem."))
+    ]
     return found | {"shm_MiB": sum(stat.st_size for stat in shared) / 2**20, "shm_files": len(shared)}
 
 
@@ -115,13 +121,18 @@ def main(minutes, out, every_s, epochs):
     leaked = forked.left(process.pid, seconds=10)
     draw(rows, out / "soak.png")
     done = (out / "log").read_text().count(" done\n")
-    print(f"{minutes:g} minutes, {done} trainings with evaluation, {len(rows)} samples, {len(leaked)} processes left at the end")
+    print(
+        f"{minutes:g} minutes, {done} trainings with evaluation, {len(rows)} samples, {len(leaked)} processes left at the end"
+    )
     rows = [row for row in rows if row["s"] > WARM_UP * 60 * minutes]
     quarter = len(rows) // 4
     print(f"{'':12s}{'first quarter':>24s}{'last quarter':>24s}   median (least to most)")
     for name in PANELS:
         parts = [np.array([row[name] for row in part]) for part in (rows[:quarter], rows[-quarter:])]
-        print(f"{name:12s}" + "".join(f"{np.median(x):10.1f} ({x.min():.1f} to {x.max():.1f})".rjust(24) for x in parts))
+        print(
+            f"{name:12s}"
+            + "".join(f"{np.median(x):10.1f} ({x.min():.1f} to {x.max():.1f})".rjust(24) for x in parts)
+        )
     return leaked
 
 
@@ -137,10 +148,16 @@ class Cycles:
 
 if __name__ == "__main__":
     forked.from_here()
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     arguments.add_argument("--minutes", type=float, default=60.0)
-    arguments.add_argument("--out", type=Path, required=True, help="folder for world, runs and figures; must not exist")
+    arguments.add_argument(
+        "--out", type=Path, required=True, help="folder for world, runs and figures; must not exist"
+    )
     arguments.add_argument("--every", type=float, default=5.0, metavar="S", help="seconds between samples")
     arguments.add_argument("--epochs", type=int, default=40, help="of each training")
     arguments = arguments.parse_args()
-    raise SystemExit(1 if main(arguments.minutes, arguments.out.resolve(), arguments.every, arguments.epochs) else 0)
+    raise SystemExit(
+        1 if main(arguments.minutes, arguments.out.resolve(), arguments.every, arguments.epochs) else 0
+    )

@@ -12,12 +12,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from . import config, data, datasets, evaluation, temporal_tasks
+from avid import config, data, datasets, evaluation, temporal_tasks
+from avid.media import spectrogram
+
 from .distortions import DISTORTIONS, Distortion
 from .figures import plt, write
-from .media import spectrogram
 
-SPEED = Distortion("both", (1.25, 1.5, 2.0), "times as fast, same pitch", lambda clip, *_: clip)  # the rest: Copies.evenly
+SPEED = Distortion(
+    "both", (1.25, 1.5, 2.0), "times as fast, same pitch", lambda clip, *_: clip
+)  # the rest: Copies.evenly
 PROTOCOL = {**DISTORTIONS, "speed": SPEED}
 COLOURS = {"video": "tab:blue", "audio": "tab:orange", "joint": "black"}
 
@@ -65,20 +68,26 @@ def measure(subject, table, modalities, ks):
     index = functools.reduce(np.intersect1d, [found.index for found in clean.values()])  # n
     if not len(index):
         raise data.MediaError(f"no file of {table.name} has both a picture and a sound that can be used")
-    gallery = {m: found.video_level("features", m)[np.isin(found.index, index)] for m, found in clean.items()}  # n×F each
+    gallery = {
+        m: found.video_level("features", m)[np.isin(found.index, index)] for m, found in clean.items()
+    }  # n×F each
     originals = datasets.take(table, index)
     matches, labels = {"instance": np.equal}, originals.labels
     if (labels.any(1) if labels.ndim > 1 else labels >= 0).all():
-        matches["class"] = evaluation.same_class(labels, labels)
+        matches["class"] = datasets.same_class(labels, labels)
 
     recalls, unread = {}, 0
     kinds = {name: kind for name, kind in PROTOCOL.items() if kind.modality in (*modalities, "both")}
-    for name, strength in (bar := tqdm([(name, s) for name, kind in kinds.items() for s in kind.strengths], leave=False)):
+    for name, strength in (
+        bar := tqdm([(name, s) for name, kind in kinds.items() for s in kind.strengths], leave=False)
+    ):
         bar.set_description(f"{name} {strength:g}")
         query = dict(gallery)
         for modality in modalities if name == "speed" else (kinds[name].modality,):
             query[modality] = encode(subject, originals, modality, name, strength)
-        read = np.flatnonzero(np.isfinite(np.hstack([*query.values()])).all(1))  # places in the gallery of the copies to be had
+        read = np.flatnonzero(
+            np.isfinite(np.hstack([*query.values()])).all(1)
+        )  # places in the gallery of the copies to be had
         if not len(read):
             raise data.MediaError(f"none of the copies of {table.name} can be used: {name} {strength:g}")
         unread += len(originals) - len(read)
@@ -88,7 +97,11 @@ def measure(subject, table, modalities, ks):
             for by, match in matches.items():
                 recall = evaluation.recall(found, lambda q, f, read=read, match=match: match(read[q], f), ks)
                 recalls |= {f"{name} {strength:g} {what} {by} {k}": value for k, value in recall.items()}
-    counts = {"videos": len(originals), "gallery_videos": len(originals), "skipped": len(table) - len(originals)}
+    counts = {
+        "videos": len(originals),
+        "gallery_videos": len(originals),
+        "skipped": len(table) - len(originals),
+    }
     return {**counts, "unread_copies": unread, **recalls}
 
 
@@ -99,7 +112,9 @@ def check(audio):
             try:
                 kind.distort(torch.zeros(1000), audio.rate_hz, strength, np.random.default_rng(0))
             except ValueError as error:
-                raise config.ConfigError(f"fingerprinting cannot be done with audio.rate_hz={audio.rate_hz}: {error}") from None
+                raise config.ConfigError(
+                    f"fingerprinting cannot be done with audio.rate_hz={audio.rate_hz}: {error}"
+                ) from None
 
 
 def encode(subject, table, modality, name, strength):
@@ -127,7 +142,11 @@ def rows(result):
     for name, kind in PROTOCOL.items():
         for strength in kind.strengths:
             at = f"{name} {strength:g} "
-            recalls = {key[len(at) : -len(" R@1")]: x for key, x in result.items() if key.startswith(at) and key.endswith(" R@1")}
+            recalls = {
+                key[len(at) : -len(" R@1")]: x
+                for key, x in result.items()
+                if key.startswith(at) and key.endswith(" R@1")
+            }
             if recalls:
                 yield {"R@1, %": name, "strength": f"{strength:g}", **recalls}
 
@@ -140,9 +159,18 @@ def draw(path, result):
     lines = [[name for name in panels if PROTOCOL[name].modality == modality] for modality in data.MODALITIES]
     lines = [line for line in lines if line]
     lines[0].append("speed")
-    size = {"figsize": (1.9 * len(lines[0]), 2.3 * len(lines) + 0.3), "layout": "constrained", "squeeze": False, "sharey": True}
+    size = {
+        "figsize": (1.9 * len(lines[0]), 2.3 * len(lines) + 0.3),
+        "layout": "constrained",
+        "squeeze": False,
+        "sharey": True,
+    }
     figure, axes = plt.subplots(len(lines), len(lines[0]), **size)
-    places = {name: axis for line, part in zip(lines, axes, strict=True) for name, axis in zip(line, part, strict=False)}
+    places = {
+        name: axis
+        for line, part in zip(lines, axes, strict=True)
+        for name, axis in zip(line, part, strict=False)
+    }
     for axis in set(axes.flat) - set(places.values()):
         axis.set_axis_off()
     for name, axis in places.items():
@@ -150,7 +178,9 @@ def draw(path, result):
             values = [row[f"{what} instance"] for row in panels[name] if f"{what} instance" in row]
             as_it_was = what not in ("joint", PROTOCOL[name].modality) and name != "speed"
             if values:
-                axis.plot(values, ":" if as_it_was else "o-", color=colour, label=what, markersize=4, linewidth=1.3)
+                axis.plot(
+                    values, ":" if as_it_was else "o-", color=colour, label=what, markersize=4, linewidth=1.3
+                )
         axis.set_xticks(range(len(panels[name])), [row["strength"] for row in panels[name]], fontsize=8)
         axis.set(ylim=(-4, 104), xlim=(-0.3, len(panels[name]) - 0.7))
         axis.set_title(name.replace("_", "-"), fontsize=10)
@@ -158,6 +188,11 @@ def draw(path, result):
         axis.grid(alpha=0.3)
     for line in axes:
         line[0].set_ylabel("R@1, %", fontsize=9)
-    legend = {"title": "dotted: not distorted" if len(lines) > 1 else None, "title_fontsize": 8, "fontsize": 9, "ncols": 3}
+    legend = {
+        "title": "dotted: not distorted" if len(lines) > 1 else None,
+        "title_fontsize": 8,
+        "fontsize": 9,
+        "ncols": 3,
+    }
     figure.legend(handles=places["speed"].get_lines(), loc="outside upper center", **legend)
     write(figure, path)

@@ -22,13 +22,18 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from . import config, datasets, preflight, processes
-from .datasets import MEDIA, DataError
-from .processes import Crash
+from avid import cli, config, datasets, processes
+from avid.datasets import MEDIA, DataError
+from avid.files import check_folder
+from avid.processes import Crash
 
 SOUND = MEDIA[MEDIA.index(".wav") :]  # endings of files without picture
+MODALITIES = {
+    "both": ("video", "audio"),
+    "video": ("video",),
+    "audio": ("audio",),
+}  # as the command line has them
 PART = ".avid-part"  # ending of a file that is being written
-NEEDS = {"ucf101": "video", "hmdb51": "video", "esc50": "audio"}  # of the others a file needs both
 COLUMNS = "path usable reason seconds fps width height audio_rate_hz channels modality".split()
 PIECE_S = 60.0  # sound decoded at a time
 FULL = os.strerror(errno.ENOSPC)
@@ -47,7 +52,7 @@ def check(table, modalities, out, workers):
     needs = "+".join(modalities)
     rows = _earlier(out, needs, table)
     todo = [i for i, path in enumerate(table.paths) if path not in rows]
-    preflight.check_folder(out.parent)
+    check_folder(out.parent)
     out.parent.mkdir(parents=True, exist_ok=True)
     print(table.report())
     if rows:
@@ -75,9 +80,11 @@ def examine(root, path, start_s, end_s, modalities):
     """A file's values of COLUMNS: a frame at its beginning and one at its end are decoded, and all of its sound."""
     import decord  # here: a worker needs them, the command line and its help do not
 
-    from .media import Media, MediaError
+    from avid.media import Media, MediaError
 
-    decord.logging.set_level(decord.logging.QUIET)  # complaints about a stream; what cannot be decoded is an exception
+    decord.logging.set_level(
+        decord.logging.QUIET
+    )  # complaints about a stream; what cannot be decoded is an exception
     media, facts = None, {"usable": "yes", "reason": ""}
     try:
         media = Media(os.path.join(root, path), modalities, start_s, end_s)
@@ -111,7 +118,10 @@ def _earlier(out, needs, table):
     if not (text.startswith(header) or header.startswith(text)):
         raise DataError(f"{out} is not the CSV of a check; name another one with --out")
     whole = text[: text.rfind(b"\n") + 1]
-    rows = {row["path"]: row for row in csv.DictReader(io.StringIO(whole.decode(errors="surrogateescape"), newline=""))}
+    rows = {
+        row["path"]: row
+        for row in csv.DictReader(io.StringIO(whole.decode(errors="surrogateescape"), newline=""))
+    }
     listed = set(table.paths)
     for path, row in rows.items():
         if path not in listed or row["modality"] != needs:
@@ -133,11 +143,19 @@ def summary(rows):
         kinds.setdefault(kind, []).append(row)
     total = sum(map(len, kinds.values()))
     lines = []
-    for kind, members in sorted(kinds.items(), key=lambda item: (not item[0].startswith("usable"), -len(item[1]))):
+    for kind, members in sorted(
+        kinds.items(), key=lambda item: (not item[0].startswith("usable"), -len(item[1]))
+    ):
         if members or kind == "usable":
-            hours = f"   {sum(float(row['seconds']) for row in members) / 3600:,.1f} h" if kind == "usable" else ""
+            hours = (
+                f"   {sum(float(row['seconds']) for row in members) / 3600:,.1f} h"
+                if kind == "usable"
+                else ""
+            )
             examples = ", ".join(row["path"] for row in members[:3])
-            lines.append(f"{len(members):>11,} {len(members) / max(total, 1):>7.1%}   {kind}{hours or f'   e.g. {examples}'}")
+            lines.append(
+                f"{len(members):>11,} {len(members) / max(total, 1):>7.1%}   {kind}{hours or f'   e.g. {examples}'}"
+            )
     return "\n".join(lines)
 
 
@@ -168,10 +186,14 @@ def prepare(src, dst, small, workers):
     media = [file for file in files if os.path.splitext(file)[1].lower() in MEDIA]
     if not media:
         raise DataError(f"no media files below {src}; they end in {', '.join(MEDIA)}")
-    preflight.check_folder(dst)
+    check_folder(dst)
     there = _files(dst) if dst.exists() else []
-    if (foreign := [file for file in there if not file.endswith(PART)]) and not (dst / "prepare.json").exists():
-        raise DataError(f"{dst} holds files that were not prepared, e.g. {foreign[0]}; name an empty folder, or a new one")
+    if (foreign := [file for file in there if not file.endswith(PART)]) and not (
+        dst / "prepare.json"
+    ).exists():
+        raise DataError(
+            f"{dst} holds files that were not prepared, e.g. {foreign[0]}; name an empty folder, or a new one"
+        )
     dst.mkdir(parents=True, exist_ok=True)
     for file in there:
         if file.endswith(PART):
@@ -184,12 +206,16 @@ def prepare(src, dst, small, workers):
         stem, ending = os.path.splitext(file)
         renamed[file] = stem + (".m4a" if ending.lower() in SOUND else ".mp4")
         if first.setdefault(renamed[file], file) is not file:
-            failures.append((file, f"would become {renamed[file]}, as {first[renamed[file]]} does: rename one of the two"))
+            failures.append(
+                (file, f"would become {renamed[file]}, as {first[renamed[file]]} does: rename one of the two")
+            )
     for file in files:
         if file.lower().endswith((".csv", ".txt")) and file != "failures.csv":
             copy_list(src, dst, file, renamed)
     there = {name for name in first if (dst / name).exists()}
-    tasks = [(ffmpeg, str(src / file), str(dst / name), small) for name, file in first.items() if name not in there]
+    tasks = [
+        (ffmpeg, str(src / file), str(dst / name), small) for name, file in first.items() if name not in there
+    ]
     for folder in {Path(target).parent for _, _, target, _ in tasks}:
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -213,11 +239,15 @@ def prepare(src, dst, small, workers):
                     done, mute = done + 1, mute + (not has_sound)
                     before, after = before + os.path.getsize(source), after + os.path.getsize(target)
                 bar.update()
-    print(f"prepared {done:,} files ({mute:,} without sound): {before / 1e6:,.1f} MB to {after / 1e6:,.1f} MB")
+    print(
+        f"prepared {done:,} files ({mute:,} without sound): {before / 1e6:,.1f} MB to {after / 1e6:,.1f} MB"
+    )
     if there:
         print(f"{len(there):,} were there before")
     if failures:
-        print(f"{len(failures):,} could not be prepared, e.g. {failures[0][0]}: {failures[0][1]}; all of them: {log}")
+        print(
+            f"{len(failures):,} could not be prepared, e.g. {failures[0][0]}: {failures[0][1]}; all of them: {log}"
+        )
     else:
         log.unlink()
     return done + len(there)
@@ -227,7 +257,7 @@ def encode(ffmpeg, source, target, small):
     """Prepare one file: returns why that failed (empty: it did not) and whether it has sound. `target` is whole or not there."""
     import av  # here: a worker needs them, the command line does not
 
-    from .media import Media, MediaError
+    from avid.media import Media, MediaError
 
     part = target + PART
     try:
@@ -259,9 +289,25 @@ def _command(ffmpeg, inputs, picture, sound, small, out):
     if picture:
         # the short side of the stored frame, at most its own; even numbers for 4:2:0; -2: keep the shape
         width, height = (f"max(2,trunc(min({side},{small.short_side})/2)*2)" for side in ("iw", "ih"))
-        command += ["-map", picture, "-vf", f"scale=w='if(gt(iw,ih),-2,{width})':h='if(gt(iw,ih),{height},-2)'"]
+        command += [
+            "-map",
+            picture,
+            "-vf",
+            f"scale=w='if(gt(iw,ih),-2,{width})':h='if(gt(iw,ih),{height},-2)'",
+        ]
         # every frame keeps its own time, on a clock of 90 kHz instead of the frame rate's; without B frames nothing is reordered
-        command += ["-fps_mode", "vfr", "-enc_time_base", "1:90000", "-c:v", "libx264", "-threads", "1", "-bf", "0"]
+        command += [
+            "-fps_mode",
+            "vfr",
+            "-enc_time_base",
+            "1:90000",
+            "-c:v",
+            "libx264",
+            "-threads",
+            "1",
+            "-bf",
+            "0",
+        ]
         command += ["-g", str(small.keyint), "-crf", "20", "-pix_fmt", "yuv420p"]
     if sound:
         command += ["-map", sound, "-c:a", "aac", "-b:a", "64k", "-ac", "1", "-ar", str(small.audio_rate)]
@@ -274,7 +320,9 @@ def _run(command):
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     if not done.returncode:
         return ""
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or [processes.ending(done.returncode)]
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or [
+        processes.ending(done.returncode)
+    ]
     return f"ffmpeg: {next((line for line in lines if FULL in line), lines[0])}"
 
 
@@ -296,7 +344,9 @@ def _ffmpeg(dst, small):
             return path
         complaints.append(f"{path} cannot encode this way: {reason}")
     why = "; ".join(complaints) or "no ffmpeg on PATH"
-    raise DataError(f"{why}. Install ffmpeg 5.1 or newer, with libx264 and aac, or: pip install imageio-ffmpeg")
+    raise DataError(
+        f"{why}. Install ffmpeg 5.1 or newer, with libx264 and aac, or: pip install imageio-ffmpeg"
+    )
 
 
 def _same_settings(path, small):
@@ -304,7 +354,9 @@ def _same_settings(path, small):
     if not path.exists():
         path.write_text(json.dumps(small._asdict()) + "\n", encoding="utf-8")
     elif (there := path.read_text(encoding="utf-8").strip()) != json.dumps(small._asdict()):
-        raise DataError(f"{path.parent} holds files prepared with {there}; ask for the same, or name another folder")
+        raise DataError(
+            f"{path.parent} holds files prepared with {there}; ask for the same, or name another folder"
+        )
 
 
 def _files(root):
@@ -316,9 +368,15 @@ def _files(root):
     files = []
     for folder, names, here in os.walk(root, onerror=stop, followlinks=True):
         inside = os.path.realpath(folder) + os.sep  # a link back to a folder above would be followed for ever
-        names[:] = [name for name in names if not inside.startswith(os.path.realpath(os.path.join(folder, name)) + os.sep)]
+        names[:] = [
+            name
+            for name in names
+            if not inside.startswith(os.path.realpath(os.path.join(folder, name)) + os.sep)
+        ]
         names[:] = [name for name in names if not name.startswith(".")]
-        files += [Path(folder, name).relative_to(root).as_posix() for name in here if not name.startswith(".")]
+        files += [
+            Path(folder, name).relative_to(root).as_posix() for name in here if not name.startswith(".")
+        ]
     return sorted(files)
 
 
@@ -338,7 +396,11 @@ def copy_list(src, dst, file, renamed):
 
 def _new_endings(content, folder, renamed):
     try:
-        rows = list(csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), skipinitialspace=True, strict=True))
+        rows = list(
+            csv.reader(
+                io.StringIO(content.decode("utf-8-sig"), newline=""), skipinitialspace=True, strict=True
+            )
+        )
     except (UnicodeDecodeError, csv.Error):
         return content  # as unreadable as it was
     header = [name.strip() for name in rows[0]] if rows else []
@@ -347,7 +409,9 @@ def _new_endings(content, folder, renamed):
     at = header.index("path")
     for row in rows[1:]:
         if len(row) > at:
-            name = renamed.get(posixpath.normpath(posixpath.join(folder, PureWindowsPath(row[at].strip()).as_posix())))
+            name = renamed.get(
+                posixpath.normpath(posixpath.join(folder, PureWindowsPath(row[at].strip()).as_posix()))
+            )
             if name:
                 row[at] = os.path.splitext(row[at].strip())[0] + os.path.splitext(name)[1]
     text = io.StringIO(newline="")
@@ -359,9 +423,11 @@ def _new_endings(content, folder, renamed):
 
 
 def main(argv=None):
-    """`python -m avid.data check …` and `… prepare …`. Exit code 0: files can be used, 1: none, 2: wrong arguments or data."""
+    """`python -m avid check …` and `… prepare …`. Exit code 0: files can be used, 1: none, 2: wrong arguments or data."""
     arguments = _parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, as Ctrl-C is: workers end, part files go
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # an exception, as Ctrl-C is: workers end, part files go
     try:
         usable = _check(arguments) if arguments.command == "check" else _prepare(arguments)
     except (config.ConfigError, DataError, OSError) as error:
@@ -375,10 +441,12 @@ def main(argv=None):
 def _check(arguments):
     name, split = arguments.data, arguments.split
     cfg = config.load("", arguments.overrides, base={"data": {"name": name, "root": arguments.root}})
-    modality = arguments.modality or NEEDS.get(name, "both")
-    modalities = ("video", "audio") if modality == "both" else (modality,)
+    modalities = MODALITIES[arguments.modality] if arguments.modality else datasets.DATA[name].needs
+    modality = next(text for text, wanted in MODALITIES.items() if wanted == modalities)
     out = arguments.out or Path(f"check-{name}-{split}-{modality}.csv")
-    return check(datasets.load(cfg.data, split), modalities, out, arguments.workers or max(cfg.data.workers, 1))
+    return check(
+        datasets.load(cfg.data, split), modalities, out, arguments.workers or max(cfg.data.workers, 1)
+    )
 
 
 def _prepare(arguments):
@@ -387,28 +455,75 @@ def _prepare(arguments):
 
 
 def _parser():
-    parser = argparse.ArgumentParser(prog="python -m avid.data", description=__doc__, formatter_class=config.Help)
+    parser = argparse.ArgumentParser(prog="python -m avid", description=__doc__, formatter_class=cli.Help)
     commands = parser.add_subparsers(dest="command", required=True, metavar="check|prepare")
 
     what = "read every file of a data set once: what is usable, what is not and why, as a CSV"
-    add = commands.add_parser("check", help=what, description=what, formatter_class=config.Help).add_argument
-    add("--data", required=True, choices=config.DATA_SETS, metavar="D", help=f"data set: {', '.join(config.DATA_SETS)}")
+    add = commands.add_parser("check", help=what, description=what, formatter_class=cli.Help).add_argument
+    add(
+        "--data",
+        required=True,
+        choices=datasets.DATA,
+        metavar="D",
+        help=f"data set: {', '.join(datasets.DATA)}",
+    )
     add("--root", required=True, metavar="R", help="folder of the data set")
     add("--split", default="all", metavar="S", help="part to read (default: all)")
-    needs = ", ".join(f"{name}: {modality}" for name, modality in NEEDS.items())
-    add("--modality", choices=("both", "video", "audio"), help=f"what a usable file has (default: both; {needs})")
+    needs = ", ".join(f"{name}: {row.needs[0]}" for name, row in datasets.DATA.items() if len(row.needs) == 1)
+    add("--modality", choices=MODALITIES, help=f"what a usable file has (default: both; {needs})")
     add("--workers", type=_positive, metavar="N", help="processes (default: data.workers)")
-    add("--out", type=Path, metavar="FILE.csv", help="the CSV; it is continued (default: check-D-S-MODALITY.csv)")
-    add("overrides", nargs="*", metavar="key=value", help="settings of train.py, for example data.subset=esc10")
+    add(
+        "--out",
+        type=Path,
+        metavar="FILE.csv",
+        help="the CSV; it is continued (default: check-D-S-MODALITY.csv)",
+    )
+    add(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="settings of train.py, for example data.subset=esc10",
+    )
 
-    what, small = "make small copies of the media below a folder, with many key frames: they decode fast", Small()
-    add = commands.add_parser("prepare", help=what, description=what, formatter_class=config.Help).add_argument
+    what, small = (
+        "make small copies of the media below a folder, with many key frames: they decode fast",
+        Small(),
+    )
+    add = commands.add_parser("prepare", help=what, description=what, formatter_class=cli.Help).add_argument
     add("src", metavar="SRC", help="folder of videos or sounds")
-    add("dst", metavar="DST", help="folder to write; the same command goes on where an interrupted one stopped")
-    add("--short-side", type=_positive, default=small.short_side, metavar="PIXELS", help="at most (default: %(default)s)")
-    add("--keyint", type=_positive, default=small.keyint, metavar="FRAMES", help="between key frames (default: %(default)s)")
-    add("--audio-rate", type=_positive, default=small.audio_rate, metavar="HZ", help="sample rate (default: %(default)s)")
-    add("--workers", type=_positive, default=os.cpu_count(), metavar="N", help="processes (default: the processors)")
+    add(
+        "dst",
+        metavar="DST",
+        help="folder to write; the same command goes on where an interrupted one stopped",
+    )
+    add(
+        "--short-side",
+        type=_positive,
+        default=small.short_side,
+        metavar="PIXELS",
+        help="at most (default: %(default)s)",
+    )
+    add(
+        "--keyint",
+        type=_positive,
+        default=small.keyint,
+        metavar="FRAMES",
+        help="between key frames (default: %(default)s)",
+    )
+    add(
+        "--audio-rate",
+        type=_positive,
+        default=small.audio_rate,
+        metavar="HZ",
+        help="sample rate (default: %(default)s)",
+    )
+    add(
+        "--workers",
+        type=_positive,
+        default=os.cpu_count(),
+        metavar="N",
+        help="processes (default: the processors)",
+    )
     return parser
 
 

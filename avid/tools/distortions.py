@@ -40,18 +40,30 @@ def blur(video, sigma, rng):
 
 def h264(video, crf, rng):
     """Encoded by H.264 at the constant rate factor `crf` (0 to 51, larger is worse), decoded again."""
-    frames = np.pad(video.permute(1, 2, 3, 0).numpy(), ((0, 0), (0, video.shape[2] % 2), (0, video.shape[3] % 2), (0, 0)), "edge")
+    frames = np.pad(
+        video.permute(1, 2, 3, 0).numpy(),
+        ((0, 0), (0, video.shape[2] % 2), (0, video.shape[3] % 2), (0, 0)),
+        "edge",
+    )
     encoder, decoder = av.CodecContext.create("libx264", "w"), av.CodecContext.create("h264", "r")
     encoder.height, encoder.width = frames.shape[1:3]  # even: colour has half the resolution
-    encoder.pix_fmt, encoder.time_base, encoder.options = "yuv420p", Fraction(1, 16), {"crf": str(crf), "mbtree": "0"}
+    encoder.pix_fmt, encoder.time_base, encoder.options = (
+        "yuv420p",
+        Fraction(1, 16),
+        {"crf": str(crf), "mbtree": "0"},
+    )
     encoder.thread_count = decoder.thread_count = 1
     packets = []
     for k, image in enumerate(frames):
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
         frame.pts = k
         packets += encoder.encode(frame)
-    decoded = [frame for packet in (*packets, *encoder.encode(None), None) for frame in decoder.decode(packet)]
-    frames = np.stack([frame.to_ndarray(format="rgb24") for frame in decoded])  # T×S×S×3, in the order of showing
+    decoded = [
+        frame for packet in (*packets, *encoder.encode(None), None) for frame in decoder.decode(packet)
+    ]
+    frames = np.stack(
+        [frame.to_ndarray(format="rgb24") for frame in decoded]
+    )  # T×S×S×3, in the order of showing
     return torch.from_numpy(frames).permute(3, 0, 1, 2)[..., : video.shape[2], : video.shape[3]].contiguous()
 
 
@@ -79,7 +91,9 @@ def rotation(video, degrees, rng):
 
 
 def _per_frame(function, video, *arguments, **options):
-    return function(video.transpose(0, 1), *arguments, **options).transpose(0, 1).contiguous()  # the functions take T×3×S×S
+    return (
+        function(video.transpose(0, 1), *arguments, **options).transpose(0, 1).contiguous()
+    )  # the functions take T×3×S×S
 
 
 # ----------------------------------------------------------------------------------------------------------------- sound
@@ -88,7 +102,9 @@ def _per_frame(function, video, *arguments, **options):
 
 def noise(wave, rate_hz, snr_db, rng):
     """White noise, `snr_db` dB below the sound's power; none where the sound is silent."""
-    return AF.add_noise(wave, torch.from_numpy(rng.standard_normal(len(wave), np.float32)), torch.tensor(float(snr_db)))
+    return AF.add_noise(
+        wave, torch.from_numpy(rng.standard_normal(len(wave), np.float32)), torch.tensor(float(snr_db))
+    )
 
 
 def low_pass(wave, rate_hz, cutoff_hz, rng):
@@ -104,7 +120,9 @@ def high_pass(wave, rate_hz, cutoff_hz, rng):
 def _both_ways(biquad, wave, rate_hz, cutoff_hz):
     """Forwards and backwards, so that nothing is delayed. Raises ValueError for a cutoff that rate_hz cannot hold."""
     if cutoff_hz >= rate_hz / 2:
-        raise ValueError(f"a cutoff of {cutoff_hz} Hz needs a sample rate above {2 * cutoff_hz} Hz; this one is {rate_hz} Hz")
+        raise ValueError(
+            f"a cutoff of {cutoff_hz} Hz needs a sample rate above {2 * cutoff_hz} Hz; this one is {rate_hz} Hz"
+        )
     return biquad(biquad(wave, rate_hz, cutoff_hz).flip(0), rate_hz, cutoff_hz).flip(0)
 
 
@@ -124,7 +142,9 @@ def mp3(wave, rate_hz, kbit_per_s, rng):
         out.mux(stream.encode(frame))
         out.mux(stream.encode(None))
     file.seek(0)
-    with av.open(file) as source:  # its header says how much the codec has put before the sound; the decoder leaves it out
+    with av.open(
+        file
+    ) as source:  # its header says how much the codec has put before the sound; the decoder leaves it out
         decoded = np.concatenate([frame.to_ndarray()[0] for frame in source.decode(audio=0)])
     return torch.from_numpy(decoded[: len(wave)])
 

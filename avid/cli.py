@@ -1,0 +1,169 @@
+"""What the scripts are asked, and what can be refused before torch is imported, anything is written or a worker started.
+
+In: a command line; the settings of a training and, once its lists are read, the number of videos.
+Out: arguments or a configuration; or a ConfigError of one line.
+"""
+
+import argparse
+import difflib
+import os
+import re
+from pathlib import Path
+
+from . import config, datasets
+from .files import ConfigError, check_folder
+
+RUN_FILES = ("config.yaml", "metrics.jsonl", "curves.png", "temporal.png", "trace.json")
+
+
+class CommandLine(argparse.ArgumentParser):
+    """Options and settings in any order; an unknown option names the nearest right one."""
+
+    def parse_args(self, args=None, namespace=None):
+        return self.parse_intermixed_args(args, namespace)
+
+    def error(self, message):
+        options = [option for action in self._actions for option in action.option_strings]
+        for unknown in re.findall(r"--[\w-]+", message) if "unrecognized" in message else ():
+            near = {"--config": "--cfg"}.get(unknown) or next(
+                iter(difflib.get_close_matches(unknown, options, 1)), None
+            )
+            message += f"; did you mean {near}?" if near else ""
+        super().error(message)
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog):
+        super().__init__(prog, width=120, max_help_position=30)
+
+
+def parser(description):
+    """A command line of --cfg, --out, --data, --root and key=value; the help lists every setting."""
+    lines = [
+        f"  {key + '=' + str(default).replace(' ', ''):42s} {help}"
+        for key, default, help in config.settings()
+    ]
+    epilog = "settings (key=default):\n" + "\n".join(lines)
+    arguments = CommandLine(description=description, formatter_class=Help, epilog=epilog)
+    names = ", ".join(sorted(path.stem for path in config.PACKAGED.glob("*.yaml")))
+    arguments.add_argument("--cfg", metavar="FILE", help=f"a YAML file, or one of {names} (default: toy)")
+    arguments.add_argument("--out", metavar="DIR", help="run folder; the same as out=DIR")
+    arguments.add_argument("--data", metavar="NAME", help="the same as data.name=NAME")
+    arguments.add_argument("--root", metavar="DIR", help="the same as data.root=DIR")
+    arguments.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    return arguments
+
+
+def evaluation_parser(description):
+    """A command line as `parser`'s, with the checkpoint to evaluate and the part of the data to evaluate it on."""
+    arguments = parser(description)
+    what = "a checkpoint; random: an untrained network"
+    arguments.add_argument("--ckpt", required=True, metavar="PATH|random", help=what)
+    numbered = ", ".join(name for name, row in datasets.DATA.items() if row.divisions)
+    what = f"evaluated part: test, val, …; of {numbered}: 1, 2, … or all, their mean"
+    arguments.add_argument("--split", metavar="S", help=what)
+    return arguments
+
+
+def overrides(arguments):
+    """The settings that the options stand for, then those given as key=value."""
+    given = {
+        "data.name": arguments.data,
+        "data.root": arguments.root,
+        "data.split": getattr(arguments, "split", None),
+    }
+    return [f"{key}={value}" for key, value in given.items() if value is not None] + arguments.overrides
+
+
+def training(description, argv=None):
+    """The configuration that a command line of train.py asks for. Ends the program where it cannot be used."""
+    arguments = parser(description).parse_args(argv)
+    try:
+        out = [f"out={arguments.out}"] if arguments.out else []
+        cfg = config.load(arguments.cfg or "toy", overrides(arguments) + out)
+        if (
+            cfg.data.name == "toy"
+        ):  # of other data sets the number of videos is known when their lists are read
+            fits(cfg, cfg.toy.train, int(os.environ.get("WORLD_SIZE", 1)))
+        check_run_folder(cfg)
+    except ConfigError as error:
+        config.stop(error)
+    return cfg
+
+
+def evaluation(parser, argv=None):
+    """The arguments of an evaluation. Ends the program where their checkpoint is no file that can be read."""
+    arguments = parser.parse_args(argv)
+    if arguments.ckpt != "random":
+        try:
+            open(arguments.ckpt, "rb").close()
+        except FileNotFoundError:
+            config.stop(f"no checkpoint {arguments.ckpt}")
+        except OSError as error:
+            config.stop(f"cannot read the checkpoint {arguments.ckpt}: {error.strerror}")
+    return arguments
+
+
+def fits(cfg, videos, processes=1):
+    """Raise ConfigError where training cannot be done on so many videos, by so many processes."""
+    batch, contrast, weights = cfg.optim.batch_size, cfg.contrast, vars(cfg.weights)
+    if "video" not in datasets.DATA[cfg.data.name].modalities:
+        raise ConfigError(
+            f"data.name={cfg.data.name} has no pictures, and training needs them; choose another data set"
+        )
+    if not any(weights.values()):
+        raise ConfigError(
+            "all weights.* are 0, so that there is nothing to learn; set one, such as weights.xid=1"
+        )
+    if batch > videos:
+        raise ConfigError(
+            f"optim.batch_size={batch} is larger than the data set of {videos} videos; lower it"
+        )
+    if batch % processes:
+        raise ConfigError(
+            f"optim.batch_size={batch} cannot be shared evenly by {processes} processes; make it a multiple of {processes}"
+        )
+    contrasts = any(weight for name, weight in weights.items() if name.startswith("contrast"))
+    if contrasts and contrast.k_pos + 1 >= videos:
+        raise ConfigError(
+            f"contrast.k_pos={contrast.k_pos} leaves no negatives among {videos} videos; lower it"
+        )
+    if cfg.data.name == "toy":  # its videos are all of one length
+        clip_s = max(cfg.video.frames / cfg.video.fps, cfg.audio.seconds)
+        room_s = cfg.toy.seconds - cfg.audio.n_fft / cfg.audio.rate_hz
+        slow, *faster = cfg.temporal.speeds
+        needs_s = {
+            "order": 2 * slow * clip_s,
+            "direction": slow * clip_s,
+            "speed": min(faster or [slow]) * clip_s,
+        }
+        for task, needed_s in needs_s.items():
+            wanted = [name for name, weight in weights.items() if weight and name.startswith(task)]
+            if wanted and needed_s > room_s:
+                raise ConfigError(
+                    f"weights.{wanted[0]}={weights[wanted[0]]} needs {needed_s:g} s of every video, and {room_s:g} s of "
+                    "the toy's can be used; raise toy.seconds, or lower audio.seconds and video.frames"
+                )
+
+
+def check_run_folder(cfg):
+    """Raise ConfigError where a run cannot write into cfg.out, would overwrite files that train.py did not write, or
+    would go on with a run of other settings.
+
+    Empty files are what an interrupted run may leave. The checkpoint itself is judged when it is loaded.
+    """
+    check_folder(cfg.out)
+    out, mark = Path(cfg.out), config.WRITTEN.encode()
+    settings = out / "config.yaml"
+    written = settings.is_file() and settings.read_bytes()[: len(mark)] == mark
+    if any((out / name).exists() for name in ("last.pt", "last.previous.pt")):
+        if written:
+            try:
+                before = config.load(settings)
+            except ConfigError:  # of another version: its checkpoint says what is wrong
+                return
+            config.same_run(before, cfg)
+        return
+    there = [name for name in RUN_FILES if (out / name).exists() and (out / name).stat().st_size]
+    if there and not written:
+        raise ConfigError(f"{out} holds {there[0]}, which train.py did not write there; choose another --out")

@@ -1,0 +1,509 @@
+"""What a run keeps and how it goes on, and what surrounds a step: checkpoints, the run folder, the guard, the watch.
+
+In: what has a state_dict (network, bank, optimizer, …), a step's loss and its numbers by name.
+Out: config.yaml, metrics.jsonl, last.pt, curves.png; after any interruption the same command goes on. A step that is not
+finite moves nothing. Every rank calls; rank 0 writes.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from . import config, distributed, files
+from .files import ConfigError
+from .tools import figures
+
+LAG = 2  # steps after which a step's numbers are read: the host never waits for the device
+LOSS_SCALE = 2.0**16  # of fp16 at the beginning, as torch.amp.GradScaler's
+GROWTH_STEPS = 2000  # finite steps after which the loss scale is doubled, as torch.amp.GradScaler's
+
+# ------------------------------------------------------------------------------------------------------- checkpoints
+# Written whole or not at all, the one before kept, checked bit by bit, read without running code from the file.
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be used; the message is one line that names the file."""
+
+
+class Damaged(CheckpointError):
+    """A file whose content is not what was written."""
+
+
+def previous(path):
+    """Where `save_checkpoint` keeps the checkpoint that stood at `path` before: last.pt, last.previous.pt."""
+    return Path(path).with_suffix(".previous.pt")
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Within, what keeps `path` from being written becomes a CheckpointError of one line."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        fault = error
+        while fault and not isinstance(fault, OSError):  # torch.save hides the disk's error behind its own
+            fault = fault.__context__
+        if not fault:
+            raise
+        remedy = (
+            "make room on the disk"
+            if fault.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            else "make it writable"
+        )
+        raise CheckpointError(
+            f"cannot write {path}: {fault.strerror or fault}; {remedy} and start the same command again, which goes on "
+            "from the last checkpoint"
+        ) from error
+
+
+def save_checkpoint(path, state):
+    """Write `state` to `path`; what stood there becomes `previous(path)`. At any moment one of the two is there and whole.
+
+    Raises CheckpointError where it cannot be written; then both stay as they were.
+    """
+    path = Path(path)
+    with writing(path), files.replacing(path, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+        if path.exists():
+            os.replace(path, previous(path))
+
+
+def load_checkpoint(path, device="cpu"):
+    """The dict saved at `path`. Raises CheckpointError where the file is missing or is no checkpoint, Damaged where it was one."""
+    try:
+        open(path, "rb").close()
+    except FileNotFoundError:
+        raise CheckpointError(f"no checkpoint {path}") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot read the checkpoint {path}: {error.strerror}") from error
+    try:
+        _check_sums(path)
+        state = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch.load has no exception of its own, and its advice is to trust the file
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        fault = (
+            f"it asks for {asked[1]}, and no code is run from a file"
+            if asked
+            else "it is damaged, cut off or something else"
+        )
+        raise Damaged(f"cannot read the checkpoint {path}: {fault}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(
+            f"cannot read the checkpoint {path}: it holds a {type(state).__name__}, not a dict"
+        )
+    return state
+
+
+def _check_sums(path):
+    """Compare every record with the CRC-32 that torch.save stores beside it: torch.load does not, and would read flipped bits."""
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\x03\x04":  # torch's format before 1.6, without checksums: AVID-CMA's
+            return
+        with zipfile.ZipFile(file) as archive:
+            if record := archive.testzip():
+                raise zipfile.BadZipFile(f"{record} is damaged")
+
+
+def newest(path, owner=True):
+    """What a run at `path` goes on from: (state, remark), or (None, "") where nothing was saved yet.
+
+    That is `path`, or `previous(path)` where the last one is damaged or missing; the remark then says so. owner: this process
+    is the one that writes the run, and renames a damaged file, so that the next `save_checkpoint` does not put it in place of the whole
+    one. Raises CheckpointError where there is something, but nothing whole: a run never begins anew by itself.
+    """
+    path = Path(path)
+    before = previous(path)
+    if not path.exists() and not before.exists():
+        return None, ""
+    try:
+        return load_checkpoint(path), ""
+    except CheckpointError as error:
+        if path.exists() and not isinstance(error, Damaged):
+            raise
+        fault = str(error)
+    try:
+        state = load_checkpoint(before)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{fault}; {error}; restore one of them, or choose another --out to begin anew"
+        ) from None
+    aside = path.with_suffix(".damaged.pt")
+    if owner and path.exists():
+        with writing(path):
+            os.replace(path, aside)
+        fault += f", it is now {aside}"
+    return state, f"{fault}; going on from {before}"
+
+
+# -------------------------------------------------------------------------------------------------------- the folder
+
+
+class Folder:
+    """The run folder cfg.out: settings, log, checkpoint, curves."""
+
+    def __init__(self, cfg, world):
+        self.cfg, self.world, self.out = cfg, world, Path(cfg.out)
+        self.metrics = self.out / "metrics.jsonl"
+
+    def resume(self, table, **state):
+        """Load last.pt, or the one before where it is damaged, into `state`; returns the number of steps done.
+
+        table: the training videos; state: {name: what has a state_dict}. Ends the program where the folder belongs to
+        another process, to a run of other settings, or to one of other videos.
+        """
+        videos = json.dumps([table.paths, table.start_s.tolist(), table.end_s.tolist()])
+        self.videos = {"count": len(table), "hash": hashlib.sha256(videos.encode()).hexdigest()[:12]}
+        self.state = state
+        if self.world.rank == 0:
+            with writing(self.metrics):
+                self.out.mkdir(parents=True, exist_ok=True)
+                self.metrics.touch()
+        saved, remark = newest(self.out / "last.pt", owner=self.world.rank == 0)
+        if saved is None:
+            self.save_settings()  # they mark the folder as this run's
+            self.cut_log(0)
+            return 0
+        if remark:
+            distributed.say(self.world, remark)
+        needed = ("config", "videos", "step", "metrics_bytes", *state)
+        if lacking := [name for name in needed if name not in saved]:
+            raise ConfigError(
+                f"{self.out / 'last.pt'} is no checkpoint of train.py, it lacks {', '.join(lacking)}; choose another --out"
+            )
+        for text in config.same_run(saved["config"], self.cfg):
+            distributed.say(self.world, text)
+        if saved["videos"] != self.videos:
+            before, now = saved["videos"]["count"], self.videos["count"]
+            differ = (
+                f"{before} videos, there are now {now}"
+                if before != now
+                else "as many videos under other names"
+            )
+            raise ConfigError(
+                f"{self.out} holds a run on {differ}; bring back data.root as it was, or choose another --out"
+            )
+        for name, part in state.items():
+            part.load_state_dict(saved[name])
+        self.cut_log(saved["metrics_bytes"])
+        distributed.say(self.world, f"resuming {self.out} after step {saved['step']}")
+        return saved["step"]
+
+    def save(self, step):
+        state = {
+            name: part.state_dict() for name, part in self.state.items()
+        }  # by all ranks: each may hold a part
+        if self.world.rank == 0:
+            with writing(self.metrics), open(self.metrics, "ab") as file:
+                os.fsync(
+                    file.fileno()
+                )  # a checkpoint never knows of lines that a crash of the machine could take
+                state |= {"metrics_bytes": file.tell()}
+            state |= {"step": step, "videos": self.videos, "config": dataclasses.asdict(self.cfg)}
+            save_checkpoint(self.out / "last.pt", state)
+            self.save_settings()
+
+    def save_settings(self):
+        if self.world.rank == 0:
+            with writing(self.out / "config.yaml"):
+                config.save(self.cfg, self.out / "config.yaml")
+
+    def cut_log(self, size):
+        """Leave the first `size` bytes of metrics.jsonl: what was logged after the checkpoint comes again."""
+        if self.world.rank == 0:
+            with writing(self.metrics), open(self.metrics, "rb+") as file:
+                kept = file.read(size)
+                kept = kept[: kept.rfind(b"\n") + 1]  # whole lines
+                file.truncate(len(kept))
+            if len(kept) < size:
+                tqdm.write(
+                    f"warning: {self.metrics} has lost lines that the checkpoint knows of; weights and bank have lost nothing"
+                )
+
+    def log(self, step, epoch, **values):
+        if self.world.rank == 0 and values:
+            with writing(self.metrics), open(self.metrics, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "epoch": round(epoch, 4), **values}) + "\n")
+
+    def draw_curves(self):
+        """Curves can be drawn again at any time: where they cannot be written, training goes on."""
+        if self.world.rank == 0:
+            try:
+                figures.curves(self.metrics, self.out / "curves.png")
+            except OSError as error:
+                path = self.out / "curves.png"
+                tqdm.write(f"warning: cannot write {path}: {error.strerror}; training goes on")
+
+
+def describe(cfg, world):
+    """One line: on what, by how many processes and in which precision a run computes. Warns of a GPU that is not used."""
+    device, precision = f"CPU with {torch.get_num_threads()} threads", "float32"
+    if world.device.type == "cuda":
+        device = torch.cuda.get_device_name(world.device)
+        precision = {"none": "float32"}.get(cfg.optim.amp, f"{cfg.optim.amp} autocast")
+    elif Path("/proc/driver/nvidia/version").exists():
+        tqdm.write(
+            f"WARNING: this machine has a GPU driver, but torch {torch.__version__} cannot use it (torch.cuda.is_available() "
+            "is False): training goes on ON THE CPU, many times slower. Mostly the driver is older than torch's CUDA "
+            f"{torch.version.cuda} needs, or CUDA_VISIBLE_DEVICES hides the GPU"
+        )
+    return f"{device}, {world.size} process{'es' * (world.size > 1)}, {precision}"
+
+
+# --------------------------------------------------------------------------------------------------------- the guard
+
+
+class Guard:
+    """One optimisation step, of which nothing is left where its loss or gradient is not finite. The host waits for nothing.
+
+    network: its parameters and buffers (batch norm's statistics) are what a step moves; optimizer: fused Adam, which
+    leaves a step out on the device where `found_inf` says so; optim: config.Optim. On CUDA the forward pass runs under
+    autocast; what fp16 needs besides is a scale of the loss, doubled every GROWTH_STEPS steps and halved, down to 1,
+    after a gradient that is not finite.
+    """
+
+    def __init__(self, network, optimizer, optim, device):
+        self.network, self.optimizer, self.clip_grad = network, optimizer, optim.clip_grad or math.inf
+        amp = optim.amp if device.type == "cuda" else "none"
+        self.fp16 = amp == "fp16"
+        half = torch.float16 if self.fp16 else torch.bfloat16
+        self.autocast = torch.autocast(device.type, half, enabled=amp != "none")
+        self.scale = torch.tensor(LOSS_SCALE if self.fp16 else 1.0, device=device)
+        self.finite_steps = torch.tensor(0.0, device=device)  # since the scale last changed
+        self.statistics = []
+        self.loss = self.norm = None  # of the last step, over all ranks: 0-dim tensors
+
+    @contextlib.contextmanager
+    def forward(self):
+        """Within, the network may be called: its buffers are remembered."""
+        self.statistics = [x.clone() for x in self.network.buffers()]
+        with self.autocast:
+            yield
+
+    def step(self, loss):
+        """Backward, clip, and move the weights. loss: of this rank's part. → whether the step is finite (0-dim bool)."""
+        self.optimizer.zero_grad(set_to_none=True)
+        (loss * self.scale).backward()
+        gradients = [x.grad for x in self.network.parameters() if x.grad is not None]
+        if self.fp16:
+            torch._foreach_mul_(gradients, 1 / self.scale)
+        self.norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_grad)
+        self.loss = distributed.total(loss) / distributed.world_size()  # over the global batch
+        finite = self.loss.isfinite() & self.norm.isfinite()
+        self.optimizer.grad_scale, self.optimizer.found_inf = None, (~finite).to(torch.float32)
+        self.optimizer.step()
+        for now, before in zip(self.network.buffers(), self.statistics, strict=True):
+            now.copy_(torch.where(finite, now, before))
+        if self.fp16:
+            self.finite_steps = torch.where(finite, self.finite_steps + 1, 0.0)
+            grown = torch.where(self.finite_steps == GROWTH_STEPS, 2 * self.scale, self.scale)
+            self.scale = torch.where(finite, grown, (self.scale / 2).clamp(min=1.0))
+            self.finite_steps = torch.where(self.finite_steps == GROWTH_STEPS, 0.0, self.finite_steps)
+        return finite
+
+    def state_dict(self):
+        return {"scale": self.scale.item(), "finite_steps": int(self.finite_steps)}
+
+    def load_state_dict(self, state):
+        """Go on with the loss scale of an fp16 run; a run without one had a scale of 1, which says nothing about fp16."""
+        if self.fp16 and state.get("scale", 1.0) != 1.0:
+            self.scale.fill_(state["scale"])
+            self.finite_steps.fill_(state.get("finite_steps", 0))
+
+
+# --------------------------------------------------------------------------------------------------------- the watch
+
+
+class LaggedNumbers:
+    """Tensors that are copied to the host while the device goes on, and read LAG steps later."""
+
+    def __init__(self):
+        self.waiting = collections.deque()
+
+    def put(self, facts, *tensors):
+        copies = [x.detach().to("cpu", non_blocking=True) for x in tensors]
+        copied = torch.cuda.Event() if tensors[0].is_cuda else None
+        if copied:
+            copied.record()
+        self.waiting.append((facts, copies, copied))
+
+    def due(self, everything=False):
+        """(facts, *tensors) of the steps that are old enough, or of all."""
+        while len(self.waiting) > (0 if everything else LAG):
+            facts, copies, copied = self.waiting.popleft()
+            if copied:
+                copied.synchronize()
+            yield facts, *copies
+
+
+class Watch:
+    """What goes on around the steps: progress, the log, checkpoints, checks on held-out videos, signals.
+
+    folder: Folder, resumed; guard: Guard; bad_files: data.BadFiles; check: () → numbers by name, of held-out videos,
+    every cfg.log.check_epochs epochs.
+    """
+
+    def __init__(self, folder, guard, bad_files, check, first_step, last_step, epoch_steps):
+        self.cfg, self.world, self.folder = folder.cfg, folder.world, folder
+        self.guard, self.bad_files, self.check = guard, bad_files, check
+        self.last_step, self.epoch_steps = last_step, epoch_steps
+        self.stop, self.lagged, self.bad_in_a_row = distributed.StopSignal(), LaggedNumbers(), 0
+        self.profiler = profiler(self.cfg, self.world)
+        silent = self.world.rank > 0
+        self.bar = tqdm(total=last_step, initial=first_step, unit="step", disable=silent, dynamic_ncols=True)
+        self.waited_s, self.logged, self.logged_at, self.saved_at = (
+            0.0,
+            first_step,
+            *[time.perf_counter()] * 2,
+        )
+        if self.check_is_due(first_step):  # a run that was stopped during a check repeats the check
+            self.run_check(first_step)
+
+    def batches(self, loader):
+        """The loader's batches; the time that they are waited for is measured, and files that failed are counted."""
+        batches = iter(loader)
+        while True:
+            before = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.waited_s += time.perf_counter() - before
+            self.bad_files.count(batch.pop("failures"), len(batch["index"]))
+            yield batch
+
+    def after(self, step, terms, accuracies, index):
+        """After each step: its numbers are kept for the log, and what is due is done.
+
+        terms: this rank's part, as the objective gives them; accuracies: over all ranks; index B: the instances.
+        """
+        done, log = step + 1, self.cfg.log
+        self.bar.update()
+        if self.profiler:
+            self.profiler.step()
+        line = None
+        if done % log.every_steps == 0 or done == self.last_step:
+            elapsed_s, videos = (
+                time.perf_counter() - self.logged_at,
+                (done - self.logged) * self.cfg.optim.batch_size,
+            )
+            line = {
+                "lr": self.guard.optimizer.param_groups[0]["lr"],
+                "clips_per_s": videos * self.cfg.temporal.moments / elapsed_s,
+                "data_wait": self.waited_s / elapsed_s,
+                "bad_files": len(self.bad_files.reasons),
+            }
+            self.waited_s, self.logged, self.logged_at = 0.0, done, time.perf_counter()
+        over_ranks = distributed.total(torch.stack([*terms.values()])) / self.world.size
+        numbers = [self.guard.loss, *over_ranks, *accuracies.values(), self.guard.norm, self.guard.scale]
+        self.lagged.put((done, ["loss", *terms, *accuracies, "grad_norm"], line), torch.stack(numbers), index)
+
+        leave = distributed.any_rank(self.stop.asked)
+        save = done % self.epoch_steps == 0 or leave or done == self.last_step
+        save = save or distributed.any_rank(time.perf_counter() - self.saved_at > 60 * log.checkpoint_minutes)
+        self.write_lines(everything=save)
+        if save:
+            self.folder.save(done)
+            self.saved_at = time.perf_counter()
+        if leave:
+            self.bar.close()
+            by = self.stop.asked or "another rank"
+            text = f"stopped by {by} after step {done}, saved; the same command goes on from here"
+            distributed.say(self.world, text)
+            distributed.end()
+            sys.exit(self.stop.exit_code)
+        if self.check_is_due(done):  # after the checkpoint: it may take minutes, and a signal does not wait
+            self.run_check(done)
+            self.logged_at = time.perf_counter()  # clips/s are those of training
+
+    def write_lines(self, everything):
+        """Log the steps whose numbers have arrived. FloatingPointError where too many in a row were not finite."""
+        for (done, names, line), numbers, index in self.lagged.due(everything):
+            *numbers, scale = numbers.tolist()
+            values = dict(zip(names, numbers, strict=True))
+            # a task of which no label is known has no accuracy
+            values = {
+                name: value
+                for name, value in values.items()
+                if not (name.endswith("%") and math.isnan(value))
+            }
+            bad = [f"{name} {value}" for name, value in values.items() if not math.isfinite(value)]
+            if math.isfinite(values["loss"]) and bad and scale > 1:
+                continue  # an overflow of fp16, after which the scale was halved
+            if bad:
+                self.not_finite(
+                    done, ", ".join(bad), sorted({self.bad_files.table.paths[i] for i in index.tolist()})
+                )
+                continue
+            self.bad_in_a_row = 0
+            if line:
+                epoch = done / self.epoch_steps
+                self.folder.log(done, epoch, **values, **line)
+                self.bar.set_postfix_str(
+                    f"epoch {epoch:.1f}, loss {values['loss']:.3f}, {line['clips_per_s']:.0f} clips/s, "
+                    f"data wait {line['data_wait']:.0%}"
+                )
+
+    def not_finite(self, done, what, files):
+        """Log a step that was left out; FloatingPointError where there were too many in a row, last.pt is from before."""
+        self.folder.log(done, done / self.epoch_steps, not_finite=what, files=files)
+        metrics = self.folder.metrics
+        distributed.say(
+            self.world,
+            f"step {done} was left out, it is not finite: {what}; its files are named in {metrics}",
+        )
+        self.bad_in_a_row += 1
+        if self.bad_in_a_row == self.cfg.optim.max_bad_steps:
+            raise FloatingPointError(
+                f"{self.bad_in_a_row} steps in a row, up to step {done}, were not finite ({what}); the weights did not move "
+                "since; the same command goes on with a lower optim.lr, an optim.clip_grad or optim.amp=none"
+            )
+
+    def check_is_due(self, step):
+        epoch, rest = divmod(step, self.epoch_steps)
+        every = self.cfg.log.check_epochs
+        return bool(every and step and not rest and (epoch % every == 0 or step == self.last_step))
+
+    def run_check(self, step):
+        with self.stop.at_once():
+            self.folder.log(step, step / self.epoch_steps, **self.check())
+            self.folder.draw_curves()
+
+    def finish(self):
+        self.bar.close()
+        if self.profiler:
+            self.profiler.stop()
+        self.bad_files.write(self.folder.out / "skipped.csv")
+        self.folder.draw_curves()
+
+
+def profiler(cfg, world):
+    """profile=true: a torch profiler of a few steps of rank 0, which writes <out>/trace.json and prints what took longest."""
+    if not cfg.profile or world.rank > 0:
+        return None
+
+    def write(profile):
+        path = Path(cfg.out) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        by = "self_device_time_total" if world.device.type == "cuda" else "self_cpu_time_total"
+        tqdm.write(profile.key_averages().table(sort_by=by, row_limit=15, max_name_column_width=50))
+        tqdm.write(f"written: {path}, to be opened in chrome://tracing or ui.perfetto.dev")
+
+    steps = torch.profiler.schedule(wait=5, warmup=2, active=5, repeat=1)
+    profile = torch.profiler.profile(schedule=steps, on_trace_ready=write)
+    profile.start()
+    return profile

@@ -1,0 +1,1 @@
+"""What stands around the method: commands and pictures, nothing that training needs to compute a step."""
