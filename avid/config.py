@@ -3,7 +3,8 @@
 In: a YAML file that states what differs from the defaults here, and `key=value` overrides.
 Out: a `Config`. A wrong key, type or value raises `ConfigError`, one line that names the nearest right key.
 
-Sources: [P] the papers, [A] the public AVID-CMA code, [F] published follow-up work, [C] our choice; docs/method.md explains.
+Sources: [P] the papers, [A] the public AVID-CMA code, [F] published follow-up work, [C] our choice;
+docs/method.md explains.
 """
 
 import dataclasses
@@ -34,7 +35,7 @@ WRITTEN = "# settings of a run, written by train.py; the run folder is known by 
 
 
 def setting(default, help, *, at_least=None, above=None, at_most=None, below=None, choices=None):
-    """A field with its default, what it is, and its range (of a list: of each of its numbers) or its choices."""
+    """A field with its default, what it is, and its choices or its range (of a list: of each number in it)."""
     metadata = {
         "help": help,
         "at_least": at_least,
@@ -78,32 +79,23 @@ def in_range(value, at_least=None, above=None, at_most=None, below=None, choices
     )
 
 
+# fmt: off
 @dataclass
 class Data:
     name: str = setting("toy", "data set", choices=tuple(datasets.DATA))
-    root: str = setting(
-        "data", "folder of the data set; the toy is written into a folder of its own below it"
-    )
+    root: str = setting("data",
+        "folder of the data set; the toy is written into a folder of its own below it")
     split: str = setting("", "part to read; empty: the data set's own train (test for evaluation)")
     label: str = setting("label", "column of the manifest that is the class (evaluation only)")
     subset: str = setting("", "esc10: the 10 classes of ESC-10 of data set esc50; empty: the whole data set")
-    workers: int = setting(
-        8,
-        "decoding processes a rank; 0: none, and a decoder that hangs or dies is the end of the run [C]",
-        at_least=0,
-    )
-    timeout_s: float = setting(
-        60.0,
-        "s; a file on which a decoding process takes longer, twice, is given up [C]",
-        above=0,
-        at_most=86400,
-    )
-    in_memory: bool = setting(
-        False, "each process keeps what it decoded, whole and as it is: for small data sets [C]"
-    )
-    max_bad_share: float = setting(
-        0.1, "stop when more than this share of the drawn files cannot be used [C]", at_least=0, at_most=1
-    )
+    workers: int = setting(8,
+        "decoding processes a rank; 0: none, and a decoder that hangs or dies ends the run [C]", at_least=0)
+    timeout_s: float = setting(60.0,
+        "s; a file on which a decoding process takes longer, twice, is given up [C]", above=0, at_most=86400)
+    in_memory: bool = setting(False,
+        "each process keeps what it decoded, whole and as it is: for small data sets [C]")
+    max_bad_share: float = setting(0.1,
+        "stop when more than this share of the drawn files cannot be used [C]", at_least=0, at_most=1)
 
 
 @dataclass
@@ -111,17 +103,14 @@ class Video:
     frames: int = setting(8, "frames a clip [A]", at_least=1)
     fps: float = setting(16.0, "frames a second of the clip, whatever the file's [A]", above=0)
     size: int = setting(112, "side of the square clip, pixels [A: 224; C: 112]", at_least=1)
-    crop_area: list[float] = setting(
-        [0.08, 1.0], "area of the random crop, share of the frame [A]", above=0, at_most=1
-    )
+    crop_area: list[float] = setting([0.08, 1.0], "area of the random crop, share of the frame [A]",
+        above=0, at_most=1)
     crop_ratio: list[float] = setting([0.75, 1.3333], "width / height of the random crop [A]", above=0)
     flip: float = setting(0.5, "probability of a horizontal flip [A]", at_least=0, at_most=1)
-    jitter: list[float] = setting(
-        [0.4, 0.4, 0.4, 0.2], "strength of brightness, contrast, saturation, hue [A]", at_least=0, at_most=1
-    )
-    grey: float = setting(
-        0.0, "probability of a clip without colour. temporal: 0.2 [C]", at_least=0, at_most=1
-    )
+    jitter: list[float] = setting([0.4, 0.4, 0.4, 0.2],
+        "strength of brightness, contrast, saturation, hue [A]", at_least=0, at_most=1)
+    grey: float = setting(0.0, "probability of a clip without colour. temporal: 0.2 [C]",
+        at_least=0, at_most=1)
 
 
 @dataclass
@@ -132,72 +121,54 @@ class Audio:
     n_fft: int = setting(512, "window and FFT length, samples: 257 linear bins [A]", at_least=1)
     mels: int = setting(80, "mel bands; 0: the linear bins [C; A: linear]", at_least=0)
     volume: float = setting(0.1, "random gain, ± this share [A]", at_least=0, below=1)
-    mask_time: float = setting(
-        0.0, "widest masked stretch, share of the columns. temporal: 0.2 [C]", at_least=0, at_most=1
-    )
-    mask_frequency: float = setting(
-        0.0, "widest masked band, share of the bins. temporal: 0.2 [C]", at_least=0, at_most=1
-    )
+    mask_time: float = setting(0.0, "widest masked stretch, share of the columns. temporal: 0.2 [C]",
+        at_least=0, at_most=1)
+    mask_frequency: float = setting(0.0, "widest masked band, share of the bins. temporal: 0.2 [C]",
+        at_least=0, at_most=1)
 
 
 @dataclass
 class Temporal:
-    moments: int = setting(
-        1, "clips a video: 1, or 2, which order and the contrast within a modality need [P]", choices=(1, 2)
-    )
-    speeds: list[int] = setting(
-        [1], "playback speeds, drawn equally often. temporal: 1, 2, 4, 8 [C]", at_least=1
-    )
+    moments: int = setting(1,
+        "clips a video: 1, or 2, which order and the contrast within a modality need [P]", choices=(1, 2))
+    speeds: list[int] = setting([1], "playback speeds, drawn equally often. temporal: 1, 2, 4, 8 [C]",
+        at_least=1)
     reverse: bool = setting(False, "half of the clips run backwards [P]")
 
 
 @dataclass
 class Model:
-    video: str = setting(
-        "avid",
-        "video network: avid, or torchvision's r2plus1d_18, r3d_18, s3d, which ignore width and depth [A]",
-    )
+    video: str = setting("avid", "video network: avid [A], or torchvision's r2plus1d_18, r3d_18, s3d")
     audio: str = setting("avid", "audio network: avid [A]")
     width: int = setting(64, "channels of the stem; features are 8 × this [A]", at_least=1)
     depth: int = setting(2, "residual blocks a stage of the video network [A]", at_least=1)
     embedding: int = setting(128, "D, dimensions of the embeddings [A]", at_least=1)
-    head_norm: str = setting(
-        "none", "none [A], or batch: batch norm in the heads and at their end [C]", choices=("none", "batch")
-    )
+    head_norm: str = setting("none",
+        "batch: batch norm in the heads and at their end [C; A: none]", choices=("none", "batch"))
 
 
 @dataclass
 class Bank:
     momentum: float = setting(0.5, "m: memory ← m · memory + (1 − m) · embedding [A]", at_least=0, at_most=1)
-    num_negatives: int | str = setting(
-        1024, "K, negatives drawn a step and shared by the batch; all: every instance [A]"
-    )
-    dtype: str = setting(
-        "float32",
-        "what memories are stored as: float32 [A], float16, bfloat16 [C]",
-        choices=("float32", "float16", "bfloat16"),
-    )
-    spread: bool = setting(
-        False, "each rank holds a part of the bank instead of all of it, docs/scaling.md [C]"
-    )
+    num_negatives: int | str = setting(1024,
+        "K, negatives drawn a step and shared by the batch; all: every instance [A]")
+    dtype: str = setting("float32", "what memories are stored as [A: float32]", choices=("float32", "float16",
+        "bfloat16"))
+    spread: bool = setting(False,
+        "each rank holds a part of the bank instead of all of it, docs/scaling.md [C]")
 
 
 @dataclass
 class Loss:
     temperature: float = setting(0.07, "τ [A]", above=0)
-    w_min: float = setting(
-        1.0, "least weight of a faulty positive; 1: weights off. robust: 0.25 [F]", at_least=0, at_most=1
-    )
+    w_min: float = setting(1.0, "least weight of a faulty positive; 1: weights off. robust: 0.25 [F]",
+        at_least=0, at_most=1)
     delta: float = setting(0.0, "δ: the weights' threshold is μ + δσ [F]")
     kappa: float = setting(0.5, "κ: the weights' variance is κσ² [F]", above=0)
-    soft: float = setting(
-        0.0, "λ, share of the soft target; 0: one-hot. robust: 0.5 [F]", at_least=0, at_most=1
-    )
-    estimator: str = setting(
-        "cycle",
-        "soft target: bootstrap, swapped, neighbor, cycle [P]",
-        choices=("bootstrap", "swapped", "neighbor", "cycle"),
-    )
+    soft: float = setting(0.0, "λ, share of the soft target; 0: one-hot. robust: 0.5 [F]",
+        at_least=0, at_most=1)
+    estimator: str = setting("cycle",
+        "estimator of the soft target [P]", choices=("bootstrap", "swapped", "neighbor", "cycle"))
     tau_s: float = setting(0.02, "τ_s of the soft targets [F]", above=0)
     tau_t: float = setting(0.07, "τ_t of the cycle's outer steps [F]", above=0)
     warmup_epochs: int = setting(0, "epochs of plain xID before weights and soft targets [C]", at_least=0)
@@ -207,16 +178,12 @@ class Loss:
 class Contrast:
     temperature: float = setting(0.07, "τ of the contrast between clips [C]", above=0)
     n_pos: int = setting(4, "positives from the bank besides the usual one; 0: none [C]", at_least=0)
-    k_pos: int = setting(
-        32, "they are drawn from the k nearest memories, which are never negatives [C]", at_least=0
-    )
+    k_pos: int = setting(32, "they are drawn from the k nearest memories, which are never negatives [C]",
+        at_least=0)
     tau_p: float = setting(0.1, "τ_p: drawn with probability ∝ exp(sim/τ_p) [C]", above=0)
     negatives: int = setting(1024, "negatives drawn for each instance [C]", at_least=1)
-    tau_n: float = setting(
-        float("inf"),
-        "τ_n: drawn with probability ∝ exp(sim/τ_n); .inf: uniformly, smaller: harder [C]",
-        above=0,
-    )
+    tau_n: float = setting(float("inf"),
+        "τ_n: drawn with probability ∝ exp(sim/τ_n); .inf: uniformly, smaller: harder [C]", above=0)
 
 
 @dataclass
@@ -232,72 +199,48 @@ class Weights:
     direction_audio: float = setting(0.0, "direction of an audio clip [P]", at_least=0)
     order_video: float = setting(0.0, "order of two video clips, (v, v') [P]", at_least=0)
     order_audio: float = setting(0.0, "order of two audio clips, (a, a') [P]", at_least=0)
-    order_cross: float = setting(
-        0.0, "order of a video clip and an audio clip, (v, a') and (a, v') [P]", at_least=0
-    )
+    order_cross: float = setting(0.0, "order of a video clip and an audio clip, (v, a') and (a, v') [P]",
+        at_least=0)
 
 
 @dataclass
 class Optim:
     epochs: int = setting(200, "epochs; one is N / batch_size steps [C; A: 400]", at_least=1)
     batch_size: int = setting(256, "clips a step over all ranks [A]", at_least=1)
-    draws: str = setting(
-        "epoch",
-        "epoch: shuffled passes [A]; iid: instances drawn independently, with replacement [C]",
-        choices=("epoch", "iid"),
-    )
+    draws: str = setting("epoch",
+        "epoch: shuffled passes; iid: drawn independently, with replacement [C]", choices=("epoch", "iid"))
     lr: float = setting(2e-4, "learning rate of Adam [A]", above=0)
     weight_decay: float = setting(1e-5, "L2 penalty of Adam [A]", at_least=0)
-    schedule: str = setting(
-        "cosine",
-        "after the warm-up: cosine [C], steps, or constant [A]",
-        choices=("cosine", "steps", "constant"),
-    )
+    schedule: str = setting("cosine", "after the warm-up [C; A: constant]", choices=("cosine", "steps",
+        "constant"))
     warmup_epochs: float = setting(5.0, "epochs of linear warm-up [C]", at_least=0)
-    milestones: list[float] = setting(
-        [0.5, 0.75],
-        "schedule=steps: shares of the run after which lr is multiplied by gamma [C]",
-        at_least=0,
-        at_most=1,
-    )
+    milestones: list[float] = setting([0.5, 0.75],
+        "schedule=steps: when lr is multiplied by gamma, shares of the run [C]", at_least=0, at_most=1)
     gamma: float = setting(0.1, "factor of schedule=steps [C]", at_least=0)
     max_bad_steps: int = setting(10, "stop when so many steps in a row are not finite [C]", at_least=1)
     clip_grad: float = setting(0.0, "largest norm of the gradient; 0: no clipping [C]", at_least=0)
-    amp: str = setting(
-        "bf16",
-        "autocast on CUDA: bf16, fp16 (with loss scaling) or none; CPU always float32 [C]",
-        choices=("bf16", "fp16", "none"),
-    )
+    amp: str = setting("bf16",
+        "autocast on CUDA; fp16 with a scaled loss; a CPU computes in float32 [C]", choices=("bf16", "fp16", "none"))
     compile: bool = setting(False, "torch.compile the network [C]")
-    checkpoint_activations: bool = setting(
-        False, "backward computes the video network again: less memory, more time [C]"
-    )
+    checkpoint_activations: bool = setting(False,
+        "backward computes the video network again: less memory, more time [C]")
     sync_bn: bool = setting(True, "batch statistics over all ranks [C]")
 
 
 @dataclass
 class Finetune:
-    epochs: int = setting(
-        160,
-        "passes over the labelled videos, one clip each, by the whole network [A: 16 of 10 clips]",
-        at_least=1,
-    )
-    warmup_epochs: int = setting(
-        50, "passes before them that train the classifier alone [A: 5 of 10 clips]", at_least=0
-    )
+    epochs: int = setting(160, "passes over the labelled videos, one clip each [A: 16 of 10 clips]",
+        at_least=1)
+    warmup_epochs: int = setting(50, "passes before them that train the classifier alone [A: 5 of 10 clips]",
+        at_least=0)
     batch_size: int = setting(64, "clips a step over all ranks [A; of 32 frames: 32]", at_least=1)
     lr: float = setting(1e-4, "learning rate of Adam [A]", above=0)
     weight_decay: float = setting(0.0, "L2 penalty of Adam [A]", at_least=0)
-    milestones: list[float] = setting(
-        [0.375, 0.625, 0.875],
-        "shares of the epochs after which lr is multiplied by gamma [A]",
-        at_least=0,
-        at_most=1,
-    )
+    milestones: list[float] = setting([0.375, 0.625, 0.875],
+        "when lr is multiplied by gamma, shares of the epochs [A]", at_least=0, at_most=1)
     gamma: float = setting(0.3, "factor at the milestones [A]", at_least=0)
-    dropout: float = setting(
-        0.5, "probability that a feature is dropped before the classifier [A]", at_least=0, below=1
-    )
+    dropout: float = setting(0.5, "probability that a feature is dropped before the classifier [A]",
+        at_least=0, below=1)
 
 
 @dataclass
@@ -313,9 +256,8 @@ class Eval:
     clips: int = setting(10, "clips a video, evenly spaced [A]", at_least=1)
     crop: float = setting(0.875, "side of the central crop, share of the short side [A]", above=0, at_most=1)
     batch_size: int = setting(64, "videos a forward pass", at_least=1)
-    calibration_batches: int = setting(
-        20, "batches that set an untrained network's batch-norm statistics [C]", at_least=0
-    )
+    calibration_batches: int = setting(20,
+        "batches that set an untrained network's batch-norm statistics [C]", at_least=0)
 
 
 @dataclass
@@ -326,9 +268,9 @@ class Toy:
     size: int = setting(64, "side of a video, pixels", at_least=1)
     fps: int = setting(16, "frames a second", at_least=1)
     rate_hz: int = setting(16000, "sample rate of the sound, Hz", at_least=1)
-    faulty: float = setting(
-        0.0, "share of training videos whose sound does not belong to them", at_least=0, at_most=1
-    )
+    faulty: float = setting(0.0, "share of training videos whose sound does not belong to them",
+        at_least=0, at_most=1)
+# fmt: on
 
 
 @dataclass
