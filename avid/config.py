@@ -152,8 +152,8 @@ class Bank:
     momentum: float = setting(0.5, "m: memory ← m · memory + (1 − m) · embedding [A]", at_least=0, at_most=1)
     num_negatives: int | str = setting(1024,
         "K, negatives drawn a step and shared by the batch; all: every instance [A]")
-    dtype: str = setting("float32", "what memories are stored as [A: float32]", choices=("float32", "float16",
-        "bfloat16"))
+    dtype: str = setting("float32", "what memories are stored as [A: float32]",
+        choices=("float32", "float16", "bfloat16"))
     spread: bool = setting(False,
         "each rank holds a part of the bank instead of all of it, docs/scaling.md [C]")
 
@@ -211,8 +211,8 @@ class Optim:
         "epoch: shuffled passes; iid: drawn independently, with replacement [C]", choices=("epoch", "iid"))
     lr: float = setting(2e-4, "learning rate of Adam [A]", above=0)
     weight_decay: float = setting(1e-5, "L2 penalty of Adam [A]", at_least=0)
-    schedule: str = setting("cosine", "after the warm-up [C; A: constant]", choices=("cosine", "steps",
-        "constant"))
+    schedule: str = setting("cosine", "after the warm-up [C; A: constant]",
+        choices=("cosine", "steps", "constant"))
     warmup_epochs: float = setting(5.0, "epochs of linear warm-up [C]", at_least=0)
     milestones: list[float] = setting([0.5, 0.75],
         "schedule=steps: when lr is multiplied by gamma, shares of the run [C]", at_least=0, at_most=1)
