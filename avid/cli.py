@@ -1,4 +1,5 @@
-"""What the scripts are asked, and what can be refused before torch is imported, anything is written or a worker started.
+"""What the scripts are asked, and what can be refused before torch is imported, anything is written or a
+worker started.
 
 In: a command line; the settings of a training and, once its lists are read, the number of videos.
 Out: arguments or a configuration; or a ConfigError of one line.
@@ -55,7 +56,8 @@ def parser(description):
 
 
 def evaluation_parser(description):
-    """A command line as `parser`'s, with the checkpoint to evaluate and the part of the data to evaluate it on."""
+    """A command line as `parser`'s, with the checkpoint to evaluate and the part of the data to evaluate it
+    on."""
     arguments = parser(description)
     what = "a checkpoint; random: an untrained network"
     arguments.add_argument("--ckpt", required=True, metavar="PATH|random", help=what)
@@ -76,7 +78,8 @@ def overrides(arguments):
 
 
 def training(description, argv=None):
-    """The configuration that a command line of train.py asks for. Ends the program where it cannot be used."""
+    """The configuration that a command line of train.py asks for. Ends the program where it cannot be
+    used."""
     arguments = parser(description).parse_args(argv)
     try:
         out = [f"out={arguments.out}"] if arguments.out else []
@@ -121,7 +124,8 @@ def fits(cfg, videos, processes=1):
         )
     if batch % processes:
         raise ConfigError(
-            f"optim.batch_size={batch} cannot be shared evenly by {processes} processes; make it a multiple of {processes}"
+            f"optim.batch_size={batch} cannot be shared evenly by {processes} processes; make it a multiple "
+            f"of {processes}"
         )
     contrasts = any(weight for name, weight in weights.items() if name.startswith("contrast"))
     if contrasts and contrast.k_pos + 1 >= videos:
@@ -141,14 +145,15 @@ def fits(cfg, videos, processes=1):
             wanted = [name for name, weight in weights.items() if weight and name.startswith(task)]
             if wanted and needed_s > room_s:
                 raise ConfigError(
-                    f"weights.{wanted[0]}={weights[wanted[0]]} needs {needed_s:g} s of every video, and {room_s:g} s of "
+                    f"weights.{wanted[0]}={weights[wanted[0]]} needs {needed_s:g} s of every video, and "
+                    f"{room_s:g} s of "
                     "the toy's can be used; raise toy.seconds, or lower audio.seconds and video.frames"
                 )
 
 
 def check_run_folder(cfg):
-    """Raise ConfigError where a run cannot write into cfg.out, would overwrite files that train.py did not write, or
-    would go on with a run of other settings.
+    """Raise ConfigError where a run cannot write into cfg.out, would overwrite files that train.py did not
+    write, or would go on with a run of other settings.
 
     Empty files are what an interrupted run may leave. The checkpoint itself is judged when it is loaded.
     """

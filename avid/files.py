@@ -1,6 +1,7 @@
 """Files that are whole or not there at all, whatever interrupts their writing.
 
-In: a path and what to write. Out: the file under its name, never half of it; one line of reason where that cannot be.
+In: a path and what to write. Out: the file under its name, never half of it; one line of reason where that
+cannot be.
 """
 
 import contextlib
@@ -18,7 +19,8 @@ class ConfigError(ValueError):
 
 @contextlib.contextmanager
 def replacing(path, mode="w", **options):
-    """Open `path`.part for writing; at the end it takes the place of `path`, on disk and whole. After an error `path` is as it was.
+    """Open `path`.part for writing; at the end it takes the place of `path`, on disk and whole. After an
+    error `path` is as it was.
 
     mode: "w" (UTF-8) or "wb"; options: of `open`. Folders are made as needed. Raises OSError.
     """

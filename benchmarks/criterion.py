@@ -1,15 +1,21 @@
 """What the objective and the memory bank cost, and what storing the bank in half precision changes.
 
-    python benchmarks/criterion.py [--parts objective all update neighbourhood dtype] [--instances 232067] [--repeats 30] [--json FILE]
+    python benchmarks/criterion.py [--parts objective all update neighbourhood dtype] [--instances 232067]
+        [--repeats 30] [--json FILE]
 
-objective      forward, backward and the bank's update, K negatives: shared by the batch, as avid does, and gathered per sample
-               (B×K×D memories a modality), as AVID-CMA's public code does; plain xID, and robust: weights and cycle soft targets
-all            the robust objective against all instances of the bank, and the memory that it takes beside the bank
+objective      forward, backward and the bank's update, K negatives: shared by the batch, as avid does, and
+               gathered per sample (B×K×D memories a modality), as AVID-CMA's public code does; plain xID, and
+               robust: weights and cycle soft targets
+all            the robust objective against all instances of the bank, and the memory that it takes beside the
+               bank
 update         the bank's update at several numbers of instances
-neighbourhood  positives and negatives of 64 instances from the bank (docs/method.md section 7), negatives uniform and harder
-dtype          the loss, its gradient and the agreement after some hundred updates, float32 against half precision
+neighbourhood  positives and negatives of 64 instances from the bank (docs/method.md section 7), negatives
+               uniform and harder
+dtype          the loss, its gradient and the agreement after some hundred updates, float32 against half
+               precision
 
-Ways of one part take turns; milliseconds are medians, ratios those of the rounds' own. Memories and embeddings are random.
+Ways of one part take turns; milliseconds are medians, ratios those of the rounds' own. Memories and
+embeddings are random.
 """
 
 import argparse
@@ -99,7 +105,8 @@ def shared(step, robust):
 
 
 def gathered(step, robust):
-    """The plain way: K negatives for each sample, their memories gathered, and the equations as they stand."""
+    """The plain way: K negatives for each sample, their memories gathered, and the equations as they
+    stand."""
     bank, index = step.bank, step.index
     generator = torch.Generator().manual_seed(step.seed)
     drawn = torch.randint(bank.num_instances, (len(index), step.negatives), generator=generator).to(DEVICE)
@@ -187,7 +194,8 @@ def neighbourhood(bank, arguments):
 
 
 def dtype(_, arguments):
-    """Banks of 10,000 instances, updated 400 times with the same embeddings near the same random means, momentum 0.5."""
+    """Banks of 10,000 instances, updated 400 times with the same embeddings near the same random means,
+    momentum 0.5."""
     n, batch, names = 10_000, 256, ("float32", "float16", "bfloat16")
     means = unit(n, 4), F.normalize(unit(n, 4) + unit(n, 5), dim=1)  # picture and sound agree at 0.7
     banks = {name: memory_bank.MemoryBank(n, D, 0.5, 0, name).to(DEVICE) for name in names}

@@ -1,10 +1,11 @@
-"""Can the temporal tasks be solved without looking at what happens? Train them on videos in which nothing does.
+"""Can the temporal tasks be solved without looking at what happens? Train them on videos in which nothing
+does.
 
     python benchmarks/leak.py [--root data/still] [--epochs 60] [key=value …]
 
-Writes still pictures with steady noise as mp4 files, of the toy's size and by its encoder, trains `toy_temporal` on them, and prints
-the held-out accuracy of every task beside chance and its 99.9 % band. What is above the band was read from codec artefacts,
-padding, or the place in the file.
+Writes still pictures with steady noise as mp4 files, of the toy's size and by its encoder, trains
+`toy_temporal` on them, and prints the held-out accuracy of every task beside chance and its 99.9 % band. What
+is above the band was read from codec artefacts, padding, or the place in the file.
 """
 
 import argparse

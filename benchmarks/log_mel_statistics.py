@@ -1,8 +1,10 @@
-"""What a sound classifier gets without any network: mean and deviation of each log-mel band over the file, and a linear SVM.
+"""What a sound classifier gets without any network: mean and deviation of each log-mel band over the file,
+and a linear SVM.
 
     python benchmarks/log_mel_statistics.py --root /data/esc50 [--split all] [data.subset=esc10] [key=value …]
 
-The protocol is that of `eval_linear.py --data esc50 --mode svm`: official folds, the SVM's C chosen on a fifth of the training part.
+The protocol is that of `eval_linear.py --data esc50 --mode svm`: official folds, the SVM's C chosen on a
+fifth of the training part.
 """
 
 import argparse

@@ -2,7 +2,8 @@
 
     python benchmarks/prepare.py [FOLDER] [--clips 50]
 
-A clip: the file is opened, 8 frames of a random half second and 2 s of sound are decoded, as training does. One process, one thread.
+A clip: the file is opened, 8 frames of a random half second and 2 s of sound are decoded, as training does.
+One process, one thread.
 """
 
 import argparse
@@ -66,7 +67,8 @@ def main(arguments):
     with tempfile.TemporaryDirectory() as folder:
         prepare(arguments.folder, folder, Small(), os.cpu_count())
         print(
-            f"\n{'file':32s} {'kB':>7s} {'→':>7s}   {'ms a clip':>9s} {'→':>7s}   faster    (median of {arguments.clips} clips)"
+            f"\n{'file':32s} {'kB':>7s} {'→':>7s}   {'ms a clip':>9s} {'→':>7s}   faster    (median of "
+            f"{arguments.clips} clips)"
         )
         for after in sorted(Path(folder).rglob("*.mp4")):
             stem = after.relative_to(folder).with_suffix("")
@@ -83,7 +85,8 @@ def main(arguments):
                 continue
             sizes = f"{before.stat().st_size / 1e3:7.0f} {after.stat().st_size / 1e3:7.0f}"
             print(
-                f"{before.name:32s} {sizes}   {was:9.1f} {now:7.1f}   {was / now:5.1f}×    {' and '.join(modalities)}"
+                f"{before.name:32s} {sizes}   {was:9.1f} {now:7.1f}   {was / now:5.1f}×    "
+                f"{' and '.join(modalities)}"
             )
 
 

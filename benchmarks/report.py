@@ -1,4 +1,5 @@
-"""What the benchmarks share: things timed in turns, memory, the machine that they ran on, a table and its JSON.
+"""What the benchmarks share: things timed in turns, memory, the machine that they ran on, a table and its
+JSON.
 
 Import it before avid: it lets the scripts find the package of their own checkout.
 """
@@ -43,7 +44,8 @@ def machine():
 def in_turns(works, repeats, warm_up=2):
     """Time functions against each other: {name: function} → {name: milliseconds (repeats,)}.
 
-    They take turns, so that what else the machine does meets all of them alike; the first `warm_up` rounds do not count.
+    They take turns, so that what else the machine does meets all of them alike; the first `warm_up` rounds do
+    not count.
     """
     ms = {name: [] for name in works}
     for turn in range(warm_up + repeats):
@@ -63,7 +65,10 @@ def synchronise():
 
 
 def memory_gb():
-    """What is held now, in 10⁹ bytes: CUDA's allocations, or this process's resident memory. The peak starts anew."""
+    """What is held now, in 10⁹ bytes: CUDA's allocations, or this process's resident memory.
+
+    The peak starts anew.
+    """
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -85,7 +90,8 @@ def resident_gb(what):
 
 
 def show(title, rows, path=None, **more):
-    """Print the machine and rows, dicts of the same keys, as a table; with a path write {title, machine, rows, more} as JSON."""
+    """Print the machine and rows, dicts of the same keys, as a table; with a path write {title, machine,
+    rows, more} as JSON."""
     place = machine()
     print(f"{title}\n{', '.join(f'{name} {value}' for name, value in place.items())}\n")
     columns = list(dict.fromkeys(name for row in rows for name in row))

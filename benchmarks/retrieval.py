@@ -1,9 +1,11 @@
 """The nearest rows of a gallery: evaluation.nearest against topk on the matrix of all similarities.
 
-    python benchmarks/retrieval.py [--sizes 2000x20000 10000x100000] [--plain-mb 4000] [--repeats 3] [--json FILE]
+    python benchmarks/retrieval.py [--sizes 2000x20000 10000x100000] [--plain-mb 4000] [--repeats 3] [--json
+    FILE]
 
-Random unit features of 512 numbers, the 20 nearest, on the CPU as the evaluations do it. Ways take turns; milliseconds are medians.
-Peak: the most memory that a way takes beside the features. Where the matrix is larger than --plain-mb, it is not made, and ours is alone.
+Random unit features of 512 numbers, the 20 nearest, on the CPU as the evaluations do it. Ways take turns;
+milliseconds are medians. Peak: the most memory that a way takes beside the features. Where the matrix is
+larger than --plain-mb, it is not made, and ours is alone.
 """
 
 import argparse

@@ -1,27 +1,33 @@
-"""A whole training step with data in memory: how fast, how much memory, which share of the GPU's arithmetic, and what each means adds.
+"""A whole training step with data in memory: how fast, how much memory, which share of the GPU's arithmetic,
+and what each means adds.
 
-    python benchmarks/step.py [--cfg avid] [--sizes 8x112 8x224 16x112] [--batch 32] [--peak-tflops F] [--json FILE] [key=value …]
+    python benchmarks/step.py [--cfg avid] [--sizes 8x112 8x224 16x112] [--batch 32] [--peak-tflops F] [--json FILE]
+        [key=value …]
     python benchmarks/step.py --loop [--cfg toy] [--json FILE] [key=value …]
 
-A step: uint8 clips in (pinned) memory go to the device, are augmented and normalised; the network, the objective against the
-bank, backward, Adam, the update of the bank. The clips are random; shapes and dtypes are the loader's. Steps are timed in turns.
+A step: uint8 clips in (pinned) memory go to the device, are augmented and normalised; the network, the
+objective against the bank, backward, Adam, the update of the bank. The clips are random; shapes and dtypes
+are the loader's. Steps are timed in turns.
 
-    plain             channels first, float32 (matmul in full precision, cuDNN's convolutions in TF32, torch's defaults), eager, torch's default Adam
+    plain             channels first, float32 (matmul in full precision, cuDNN's convolutions in TF32, torch's
+                      defaults), eager, torch's default Adam
     channels_last     … channels_last_3d: all that train.py does on a CPU, but for the fused Adam
     + bf16 autocast   (CUDA)
     + fused Adam      what train.py does
     + compile         torch.compile (CUDA, or with --compile)
     checkpointed      what train.py does, with optim.checkpoint_activations
 
-FLOPs are those of the plain step's matrix products and convolutions, forward and backward, a multiply-add counted as two. Model
-FLOP utilisation: FLOPs / time / peak, the GPU's dense bf16 rate for all rows, from NVIDIA's data sheets or --peak-tflops.
-Memory: at most, of state and activations (CUDA: allocated; CPU: resident, which the allocator's leftovers and oneDNN's scratch
-dominate); and of the activations what forward keeps for backward.
+FLOPs are those of the plain step's matrix products and convolutions, forward and backward, a multiply-add
+counted as two. Model FLOP utilisation: FLOPs / time / peak, the GPU's dense bf16 rate for all rows, from
+NVIDIA's data sheets or --peak-tflops. Memory: at most, of state and activations (CUDA: allocated; CPU:
+resident, which the allocator's leftovers and oneDNN's scratch dominate); and of the activations what forward
+keeps for backward.
 
---loop: train.py's own main() on batches in memory, against the bare loop of forward, sum as the loss, backward and Adam (fused) on
-clips that are float and augmented already, and against the same loop with the augmentation of uint8 clips. They take turns, step by
-step: a step of train.py is the time from handing it a batch to its asking for the next one; augmentation, objective, bank, logging
-and the checks on a finite loss are all within.
+--loop: train.py's own main() on batches in memory, against the bare loop of forward, sum as the loss,
+backward and Adam (fused) on clips that are float and augmented already, and against the same loop with the
+augmentation of uint8 clips. They take turns, step by step: a step of train.py is the time from handing it a
+batch to its asking for the next one; augmentation, objective, bank, logging and the checks on a finite loss
+are all within.
 """
 
 import sys
@@ -66,7 +72,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from avid import data, datasets, distributed, memory_bank, models, temporal_tasks
 
-PEAK_TFLOPS = {  # dense bf16, from the data sheets at nvidia.com/en-us/data-center/<h100, h200, a100, l40s, l4, a10>
+# dense bf16, from the data sheets at nvidia.com/en-us/data-center/<h100, h200, a100, l40s, l4, a10>
+PEAK_TFLOPS = {
     "H100 PCIe": 756,
     "H100 NVL": 835,
     "H100": 989,  # SXM
@@ -189,7 +196,7 @@ class Step:
         return sum(size for pointer, size in kept.items() if pointer not in own) / 1e9
 
 
-# ---------------------------------------------------------------------------------------------------- arithmetic
+# ------------------------------------------------------------------------------------------------- arithmetic
 
 
 def peak_tflops(given):
@@ -279,7 +286,7 @@ def parts(cfg, world, arguments):
     ]
 
 
-# --------------------------------------------------------------------------------------------------- train.py's own loop
+# ---------------------------------------------------------------------------------------- train.py's own loop
 
 
 def loop(cfg, world, arguments):

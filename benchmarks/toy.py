@@ -2,10 +2,11 @@
 
     python benchmarks/toy.py [--cfg toy] [--json FILE] [--keep DIR] [key=value …]
 
-Phases: start (imports, the toy's files written), training, checks (held-out videos, curves, checkpoints), end. They are read off
-the run's own metrics.jsonl: a line says how many steps were done, at how many clips/s, and which share of the time went into waiting
-for data. Memory: the largest sum of the resident memory of train.py and all of its processes, pages they share counted once
-(proportional set size), looked at every half second. CPU: of all processes, user and system.
+Phases: start (imports, the toy's files written), training, checks (held-out videos, curves, checkpoints),
+end. They are read off the run's own metrics.jsonl: a line says how many steps were done, at how many clips/s,
+and which share of the time went into waiting for data. Memory: the largest sum of the resident memory of
+train.py and all of its processes, pages they share counted once (proportional set size), looked at every half
+second. CPU: of all processes, user and system.
 """
 
 import sys

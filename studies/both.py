@@ -1,10 +1,12 @@
 """Both papers at once beside each alone, on the toy world with 30 % of faulty pairs.
 
-    python -m studies.both                       all runs that are not in studies/results/both.csv yet, then tables and figures
+    python -m studies.both                       all runs that are not in studies/results/both.csv yet, then
+                                                 tables and figures
     python -m studies.both --table --figures     tables and figures from what is there
 
-All see two clips of each video in the same number of steps: xid and robust at their own speed, forwards; temporal (all tasks and the
-contrast of clips) and robust_temporal (robust in place of the contrast across) at drawn speeds and directions.
+All see two clips of each video in the same number of steps: xid and robust at their own speed, forwards;
+temporal (all tasks and the contrast of clips) and robust_temporal (robust in place of the contrast across) at
+drawn speeds and directions.
 """
 
 from . import runs
@@ -17,10 +19,12 @@ from avid.temporal_tasks import TASKS
 from . import figures, robust, temporal
 
 BASE = (  # twice as long as temporal: soft targets need it, see robust
-    *temporal.BASE, "toy.faulty=0.3", "bank.num_negatives=512", "loss.temperature=0.3", "optim.epochs=40", "loss.warmup_epochs=20",
+    *temporal.BASE,
+    *"toy.faulty=0.3 bank.num_negatives=512 loss.temperature=0.3 optim.epochs=40 loss.warmup_epochs=20".split(),
 )  # fmt: skip
 ALONE = (
-    "weights.xid=1", *(f"weights.{name}=0" for name in (*temporal.CONTRASTS, *TASKS)), "temporal.speeds=[1]", "temporal.reverse=false",
+    "weights.xid=1", *(f"weights.{name}=0" for name in (*temporal.CONTRASTS, *TASKS)),
+    "temporal.speeds=[1]", "temporal.reverse=false",
 )  # fmt: skip
 METHODS = {
     "xid": ALONE,

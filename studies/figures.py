@@ -47,8 +47,8 @@ def legend(figure):
 
 
 def bars(path, rows, methods, columns, group=None):
-    """A panel a column, a bar a method, with the deviation over seeds and a dot a run; with `group` (column, {value: its name}), a bar a
-    value beside each other."""
+    """A panel a column, a bar a method, with the deviation over seeds and a dot a run; with `group` (column,
+    {value: its name}), a bar a value beside each other."""
     key, values = group or (None, [None])
     figure, axes = panels(len(columns), 4.4, 0.9 + 0.34 * len(methods))
     height = 0.8 / len(values)
@@ -98,7 +98,8 @@ def bands(path, rows, methods, columns):
 
 
 def weights(path, groups, methods):
-    """Histograms of the weights of true and of faulty pairs, all seeds together: a row a group, {title: rows}, a column a method."""
+    """Histograms of the weights of true and of faulty pairs, all seeds together: a row a group, {title:
+    rows}, a column a method."""
     figure, axes = plt.subplots(
         len(groups),
         len(methods),
@@ -130,8 +131,9 @@ def weights(path, groups, methods):
 
 
 def soft_targets(path, groups):
-    """Where soft targets put their mass, mean over seeds: a row a group, {title: rows}, a column an estimator; in each, from the kind of
-    the picture (rows) to that of the sound (columns; music and noise last), the own instance left out."""
+    """Where soft targets put their mass, mean over seeds: a row a group, {title: rows}, a column an
+    estimator; in each, from the kind of the picture (rows) to that of the sound (columns; music and noise
+    last), the own instance left out."""
     names = measures.ESTIMATORS
     figure, axes = plt.subplots(
         len(groups),
@@ -155,11 +157,12 @@ def soft_targets(path, groups):
     return save(figure, path)
 
 
-# --------------------------------------------------------------------------------------------------- out of checkpoints
+# ----------------------------------------------------------------------------------------- out of checkpoints
 
 
 def maps(path, subjects, labels):
-    """Maps of embeddings, t-SNE of pictures and sounds of the evaluation videos together, coloured by kind: a column a network.
+    """Maps of embeddings, t-SNE of pictures and sounds of the evaluation videos together, coloured by kind: a
+    column a network.
 
     subjects: {name: Features}; labels n of the same videos.
     """
@@ -184,7 +187,8 @@ def maps(path, subjects, labels):
 
 
 def neighbours(path, found, table, cfg, query="video", key="audio", space="embeddings"):
-    """Some videos' pictures, or sounds, and the sounds that each found first among all others, by embeddings or by features."""
+    """Some videos' pictures, or sounds, and the sounds that each found first among all others, by embeddings
+    or by features."""
     some = np.random.default_rng(0).permutation(len(found.index))[:SHOWN]
     queries, gallery = found.video_level(space, query)[some], found.video_level(space, key)
     nearest = evaluation.nearest(queries, gallery, SHOWN, exclude=some if query == key else None)
@@ -194,8 +198,8 @@ def neighbours(path, found, table, cfg, query="video", key="audio", space="embed
 
 
 def pictures(study, methods, images, folder, arguments, **group):
-    """Maps of the untrained network and of the runs of these methods and this group, seed 0, and what the last of them finds; nothing
-    where their checkpoints are not at hand."""
+    """Maps of the untrained network and of the runs of these methods and this group, seed 0, and what the
+    last of them finds; nothing where their checkpoints are not at hand."""
     subjects = {}
     for run in study.plan(arguments.seeds[:1]):
         method = run.group["method"]

@@ -1,4 +1,5 @@
-"""What a study measures of a trained run: what its features know and find, how its bank judges pairs and kinds.
+"""What a study measures of a trained run: what its features know and find, how its bank judges pairs and
+kinds.
 
 In: a run's configuration and its checkpoint; the toy's manifest, which training never sees.
 Out: columns of the study's CSV, numbers and lists of numbers.
@@ -45,7 +46,8 @@ def tables(cfg):
 
 
 def clean(cfg):
-    """The same world without faulty pairs: probes and galleries are made of it, so that only the features differ."""
+    """The same world without faulty pairs: probes and galleries are made of it, so that only the features
+    differ."""
     return dataclasses.replace(cfg, toy=dataclasses.replace(cfg.toy, faulty=0.0))
 
 
@@ -57,8 +59,8 @@ def features(network, cfg):
 
 
 def knowledge(network, cfg, labels=("label",)):
-    """Linear probes and nearest neighbours by each of these columns of the manifest, in both modalities; retrieval across, by kind
-    and of the very same video: percent."""
+    """Linear probes and nearest neighbours by each of these columns of the manifest, in both modalities;
+    retrieval across, by kind and of the very same video: percent."""
     (train, test), both = features(network, cfg)
     result = {}
     for label in labels:
@@ -86,8 +88,8 @@ def bank_of(saved, cfg):
 
 
 def pair_judgement(bank, table, loss):
-    """How the weights tell true pairs from faulty ones: AUROC, histograms over BINS. Weights as the run's; where it had none, as W_MIN
-    would give them. loss: config.Loss. No columns where no pair is faulty."""
+    """How the weights tell true pairs from faulty ones: AUROC, histograms over BINS. Weights as the run's;
+    where it had none, as W_MIN would give them. loss: config.Loss. No columns where no pair is faulty."""
     faulty = np.array(table.columns["faulty"]) == "1"
     if not faulty.any():
         return {}
@@ -105,7 +107,8 @@ def pair_judgement(bank, table, loss):
 
 
 def estimate(estimator, video, audio, tau_s, tau_t):
-    """S_v(j|i), S_a(j|i) of docs/method.md section 4 over the whole bank, written out: v̄, ā N×D → N×N each, float64."""
+    """S_v(j|i), S_a(j|i) of docs/method.md section 4 over the whole bank, written out: v̄, ā N×D → N×N each,
+    float64."""
     v, a = video.double(), audio.double()
     cycle = (v * a).sum(1) / tau_t  # N, the step within j
     S_v, S_a = {
@@ -123,11 +126,13 @@ def kinds(table):
 
 
 def soft_targets(bank, table, loss, estimator):
-    """Where an estimator's soft targets put their mass, over the whole bank, an instance's own place left out (percent).
+    """Where an estimator's soft targets put their mass, over the whole bank, an instance's own place left out
+    (percent).
 
-    S_v asks from a picture for sounds, S_a from a sound for pictures; right is a candidate whose sound, or picture, is of the kind
-    that the query shows, or sounds like. → {their mean; what falls to faulty pairs; what an instance gives itself}, and S_v by kind
-    (10×12, row by row: kind of the picture, kind of the sound, music and noise last).
+    S_v asks from a picture for sounds, S_a from a sound for pictures; right is a candidate whose sound, or
+    picture, is of the kind that the query shows, or sounds like. → {their mean; what falls to faulty pairs;
+    what an instance gives itself}, and S_v by kind (10×12, row by row: kind of the picture, kind of the
+    sound, music and noise last).
     """
     seen, heard = kinds(table)  # N
     S_v, S_a = (S.numpy() for S in estimate(estimator, bank.video, bank.audio, loss.tau_s, loss.tau_t))  # N×N
@@ -148,7 +153,8 @@ def soft_targets(bank, table, loss, estimator):
 
 
 def curve(cfg, names):
-    """What the checks of a run found on the way: lists `epochs` and one for each of these names of metrics.jsonl."""
+    """What the checks of a run found on the way: lists `epochs` and one for each of these names of
+    metrics.jsonl."""
     lines = map(json.loads, (Path(cfg.out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     checks = [line for line in lines if names[0] in line]
     return {"curve epoch": [line["epoch"] for line in checks]} | {

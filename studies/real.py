@@ -1,10 +1,13 @@
 """Real sound and real videos, which the toy's networks have never heard or seen.
 
-    python -m studies.real --esc10 DIR     ESC-10 by the studies' checkpoints: 5 folds, linear SVM on frozen features; a sheet of sounds
-    python -m studies.real --media DIR     a sheet: pieces of the videos in a folder, and the sounds that their pictures find
+    python -m studies.real --esc10 DIR     ESC-10 by the studies' checkpoints: 5 folds, linear SVM on frozen
+                                           features; a sheet of sounds
+    python -m studies.real --media DIR     a sheet: pieces of the videos in a folder, and the sounds that
+                                           their pictures find
     python -m studies.real                 only the table, from studies/results/real.csv
 
-Run the other studies first: their checkpoints are needed, below --runs. A checkpoint that has a row is not asked again.
+Run the other studies first: their checkpoints are needed, below --runs. A checkpoint that has a row is not
+asked again.
 """
 
 import argparse
@@ -121,7 +124,8 @@ def table(rows):
 
 
 def pieces(folder):
-    """The videos of a folder that have picture and sound, in pieces: a datasets.Table, labelled by their file."""
+    """The videos of a folder that have picture and sound, in pieces: a datasets.Table, labelled by their
+    file."""
     paths, starts_s = [], []
     for path in sorted(Path(folder).iterdir()):
         try:
@@ -142,7 +146,8 @@ def pieces(folder):
 
 
 def sheet(path, parts, out, query, space):
-    """Pictures or sounds of a table of real files, and the sounds that a checkpoint finds first among them all."""
+    """Pictures or sounds of a table of real files, and the sounds that a checkpoint finds first among them
+    all."""
     cfg = config.load(str(out / "config.yaml"), ["data.workers=0", f"out={out}"])
     network, _ = measures.trained(cfg)
     device = next(network.parameters()).device

@@ -1,14 +1,17 @@
-"""Robust-xID on the toy world: do weights find faulty pairs, do soft targets find the kind, and are the features better?
+"""Robust-xID on the toy world: do weights find faulty pairs, do soft targets find the kind, and are the
+features better?
 
-    python -m studies.robust                       all runs that are not in studies/results/robust.csv yet, then tables and figures
+    python -m studies.robust                       all runs that are not in studies/results/robust.csv yet,
+                                                   then tables and figures
     python -m studies.robust --only xid robust     only these methods
     python -m studies.robust --seeds 3 4 --only "48 epochs"     two more seeds of what trains longer
     python -m studies.robust --table --figures     tables and figures from what is there
 
-Methods: xid, plain; weighted, weights alone; four estimators of soft targets alone; robust, weights and the cycle's soft targets; oracle,
-weights by the manifest, 1 of a true pair and 0 of a faulty one, or so from the first step on; soft-oracle, soft targets by the
-manifest. All train for 24 epochs at 0, 30 and 60 % of faulty pairs, and for 48 epochs at 30 %. Then xid, soft-cycle and robust at a lower
-temperature, and robust of 48 epochs with one setting changed at a time (robust-changed).
+Methods: xid, plain; weighted, weights alone; four estimators of soft targets alone; robust, weights and the
+cycle's soft targets; oracle, weights by the manifest, 1 of a true pair and 0 of a faulty one, or so from the
+first step on; soft-oracle, soft targets by the manifest. All train for 24 epochs at 0, 30 and 60 % of faulty
+pairs, and for 48 epochs at 30 %. Then xid, soft-cycle and robust at a lower temperature, and robust of 48
+epochs with one setting changed at a time (robust-changed).
 """
 
 from . import runs
@@ -28,8 +31,8 @@ from avid import losses, memory_bank
 from . import figures, measures
 
 BASE = (
-    "toy.train=600 toy.test=300 toy.seconds=4 video.size=32 audio.seconds=1 audio.mels=40 "
-    "optim.epochs=24 optim.batch_size=32 log.check_epochs=4 log.every_steps=72 eval.clips=2 loss.warmup_epochs=12"
+    "toy.train=600 toy.test=300 toy.seconds=4 video.size=32 audio.seconds=1 audio.mels=40 optim.epochs=24 "
+    "optim.batch_size=32 log.check_epochs=4 log.every_steps=72 eval.clips=2 loss.warmup_epochs=12"
 ).split()
 WEIGHTS, SOFT = ("loss.w_min=0.25",), ("loss.soft=0.5",)
 ROBUST = (*WEIGHTS, *SOFT, "loss.estimator=cycle")
@@ -118,7 +121,8 @@ def measure(run, cfg):
 
 @contextlib.contextmanager
 def told(method, table):
-    """While it lasts, the manifest is in place of what an oracle's training would estimate: of the weights, or of soft targets."""
+    """While it lasts, the manifest is in place of what an oracle's training would estimate: of the weights,
+    or of soft targets."""
     true = torch.tensor(np.array(table.columns["faulty"]) == "0").float()  # N
     seen, heard = map(torch.from_numpy, measures.kinds(table))  # N
     draw, drawn = memory_bank.MemoryBank.candidates, []
@@ -132,7 +136,8 @@ def told(method, table):
         return drawn[0]
 
     def soft_targets(estimator, own_video, own_audio, video, audio, valid, tau_s, tau_t):
-        """S_v the same for all sounds of the kind that is seen, S_a for all pictures of the kind that is heard; where there is none, the own."""
+        """S_v the same for all sounds of the kind that is seen, S_a for all pictures of the kind that is
+        heard; where there is none, the own."""
         index, column, own = (
             drawn[0].index,
             drawn[0].column,
@@ -217,7 +222,8 @@ def over(rows, others):
 
 
 def one_at_a_time(rows):
-    """{a change: its rows}, before them robust as it is, of the same seeds; empty where nothing was changed yet."""
+    """{a change: its rows}, before them robust as it is, of the same seeds; empty where nothing was changed
+    yet."""
     changed = runs.select(rows, method="robust-changed")
     seeds = {row["seed"] for row in changed}
     as_it_is = [row for row in runs.select(rows, method="robust", change=LONG) if row["seed"] in seeds]

@@ -1,8 +1,10 @@
-"""What the studies share: every run once, in processes beside each other; the CSV of all runs, which is the state; tables from it.
+"""What the studies share: every run once, in processes beside each other; the CSV of all runs, which is the
+state; tables from it.
 
 In: a Study, which names its runs, the settings in which they differ, and what is measured of each.
-Out: studies/results/<study>.csv, a row a run; <study>.md, and the same table between its marks in README.md and docs/results.md;
-pictures in docs/images. A run whose row is there is not run again; tables and curves are made of the CSV alone.
+Out: studies/results/<study>.csv, a row a run; <study>.md, and the same table between its marks in README.md
+and docs/results.md; pictures in docs/images. A run whose row is there is not run again; tables and curves are
+made of the CSV alone.
 """
 
 import argparse
@@ -31,8 +33,10 @@ from avid import config, processes, toy
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 TINY = (  # --quick: everything is done, nothing is learned
-    "toy.train=40 toy.test=20 toy.seconds=2.5 toy.size=40 video.size=32 video.frames=4 audio.mels=32 model.width=4 "
-    "model.embedding=16 bank.num_negatives=16 contrast.negatives=8 contrast.k_pos=4 optim.batch_size=8 optim.epochs=2 loss.warmup_epochs=1 log.check_epochs=1 eval.clips=1 eval.calibration_batches=2"
+    "toy.train=40 toy.test=20 toy.seconds=2.5 toy.size=40 video.size=32 video.frames=4 audio.mels=32 "
+    "model.width=4 model.embedding=16 bank.num_negatives=16 contrast.negatives=8 contrast.k_pos=4 "
+    "optim.batch_size=8 optim.epochs=2 loss.warmup_epochs=1 log.check_epochs=1 eval.clips=1 "
+    "eval.calibration_batches=2"
 ).split()
 
 
@@ -91,7 +95,10 @@ def command_line(doc, argv=None):
 
 
 def main(study, arguments):
-    """The command of a study. Exit code 2 for what the user can mend; other errors of a run end it, and the rest is kept."""
+    """The command of a study.
+
+    Exit code 2 for what the user can mend; other errors of a run end it, and the rest is kept.
+    """
     results, images = folders(arguments)
     path = results / f"{study.name}.csv"
     folder = Path(arguments.runs) / f"studies{'-quick' * arguments.quick}" / study.name
@@ -127,14 +134,15 @@ def folders(arguments):
 
 
 def publish(name, text, arguments):
-    """Print a table and write it as <results>/<name>.md and, without --results, between its marks in the pages."""
+    """Print a table and write it as <results>/<name>.md and, without --results, between its marks in the
+    pages."""
     write(folders(arguments)[0] / f"{name}.md", text)
     for page in PAGES if not arguments.results else ():
         insert(page, name, text)
     print(f"\n{text}")
 
 
-# ------------------------------------------------------------------------------------------------------------- the runs
+# --------------------------------------------------------------------------------------------------- the runs
 
 
 def perform(study, runs, path, folder, arguments):
@@ -228,7 +236,8 @@ def configuration(study, run, quick, root, out):
 
 
 def describe(study, run, quick):
-    """The columns that say which run a row is: group, seed, all settings that differ from the packaged configuration, versions."""
+    """The columns that say which run a row is: group, seed, all settings that differ from the packaged
+    configuration, versions."""
     settings = dict(
         override.split("=", 1) for override in [*study.base, *(TINY if quick else ()), *run.settings]
     )
@@ -252,7 +261,7 @@ def identity(row):
     return tuple(str(row[key]) for key in keys)
 
 
-# -------------------------------------------------------------------------------------------------------------- the CSV
+# ---------------------------------------------------------------------------------------------------- the CSV
 
 
 def read(path):
@@ -264,7 +273,8 @@ def read(path):
 
 
 def add(path, row):
-    """Put a row into the CSV, in place of one of the same group and seed; sorted; the file is whole at any moment."""
+    """Put a row into the CSV, in place of one of the same group and seed; sorted; the file is whole at any
+    moment."""
     row = {key: text_of(value) for key, value in row.items()}
     keys = list(row)[: list(row).index("settings")]  # group and seed
     rows = [other for other in read(path) if [other[key] for key in keys] != [row[key] for key in keys]] + [
@@ -297,18 +307,20 @@ def select(rows, **wanted):
 
 
 def mean_std(rows, column):
-    """Mean and sample deviation over rows (seeds); deviation None for one row; None where no row has a number."""
+    """Mean and sample deviation over rows (seeds); deviation None for one row; None where no row has a
+    number."""
     values = [float(row[column]) for row in rows if row.get(column)]
     if not values:
         return None
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
-# ---------------------------------------------------------------------------------------------------------- the tables
+# ------------------------------------------------------------------------------------------------- the tables
 
 
 def table(head, lines):
-    """Markdown: `head` of columns, `lines` of cells; a cell is a text or (rows, column), which becomes mean ± deviation."""
+    """Markdown: `head` of columns, `lines` of cells; a cell is a text or (rows, column), which becomes mean ±
+    deviation."""
 
     def cell(value):
         if isinstance(value, str):
@@ -332,7 +344,8 @@ def write(path, text):
 
 
 def insert(page, name, text):
-    """Replace what stands between <!-- name --> and <!-- /name --> in a page; a page without these marks stays as it is."""
+    """Replace what stands between <!-- name --> and <!-- /name --> in a page; a page without these marks
+    stays as it is."""
     if not page.exists():
         return
     before = page.read_text(encoding="utf-8")

@@ -1,13 +1,16 @@
-"""Temporal self-supervision on the toy world: what does telling speed, direction and order teach, alone and beside the contrast?
+"""Temporal self-supervision on the toy world: what does telling speed, direction and order teach, alone and
+beside the contrast?
 
-    python -m studies.temporal                      all runs that are not in studies/results/temporal.csv yet, then tables and figures
+    python -m studies.temporal                      all runs that are not in studies/results/temporal.csv yet,
+                                                    then tables and figures
     python -m studies.temporal --only contrast all  only these methods
     python -m studies.temporal --table --figures    tables and figures from what is there
 
-Methods: contrast, no task, clips at their own speed, forwards; contrast-same-clips, at drawn speeds and directions, still no task; the
-contrast and one kind of task (speed, direction, order-within a modality, order-across); all. Then all and contrast alone, each with
-the video's own clips as the only positives (no-positives) and with negatives drawn near (hard); then all of one modality alone; then
-contrast and all for twice as long, and all with contrasts that weigh a quarter of a task.
+Methods: contrast, no task, clips at their own speed, forwards; contrast-same-clips, at drawn speeds and
+directions, still no task; the contrast and one kind of task (speed, direction, order-within a modality,
+order-across); all. Then all and contrast alone, each with the video's own clips as the only positives
+(no-positives) and with negatives drawn near (hard); then all of one modality alone; then contrast and all for
+twice as long, and all with contrasts that weigh a quarter of a task.
 """
 
 from . import runs
@@ -23,7 +26,8 @@ from . import figures, measures
 CONTRASTS = ("contrast_vv", "contrast_aa", "contrast_va", "contrast_av")
 BASE = (
     *"toy.train=600 toy.test=300 toy.seconds=4 temporal.speeds=[1,2,4] video.size=32 audio.mels=40".split(),
-    *"optim.epochs=20 optim.batch_size=16 log.check_epochs=5 log.check_videos=100 log.every_steps=74 eval.clips=3".split(),
+    *"optim.epochs=20 optim.batch_size=16 log.check_epochs=5 log.check_videos=100".split(),
+    *"log.every_steps=74 eval.clips=3".split(),
     *(f"weights.{name}=1" for name in CONTRASTS),  # as in temporal.yaml
 )
 NO_POSITIVES = ("contrast.n_pos=0", "contrast.k_pos=0")
@@ -31,7 +35,8 @@ HARD = ("contrast.tau_n=0.1",)
 
 
 def of(*kinds, modality=""):
-    """Settings of the contrast and of these kinds of task: speed, direction, order, order_cross; of one modality: nothing across."""
+    """Settings of the contrast and of these kinds of task: speed, direction, order, order_cross; of one
+    modality: nothing across."""
     tasks = [task for task in TASKS if task.partition("_")[0] in kinds or task in kinds]
     if modality:
         tasks = [task for task in tasks if task.endswith(modality)]

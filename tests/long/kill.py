@@ -1,12 +1,15 @@
-"""SIGKILL at random moments of a training and of its evaluations, until each ends by itself: the end is that of the undisturbed run.
+"""SIGKILL at random moments of a training and of its evaluations, until each ends by itself: the end is that
+of the undisturbed run.
 
     python tests/long/kill.py --kills 25 --seed 0
 
-In: nothing; a toy world is written below --folder (default: a temporary folder). Out: how many kills hit what, and exit code 0
-where weights, bank, optimizer, log, features and results are bit for bit those of the undisturbed run.
+In: nothing; a toy world is written below --folder (default: a temporary folder). Out: how many kills hit
+what, and exit code 0 where weights, bank, optimizer, log, features and results are bit for bit those of the
+undisturbed run.
 
-A phase's moments are uniform over what it takes undisturbed: files of the toy, steps of the training, checks, seconds. After every
-kill, what stands under a final name must be whole, and no process of the group may be left.
+A phase's moments are uniform over what it takes undisturbed: files of the toy, steps of the training, checks,
+seconds. After every kill, what stands under a final name must be whole, and no process of the group may be
+left.
 """
 
 import argparse
@@ -33,10 +36,10 @@ import forked
 from avid import run
 
 SETTINGS = (
-    "out=run data.root=world toy.train=16 toy.test=4 toy.seconds=1 toy.size=32 data.workers=1 video.size=32 video.frames=4 "
-    "audio.seconds=0.5 audio.mels=32 model.width=8 model.depth=1 model.embedding=64 bank.num_negatives=16 optim.batch_size=8 "
-    "optim.epochs=12 log.every_steps=1 log.check_epochs=6 log.checkpoint_minutes=0 loss.w_min=0.25 loss.soft=0.5 loss.warmup_epochs=2 "
-    "eval.clips=2"
+    "out=run data.root=world toy.train=16 toy.test=4 toy.seconds=1 toy.size=32 data.workers=1 video.size=32 "
+    "video.frames=4 audio.seconds=0.5 audio.mels=32 model.width=8 model.depth=1 model.embedding=64 "
+    "bank.num_negatives=16 optim.batch_size=8 optim.epochs=12 log.every_steps=1 log.check_epochs=6 "
+    "log.checkpoint_minutes=0 loss.w_min=0.25 loss.soft=0.5 loss.warmup_epochs=2 eval.clips=2"
 ).split()
 FILES, STEPS, CHECKS = 20, 24, 2
 CKPT = ["--ckpt", "run/last.pt"]
@@ -142,11 +145,15 @@ def draw(phase, rng):
 
 
 def kill(folder, phase, moment, seconds):
-    """Start the phase's stage and kill its group at the moment. Returns the phase that it hit; "" where the stage ended before."""
+    """Start the phase's stage and kill its group at the moment.
+
+    Returns the phase that it hit; "" where the stage ended before.
+    """
     log_from = (folder / "log").stat().st_size
     process = start(folder, PHASES[phase])
     whole, part = int(moment), moment % 1
-    # a part of one file, step or write is a share of the seconds that it takes; the others are shares of the whole phase
+    # a part of one file, step or write is a share of the seconds that it takes; the others are shares of the
+    # whole phase
     reached = {
         "the toy being written": lambda now: now["files"] >= whole,
         "start and resume": lambda now: True,
@@ -219,7 +226,8 @@ def whole(folder, reference):
 
 
 def outcome(folder):
-    """{name: value} of all that a user keeps, but for speeds and for names that hold the checkpoint's hash."""
+    """{name: value} of all that a user keeps, but for speeds and for names that hold the checkpoint's
+    hash."""
     state = run.load_checkpoint(folder / "run" / "last.pt")
     state.pop("metrics_bytes")  # the log names speeds
     lines = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
@@ -298,7 +306,8 @@ def main(kills, seed, folder, phases):
             raise SystemExit(f"not the same as undisturbed: {', '.join(found[:20])}; see {world}")
         print(f"round {round_}: the same bits as undisturbed, {len(expected)} parts", flush=True)
     print(
-        f"{hits.total()} kills in {round_} rounds ({missed} more came after the end); every end was the undisturbed one, bit for bit"
+        f"{hits.total()} kills in {round_} rounds ({missed} more came after the end); every end was the "
+        "undisturbed one, bit for bit"
     )
     for phase, count in hits.items():
         print(f"{count:4d}  {phase}")

@@ -1,4 +1,5 @@
-"""torchrun itself: one of two processes is killed in the middle of a training; torchrun ends the other, starts both again, and they go on.
+"""torchrun itself: one of two processes is killed in the middle of a training; torchrun ends the other,
+starts both again, and they go on.
 
     python tests/long/restart.py --kills 3 --out restarts
 
@@ -18,9 +19,9 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = (
-    "data.root=world toy.train=16 toy.test=4 toy.seconds=1 toy.size=32 data.workers=0 video.size=32 video.frames=4 audio.seconds=0.5 "
-    "audio.mels=32 model.width=4 model.depth=1 model.embedding=16 bank.num_negatives=16 optim.batch_size=8 optim.epochs=20 "
-    "log.every_steps=1 log.check_epochs=0"
+    "data.root=world toy.train=16 toy.test=4 toy.seconds=1 toy.size=32 data.workers=0 video.size=32 "
+    "video.frames=4 audio.seconds=0.5 audio.mels=32 model.width=4 model.depth=1 model.embedding=16 "
+    "bank.num_negatives=16 optim.batch_size=8 optim.epochs=20 log.every_steps=1 log.check_epochs=0"
 ).split()
 
 
@@ -79,7 +80,8 @@ def main():
             assert torch.equal(value, killed[part][name]), f"{part} {name} differs"
     resumed = (arguments.out / "killed.log").read_text(errors="replace").count("resuming killed")
     print(
-        f"{arguments.kills} kills, resumed {resumed} times; the end is bit for bit that of the undisturbed run"
+        f"{arguments.kills} kills, resumed {resumed} times; the end is bit for bit that of the undisturbed "
+        "run"
     )
 
 

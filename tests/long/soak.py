@@ -1,10 +1,12 @@
-"""An hour of training and evaluation: memory, descriptors, threads, shared memory and processes, to see whether any of them grows.
+"""An hour of training and evaluation: memory, descriptors, threads, shared memory and processes, to see
+whether any of them grows.
 
     python tests/long/soak.py --minutes 60 --out soak
 
-In: nothing; a toy world is written below --out. Out: soak.csv with a line every few seconds, soak.png, and the first quarter's
-figures beside the last quarter's. One process trains again and again, with two decoding processes and checks of held-out videos,
-each time evaluates by probe and by retrieval, and is watched from outside.
+In: nothing; a toy world is written below --out. Out: soak.csv with a line every few seconds, soak.png, and
+the first quarter's figures beside the last quarter's. One process trains again and again, with two decoding
+processes and checks of held-out videos, each time evaluates by probe and by retrieval, and is watched from
+outside.
 """
 
 import argparse
@@ -23,9 +25,9 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[k]) for k in (1, 2)]  # tes
 import forked
 
 SETTINGS = (
-    "data.root=world toy.train=48 toy.test=16 toy.seconds=2 toy.size=32 data.workers=2 video.size=32 video.frames=4 audio.seconds=0.5 "
-    "audio.mels=32 model.width=4 model.depth=1 model.embedding=16 bank.num_negatives=16 optim.batch_size=8 log.every_steps=6 "
-    "log.check_epochs=4 eval.clips=2"
+    "data.root=world toy.train=48 toy.test=16 toy.seconds=2 toy.size=32 data.workers=2 video.size=32 "
+    "video.frames=4 audio.seconds=0.5 audio.mels=32 model.width=4 model.depth=1 model.embedding=16 "
+    "bank.num_negatives=16 optim.batch_size=8 log.every_steps=6 log.check_epochs=4 eval.clips=2"
 ).split()
 PANELS = {  # column: what it is
     "rss_MiB": "resident memory, MiB",
@@ -122,7 +124,8 @@ def main(minutes, out, every_s, epochs):
     draw(rows, out / "soak.png")
     done = (out / "log").read_text().count(" done\n")
     print(
-        f"{minutes:g} minutes, {done} trainings with evaluation, {len(rows)} samples, {len(leaked)} processes left at the end"
+        f"{minutes:g} minutes, {done} trainings with evaluation, {len(rows)} samples, {len(leaked)} "
+        "processes left at the end"
     )
     rows = [row for row in rows if row["s"] > WARM_UP * 60 * minutes]
     quarter = len(rows) // 4
