@@ -205,7 +205,7 @@ class Objective:
     def temporal_tasks(self, logits, batch):
         """Speed, direction, order (docs/method.md 6): the mean over the labels that are known, and the accuracy."""
         results = {
-            task: temporal_tasks.task_loss(x, temporal_tasks.targets(task, batch))
+            task: temporal_tasks.task_loss(x, temporal_tasks.TASKS[task].targets(batch))
             for task, x in logits.items()
         }
         if not results:
@@ -292,7 +292,7 @@ def check(network, bank, held_out, cfg, world):
             for task, n in confusion.items()
         }
         tqdm.write(", ".join(f"{name} {value:.1f}" for name, value in tasks.items()))
-        figures.confusions(confusion, cfg.temporal.speeds, Path(cfg.out) / "temporal.png")
+        figures.confusions(confusion, cfg.temporal, Path(cfg.out) / "temporal.png")
         results |= tasks
     return {**health, **results}
 

@@ -34,8 +34,9 @@ RENAMED = {"eval.settle_batches": "eval.calibration_batches"}  # settings of ear
 WRITTEN = "# settings of a run, written by train.py; the run folder is known by this line\n"
 
 
-def setting(default, help, *, at_least=None, above=None, at_most=None, below=None, choices=None):
-    """A field with its default, what it is, and its choices or its range (of a list: of each number in it)."""
+def setting(default, help, *, at_least=None, above=None, at_most=None, below=None, choices=None, needs=()):
+    """A field with its default, what it is, its choices or its range (of a list: of each number in it), and, of
+    a weight, which of NEEDS its term has."""
     metadata = {
         "help": help,
         "at_least": at_least,
@@ -43,6 +44,7 @@ def setting(default, help, *, at_least=None, above=None, at_most=None, below=Non
         "at_most": at_most,
         "below": below,
         "choices": choices,
+        "needs": needs,
     }
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -186,21 +188,34 @@ class Contrast:
         "τ_n: drawn with probability ∝ exp(sim/τ_n); .inf: uniformly, smaller: harder [C]", above=0)
 
 
+NEEDS = {  # of a term: the setting, and whether it is so; the classes of a task are there only then
+    "temporal.moments=2": lambda cfg: cfg.temporal.moments == 2,
+    "temporal.speeds=[1,2,4,8]": lambda cfg: len(cfg.temporal.speeds) > 1,
+    "temporal.reverse=true": lambda cfg: cfg.temporal.reverse,
+    "bank.spread=false": lambda cfg: not cfg.bank.spread,  # each rank looks for neighbours in the whole bank
+}
+PAIR, SPEEDS, REVERSE, WHOLE_BANK = NEEDS
+
+
 @dataclass
 class Weights:
     xid: float = setting(1.0, "cross-modal instance discrimination, plain or robust [P]", at_least=0)
-    contrast_vv: float = setting(0.0, "contrast of the two moments' video clips, (v, v') [P]", at_least=0)
-    contrast_aa: float = setting(0.0, "contrast of the two moments' audio clips, (a, a') [P]", at_least=0)
-    contrast_va: float = setting(0.0, "contrast of a video clip with sounds, (v, a) [P]", at_least=0)
-    contrast_av: float = setting(0.0, "contrast of an audio clip with videos, (a, v) [P]", at_least=0)
-    speed_video: float = setting(0.0, "playback speed of a video clip [P]", at_least=0)
-    speed_audio: float = setting(0.0, "playback speed of an audio clip [P]", at_least=0)
-    direction_video: float = setting(0.0, "direction of a video clip [P]", at_least=0)
-    direction_audio: float = setting(0.0, "direction of an audio clip [P]", at_least=0)
-    order_video: float = setting(0.0, "order of two video clips, (v, v') [P]", at_least=0)
-    order_audio: float = setting(0.0, "order of two audio clips, (a, a') [P]", at_least=0)
+    contrast_vv: float = setting(0.0, "contrast of the two moments' video clips, (v, v') [P]",
+        at_least=0, needs=(PAIR, WHOLE_BANK))
+    contrast_aa: float = setting(0.0, "contrast of the two moments' audio clips, (a, a') [P]",
+        at_least=0, needs=(PAIR, WHOLE_BANK))
+    contrast_va: float = setting(0.0, "contrast of a video clip with sounds, (v, a) [P]",
+        at_least=0, needs=(WHOLE_BANK,))
+    contrast_av: float = setting(0.0, "contrast of an audio clip with videos, (a, v) [P]",
+        at_least=0, needs=(WHOLE_BANK,))
+    speed_video: float = setting(0.0, "playback speed of a video clip [P]", at_least=0, needs=(SPEEDS,))
+    speed_audio: float = setting(0.0, "playback speed of an audio clip [P]", at_least=0, needs=(SPEEDS,))
+    direction_video: float = setting(0.0, "direction of a video clip [P]", at_least=0, needs=(REVERSE,))
+    direction_audio: float = setting(0.0, "direction of an audio clip [P]", at_least=0, needs=(REVERSE,))
+    order_video: float = setting(0.0, "order of two video clips, (v, v') [P]", at_least=0, needs=(PAIR,))
+    order_audio: float = setting(0.0, "order of two audio clips, (a, a') [P]", at_least=0, needs=(PAIR,))
     order_cross: float = setting(0.0, "order of a video clip and an audio clip, (v, a') and (a, v') [P]",
-        at_least=0)
+        at_least=0, needs=(PAIR,))
 
 
 @dataclass
@@ -307,7 +322,8 @@ def settings():
     """Every setting as (dotted key, default, help with the range)."""
     for key, f in fields():
         default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
-        yield key, default, "; ".join(filter(None, (f.metadata["help"], range_text(**f.metadata))))
+        needs = f.metadata["needs"] and "needs " + " and ".join(f.metadata["needs"])
+        yield key, default, "; ".join(filter(None, (f.metadata["help"], range_text(**f.metadata), needs)))
 
 
 TEXTS = {key for key, default, _ in settings() if isinstance(default, str)}
@@ -486,18 +502,11 @@ def _check(cfg):
         raise ConfigError(
             "bank.spread=true needs a count of bank.num_negatives: to read all memories is to hold them all"
         )
-    needs = {  # terms that have a meaning only with other settings
-        "order_": (cfg.temporal.moments == 2, "temporal.moments=2"),
-        "contrast_vv": (cfg.temporal.moments == 2, "temporal.moments=2"),
-        "contrast_aa": (cfg.temporal.moments == 2, "temporal.moments=2"),
-        "speed_": (len(cfg.temporal.speeds) > 1, "temporal.speeds=[1,2,4,8]"),
-        "direction_": (cfg.temporal.reverse, "temporal.reverse=true"),
-        "contrast_": (not bank.spread, "bank.spread=false: each rank looks for neighbours in the whole bank"),
-    }
-    for name, weight in vars(cfg.weights).items():
-        for prefix, (there, needed) in needs.items():
-            if weight and name.startswith(prefix) and not there:
-                raise ConfigError(f"weights.{name}={weight} needs {needed}")
+    for f in dataclasses.fields(Weights):
+        weight = getattr(cfg.weights, f.name)
+        for needed in f.metadata["needs"] if weight else ():
+            if not NEEDS[needed](cfg):
+                raise ConfigError(f"weights.{f.name}={weight} needs {needed}")
 
 
 def stop(message):

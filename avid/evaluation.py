@@ -326,7 +326,7 @@ def confusions(network, table, cfg, device, draws=2):
     for batch in data.loader(data.Clips(table, cfg, training=True), cfg.data.workers, batch_sampler=batches):
         batch = data.to_device(batch, device)
         for task, logits in network(batch["video"], batch["audio"]).temporal.items():
-            truth = temporal_tasks.targets(task, batch)
+            truth = temporal_tasks.TASKS[task].targets(batch)
             known = truth != temporal_tasks.UNKNOWN
             n = len(counts[task])
             counts[task] += (

@@ -5,7 +5,7 @@
 
 objective      forward, backward and the bank's update, K negatives: shared by the batch, as avid does, and
                gathered per sample (B×K×D memories a modality), as AVID-CMA's public code does; plain xID, and
-               robust: weights and cycle soft targets
+               robust: weights and cycle soft targets, also by losses.robust_xid_by_matrices
 all            the robust objective against all instances of the bank, and the memory that it takes beside the
                bank
 update         the bank's update at several numbers of instances
@@ -94,14 +94,19 @@ class Step:
         self.bank.update(self.index, self.video.detach(), self.audio.detach())
 
 
-def shared(step, robust):
-    """avid's own way, as train.robust_xid."""
+def shared(step, robust, robust_xid=losses.robust_xid):
+    """avid's own way, as train.Objective.robust_xid."""
     c = step.bank.candidates(step.index, step.negatives, step.seed)
     video, audio = step.bank.read("video", c.index), step.bank.read("audio", c.index)
-    return losses.robust_xid(
+    return robust_xid(
         step.video, step.audio, video, audio, c.valid, c.column, temperature=LOSS.temperature,
         soft=LOSS.soft if robust else 0.0, estimator="cycle", tau_s=LOSS.tau_s, tau_t=LOSS.tau_t,
     )  # fmt: skip
+
+
+def matrices(step, robust):
+    """The same candidates by the equations as they stand."""
+    return shared(step, robust, losses.robust_xid_by_matrices)
 
 
 def gathered(step, robust):
@@ -141,6 +146,7 @@ def objective(bank, arguments):
             "shared, plain": lambda s=step: s.run(shared, False),
             "gathered, robust": lambda s=step: s.run(gathered, True),
             "shared, robust": lambda s=step: s.run(shared, True),
+            "matrices, robust": lambda s=step: s.run(matrices, True),
         }
         ms = report.in_turns(ways, arguments.repeats)
         for name in ways:

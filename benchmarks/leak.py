@@ -33,6 +33,7 @@ import json
 import subprocess
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from avid import temporal_tasks, toy
@@ -72,12 +73,12 @@ def main(arguments):
     last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
     answers = DRAWS * len(list((arguments.root / "test").iterdir()))
     print(f"{'task':18s} {'held out':>9s} {'chance':>8s}   99.9 % band")
+    _, labels = temporal_tasks.plan(0.0, cfg.toy.seconds, 0.1, cfg.temporal, np.random.default_rng(0))
+    one = {kind: torch.tensor([label]) for kind, label in labels.items()}  # a batch of one video
     for task, number in temporal_tasks.classes(cfg).items():
         share = 1 / number
-        clips = answers * (
-            1 if task in ("order_video", "order_audio") else 2
-        )  # two clips, or two pairs, a video
-        band = 3.3 * 100 * np.sqrt(share * (1 - share) / clips)
+        questions = answers * len(temporal_tasks.TASKS[task].targets(one))  # one or two a video
+        band = 3.3 * 100 * np.sqrt(share * (1 - share) / questions)
         accuracy = last[f"held-out {task} %"]
         verdict = "LEAK" if accuracy > 100 * share + band else "nothing to read"
         print(f"{task:18s} {accuracy:8.1f}% {100 * share:7.1f}%   ± {band:.1f}   {verdict}")

@@ -106,20 +106,6 @@ def pair_judgement(bank, table, loss):
     }
 
 
-def estimate(estimator, video, audio, tau_s, tau_t):
-    """S_v(j|i), S_a(j|i) of docs/method.md section 4 over the whole bank, written out: v̄, ā N×D → N×N each,
-    float64."""
-    v, a = video.double(), audio.double()
-    cycle = (v * a).sum(1) / tau_t  # N, the step within j
-    S_v, S_a = {
-        "bootstrap": (v @ a.T / tau_s, a @ v.T / tau_s),
-        "swapped": (a @ v.T / tau_s, v @ a.T / tau_s),
-        "neighbor": (v @ v.T / tau_s, a @ a.T / tau_s),
-        "cycle": (a @ v.T / tau_s + cycle, v @ a.T / tau_s + cycle),
-    }[estimator]
-    return S_v.softmax(1), S_a.softmax(1)
-
-
 def kinds(table):
     """What is seen and what is heard in each video by the manifest, places in SOUNDS: N, N."""
     return [np.array([SOUNDS.index(kind) for kind in table.columns[column]]) for column in ("label", "sound")]
@@ -135,7 +121,9 @@ def soft_targets(bank, table, loss, estimator):
     sound, music and noise last).
     """
     seen, heard = kinds(table)  # N
-    S_v, S_a = (S.numpy() for S in estimate(estimator, bank.video, bank.audio, loss.tau_s, loss.tau_t))  # N×N
+    v, a = bank.video.double(), bank.audio.double()  # N×D
+    both = losses.soft_target_matrices(estimator, v, a, v, a, loss.tau_s, loss.tau_t)
+    S_v, S_a = (S.numpy() for S in both)  # N×N
     own = (S_v.diagonal().mean() + S_a.diagonal().mean()) / 2
     for S in (S_v, S_a):
         np.fill_diagonal(S, 0)

@@ -19,6 +19,7 @@ if __name__ == "__main__":
     arguments = runs.command_line(__doc__)
 
 import train
+from avid import config
 from avid.temporal_tasks import TASKS
 
 from . import figures, measures
@@ -76,7 +77,6 @@ MEASURES = {  # of the table: column of the CSV, head
     "v→a class R@1": "picture → sound",
     "a→v class R@1": "sound → picture",
 }
-CHANCE = {"speed": "33", "direction": "50", "order": "33"}
 
 
 def plan(seeds):
@@ -106,7 +106,8 @@ def tables(rows):
         for method, mine in by_method.items()
     ]
     told = {method: mine for method, mine in by_method.items() if any(mine[0].get(task) for task in TASKS)}
-    answers = [["chance", *(CHANCE[task.partition("_")[0]] for task in TASKS), ""]]
+    temporal = config.load("toy_temporal", BASE).temporal
+    answers = [["chance", *(f"{100 / len(task.classes(temporal)):.0f}" for task in TASKS.values()), ""]]
     answers += [[method, *((mine, task) for task in TASKS), str(len(mine))] for method, mine in told.items()]
     return {
         "temporal": runs.table(["", *MEASURES.values(), "runs"], lines),

@@ -8,7 +8,7 @@ import torch
 from conftest import numbers, write_media
 
 from avid import config, data, temporal_tasks
-from avid.temporal_tasks import ORDERS, UNKNOWN, plan
+from avid.temporal_tasks import ORDERS, TASKS, UNKNOWN, plan
 
 FOUR = config.Temporal(moments=2, speeds=[1, 2, 4, 8], reverse=True)
 
@@ -159,14 +159,10 @@ def test_heads_see_the_clips_that_their_labels_are_about():
 
 def test_targets_stand_as_the_logits_do():
     batch = {"speed": torch.tensor([[0, 3], [UNKNOWN, 1]]), "order": torch.tensor([0, UNKNOWN])}
-    assert temporal_tasks.targets("speed_video", batch).tolist() == [0, 3, UNKNOWN, 1]
-    assert temporal_tasks.targets("order_audio", batch).tolist() == [0, UNKNOWN]
-    assert temporal_tasks.targets("order_cross", batch).tolist() == [
-        0,
-        UNKNOWN,
-        2,
-        UNKNOWN,
-    ]  # seen from the other side
+    assert TASKS["speed_video"].targets(batch).tolist() == [0, 3, UNKNOWN, 1]
+    assert TASKS["order_audio"].targets(batch).tolist() == [0, UNKNOWN]
+    seen_from_the_other_side = [2, UNKNOWN]
+    assert TASKS["order_cross"].targets(batch).tolist() == [0, UNKNOWN, *seen_from_the_other_side]
 
 
 def test_unknown_labels_count_nothing():

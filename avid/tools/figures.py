@@ -66,13 +66,8 @@ def curves(metrics, path):
     write(figure, path)
 
 
-def confusions(counts, speeds, path):
-    """What a network takes for what: {task: C×C counts}, a panel a task, rows: the truth."""
-    names = {
-        "speed": [f"{s}×" for s in speeds],
-        "direction": ["forward", "backward"],
-        "order": temporal_tasks.ORDERS,
-    }
+def confusions(counts, temporal, path):
+    """Confusion matrices of the temporal tasks: {task: C×C counts}, a panel a task, rows: the truth."""
     figure, axes = plt.subplots(
         1, len(counts), figsize=(2.6 * len(counts), 2.9), squeeze=False, layout="constrained"
     )
@@ -89,7 +84,7 @@ def confusions(counts, speeds, path):
                 fontsize=8,
                 color="white" if value > 0.6 else "black",
             )
-        ticks = names[task.partition("_")[0]]
+        ticks = temporal_tasks.TASKS[task].classes(temporal)
         axis.set_xticks(range(len(n)), ticks, rotation=30, fontsize=8)
         axis.set_yticks(range(len(n)), ticks, fontsize=8)
         axis.set_title(f"{task}: {n.trace() / max(n.sum(), 1):.0%}", fontsize=10)
