@@ -140,9 +140,10 @@ class Temporal:
 
 @dataclass
 class Model:
-    video: str = setting("avid", "video network: avid [A], or torchvision's r2plus1d_18, r3d_18, s3d")
+    video: str = setting("avid",
+        "video network: avid [A], or torchvision's r2plus1d_18, r3d_18, s3d, of a size of their own")
     audio: str = setting("avid", "audio network: avid [A]")
-    width: int = setting(64, "channels of the stem; features are 8 × this [A]", at_least=1)
+    width: int = setting(64, "channels of both networks' stems; features are 8 × this [A]", at_least=1)
     depth: int = setting(2, "residual blocks a stage of the video network [A]", at_least=1)
     embedding: int = setting(128, "D, dimensions of the embeddings [A]", at_least=1)
     head_norm: str = setting("none",
@@ -238,7 +239,7 @@ class Optim:
         "autocast on CUDA; fp16 with a scaled loss; a CPU computes in float32 [C]", choices=("bf16", "fp16", "none"))
     compile: bool = setting(False, "torch.compile the network [C]")
     checkpoint_activations: bool = setting(False,
-        "backward computes the video network again: less memory, more time [C]")
+        "backward computes the networks again: less memory, more time [C]")
     sync_bn: bool = setting(True, "batch statistics over all ranks [C]")
 
 

@@ -92,6 +92,8 @@ def subject(arguments):
     cfg = config.load(name, cli.overrides(arguments), base=state.get("config"))
     out = Path(arguments.out or (Path(arguments.ckpt).parent if state else "runs/random"))
     files.check_folder(out)
+    if not state:  # a checkpoint's settings are what its network was built with
+        models.check(cfg.model)
     torch.manual_seed(cfg.seed)
     network = models.AudioVisual(cfg.model, temporal_tasks.classes(cfg) if "network" in state else ())
     if state:

@@ -3,11 +3,12 @@
 In: float clips, video B×3×T×S×S and audio B×1×frames×bins.
 Out: features (what transfers downstream) and unit embeddings (what the losses see) of both modalities.
 
-Parameter names are those of the checkpoints released with AVID-CMA, which the default configuration matches shape by shape.
+Parameter names are those of the checkpoints released with AVID-CMA, and so are the default shapes.
 """
 
 import contextlib
 import functools
+import inspect
 from typing import NamedTuple
 
 import torch
@@ -23,13 +24,13 @@ from .files import ConfigError
 class Output(NamedTuple):
     video: torch.Tensor  # B×D, unit embeddings v_i
     audio: torch.Tensor  # B×D, unit embeddings a_i
-    video_features: torch.Tensor  # B×8·width
-    audio_features: torch.Tensor  # B×8·width
-    temporal: dict  # task → logits
+    video_features: torch.Tensor  # B×F_v, 8·width of avid's
+    audio_features: torch.Tensor  # B×F_a, 8·width of avid's
+    temporal: dict  # task → logits, a row a question
 
 
 class R2Plus1DBlock(nn.Module):
-    """Two 3×3×3 convolutions, each factored into 1×3×3 then 3×1×1 without a widened middle, and a shortcut [A]."""
+    """Two 3×3×3 convolutions, each as 1×3×3 then 3×1×1 without a widened middle, and a shortcut [A]."""
 
     def __init__(self, c_in, c_out, stride):  # stride in time, height and width alike
         super().__init__()
@@ -113,8 +114,8 @@ class AudioNet(nn.Module):
 class Head(nn.Module):
     """MLP from features to embeddings: three linear layers, ReLU between [A].
 
-    norm="batch" puts batch norm behind each layer, the last one without scale and shift [C]: it takes away the direction
-    that all embeddings of an untrained network share (docs/method.md section 11).
+    norm="batch" puts batch norm behind each layer, the last one without scale and shift [C]: it takes away
+    the direction that all embeddings of an untrained network share (docs/method.md section 11).
     """
 
     def __init__(self, dim, embedding, norm="none"):
@@ -136,47 +137,68 @@ class Head(nn.Module):
 
 
 def torchvision_network(name):
-    """A video network of torchvision's without its classifier; its width and depth are what they are."""
-
-    def build(width, depth):
-        if (width, depth) != (config.Model().width, config.Model().depth):
-            raise ConfigError(
-                f"model.video={name} takes no model.width and no model.depth; leave both out, or use avid"
-            )
-        network = getattr(torchvision.models.video, name)(weights=None)
-        if name == "s3d":
-            network.dim = network.classifier[1].in_channels
-            network.avgpool, network.classifier = nn.AdaptiveAvgPool3d(1), nn.Identity()
-        else:
-            network.dim = network.fc.in_features
-            network.fc = nn.Identity()
-        return network
-
-    return build
+    """A video network of torchvision's without its classifier. Its width, 64, and its depth are its own."""
+    network = getattr(torchvision.models.video, name)(weights=None)
+    if name == "s3d":
+        network.dim = network.classifier[1].in_channels
+        network.avgpool, network.classifier = nn.AdaptiveAvgPool3d(1), nn.Identity()
+    else:
+        network.dim = network.fc.in_features
+        network.fc = nn.Identity()
+    return network
 
 
-VIDEO = {"avid": R2Plus1D} | {name: torchvision_network(name) for name in ("r2plus1d_18", "r3d_18", "s3d")}
+# name → constructor of a module with a `dim`: from clips, B×3×T×S×S or B×1×frames×bins, to features B×dim.
+# It is given those of its SIZES, settings of model.*, that are among its parameters.
+VIDEO = {
+    "avid": R2Plus1D,
+    "r2plus1d_18": functools.partial(torchvision_network, "r2plus1d_18"),
+    "r3d_18": functools.partial(torchvision_network, "r3d_18"),
+    "s3d": functools.partial(torchvision_network, "s3d"),
+}
 AUDIO = {"avid": AudioNet}
+NETWORKS = {"video": VIDEO, "audio": AUDIO}
+SIZES = {"video": ("width", "depth"), "audio": ("width",)}
+
+
+def constructor(model, modality):
+    """What model.video or model.audio names, and the sizes that it takes. Raises ConfigError if unknown."""
+    networks, name = NETWORKS[modality], getattr(model, modality)
+    if name not in networks:
+        raise ConfigError(f"wrong value for model.{modality}: {name}; expected one of {', '.join(networks)}")
+    parameters = inspect.signature(networks[name]).parameters
+    return networks[name], [size for size in SIZES[modality] if size in parameters]
+
+
+def encoder(model, modality):
+    """The network of a modality as config.Model describes it, drawn from torch's global generator."""
+    build, taken = constructor(model, modality)
+    return build(**{size: getattr(model, size) for size in taken})
 
 
 def check(model):
-    """Raise ConfigError where config.Model names a network that there is not."""
-    for key, networks in (("video", VIDEO), ("audio", AUDIO)):
-        if (name := getattr(model, key)) not in networks:
-            raise ConfigError(f"wrong value for model.{key}: {name}; expected one of {', '.join(networks)}")
+    """Raise ConfigError where config.Model names an unknown network, or a size that its network has not."""
+    for modality in NETWORKS:
+        _, taken = constructor(model, modality)
+        for size in SIZES[modality]:
+            value, default = getattr(model, size), getattr(config.Model(), size)
+            if size not in taken and value != default:
+                name = f"model.{modality}={getattr(model, modality)}"
+                raise ConfigError(
+                    f"wrong value for model.{size}: {value}; expected {default}, {name} has its own {size}"
+                )
 
 
 class AudioVisual(nn.Module):
     """Both encoders, both heads, and those of the temporal tasks.
 
-    model: config.Model; tasks: {task: classes}, of temporal_tasks.classes. The networks are drawn from torch's global generator: seed it first.
+    model: config.Model; tasks: {task: number of classes}, of temporal_tasks.classes. The networks are drawn
+    from torch's global generator: seed it first. Raises ConfigError for the name of an unknown network.
     """
 
     def __init__(self, model, tasks=()):
         super().__init__()
-        check(model)
-        self.video_model = VIDEO[model.video](model.width, model.depth)
-        self.audio_model = AUDIO[model.audio](model.width)
+        self.video_model, self.audio_model = encoder(model, "video"), encoder(model, "audio")
         self.video_proj = Head(self.video_model.dim, model.embedding, model.head_norm)
         self.audio_proj = Head(self.audio_model.dim, model.embedding, model.head_norm)
         dims = {"video": self.video_model.dim, "audio": self.audio_model.dim}
@@ -188,12 +210,12 @@ class AudioVisual(nn.Module):
         self.audio_model.to(memory_format=torch.channels_last)
 
     def encode_video(self, video):
-        """B×3×T×S×S → unit embeddings v_i B×D, features B×8·width, both float32."""
+        """B×3×T×S×S → unit embeddings v_i B×D, features B×F_v, both float32."""
         features = self.video_model(video.contiguous(memory_format=torch.channels_last_3d)).float()
         return self.video_proj(features), features
 
     def encode_audio(self, audio):
-        """B×1×frames×bins → unit embeddings a_i B×D, features B×8·width, both float32."""
+        """B×1×frames×bins → unit embeddings a_i B×D, features B×F_a, both float32."""
         features = self.audio_model(audio.contiguous(memory_format=torch.channels_last)).float()
         return self.audio_proj(features), features
 
@@ -202,38 +224,53 @@ class AudioVisual(nn.Module):
         return self.encode_video(clips) if modality == "video" else self.encode_audio(clips)
 
     def forward(self, video, audio):
-        """Normalised float clips, B×3×T×S×S and B×1×frames×bins → Output. With two moments, a video's clips stand side by side."""
+        """Float clips, B×3×T×S×S and B×1×frames×bins → Output. A video's two clips stand side by side."""
         (v, video_features), (a, audio_features) = self.encode_video(video), self.encode_audio(audio)
         return Output(v, a, video_features, audio_features, self.temporal(video_features, audio_features))
 
 
 def checkpoint_activations(network):
-    """Have the video network keep only what stands between its blocks; backward computes the rest again, block by block.
+    """Have both encoders keep only what stands between their blocks; backward computes the rest again.
 
-    network: an AudioVisual, changed in place: the same outputs, gradients, names of parameters and running statistics, for the
-    time of a second forward pass of the video network.
+    network: AudioVisual, changed in place: the same outputs, gradients, names of parameters and running
+    statistics, for the time of a second forward pass. Raises ConfigError where an encoder has no blocks, or
+    dropout, which the second pass would draw anew.
     """
-    for stage in network.video_model.children():
-        blocks = list(stage.children()) if isinstance(stage, nn.Sequential) else []
-        whole = not any(list(block.children()) for block in blocks)  # a stem of plain layers
-        for block in [stage] if whole else blocks:
+    for encoder in (network.video_model, network.audio_model):
+        found = list(blocks(encoder))
+        if not found or any(isinstance(layer, nn.modules.dropout._DropoutNd) for layer in encoder.modules()):
+            raise ConfigError(
+                f"optim.checkpoint_activations=true cannot be had with {type(encoder).__name__}, which has "
+                f"{'dropout' if found else 'no blocks'}; leave it out, or choose another network (model.*)"
+            )
+        for block in found:
             block.forward = functools.partial(recomputed, block, block.forward)
 
 
-def recomputed(block, forward, x):
-    """forward(x) of a block, whose activations are not kept for backward."""
+def blocks(encoder):
+    """The children of an encoder that have layers of their own; of a sequence of such blocks, each."""
+    for child in encoder.children():
+        inner = list(child.children())
+        if isinstance(child, nn.Sequential) and any(list(layer.children()) for layer in inner):
+            yield from inner
+        elif inner:  # a block, or a stem of plain layers
+            yield child
+
+
+def recomputed(block, forward, *inputs):
+    """forward(*inputs) of a block, whose activations are not kept for backward."""
     # compiled, the second pass has no side effects as it is, and takes no context
     contexts = (
         {}
         if torch.compiler.is_compiling()
         else {"context_fn": lambda: (contextlib.nullcontext(), buffers_kept(block))}
     )
-    return checkpoint(forward, x, use_reentrant=False, preserve_rng_state=False, **contexts)
+    return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False, **contexts)
 
 
 @contextlib.contextmanager
 def buffers_kept(block):
-    """Within, batch norm counts a batch in copies of its running statistics: those of the block stay as they are."""
+    """Within, batch norm counts a batch in copies of its running statistics: the block's own stay."""
     kept = [
         (module, name, buffer)
         for module in block.modules()
@@ -253,26 +290,33 @@ class ModelError(Exception):
 
 
 def load(network, state, path):
-    """Load a checkpoint dict into an AudioVisual: one of train.py's, or one released with AVID-CMA, known by its key `model` and
-    names that begin with "module.". path: for messages. Raises ModelError for missing, left-over or wrongly shaped parameters."""
-    if "network" not in state and "model" not in state:
+    """Load a checkpoint's dict into an AudioVisual, whole or not at all; path: for messages.
+
+    state: one of train.py's, {"network": …}, or one released with AVID-CMA, {"model": …}, whose names begin
+    with "module.". Raises ModelError for missing, left-over or wrongly shaped parameters.
+    """
+    weights = state.get("network", state.get("model"))
+    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
         raise ModelError(
-            f"{path} holds neither a network of this project nor an AVID-CMA model, only {', '.join(map(str, state))}"
+            f"{path} holds neither a network of this project nor an AVID-CMA model, only {_some(state)}; "
+            "give a last.pt of train.py, or a released AVID-CMA checkpoint"
         )
-    weights = state.get("network") or {name.removeprefix("module."): w for name, w in state["model"].items()}
-    mine = network.state_dict()
+    weights = {str(name).removeprefix("module."): weight for name, weight in weights.items()}
+    own = network.state_dict()
+    both = own.keys() & weights.keys()
     wrong = {
-        "missing": [name for name in mine if name not in weights],
-        "left over": [name for name in weights if name not in mine],
-        "of another shape": [
-            name for name in mine if name in weights and weights[name].shape != mine[name].shape
-        ],
+        "missing": [name for name in own if name not in weights],
+        "left over": [name for name in weights if name not in own],
+        "of another shape": [name for name in own if name in both and weights[name].shape != own[name].shape],
     }
     if any(wrong.values()):
-        faults = "; ".join(
-            f"{len(names)} {fault}: {', '.join(names[:5])}{', …' if names[5:] else ''}"
-            for fault, names in wrong.items()
-            if names
+        faults = "; ".join(f"{len(names)} {fault}: {_some(names)}" for fault, names in wrong.items() if names)
+        raise ModelError(
+            f"{path} does not fit the network that the settings describe: {faults}; "
+            "give those that it was trained with (model.*, weights.*), by --cfg or key=value"
         )
-        raise ModelError(f"{path} does not fit the network that the settings describe (model.*): {faults}")
     network.load_state_dict(weights)
+
+
+def _some(names):
+    return ", ".join([*map(str, list(names)[:5]), *["…"][: len(names) > 5]])

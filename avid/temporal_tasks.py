@@ -66,8 +66,8 @@ def plan(first_s, last_s, length_s, temporal, rng):
 def _starts(order, first, second, room, rng):
     """Starts of two intervals in [0, room]: the first is before, overlaps or is after the second.
 
-    first, second: their lengths. Apart: every such pair is equally likely. Overlapping: they share at least half
-    of the shorter one [C].
+    first, second: their lengths. Apart: every such pair is equally likely. Overlapping: they share at least
+    half of the shorter one [C].
     """
     if order != 1:
         early, late = np.sort(rng.uniform(0, room - first - second, 2))

@@ -1,4 +1,4 @@
-"""The networks against the checkpoints released with AVID-CMA, and against what docs/method.md section 8 says of them."""
+"""The networks against the checkpoints released with AVID-CMA, and against section 8 of docs/method.md."""
 
 import ast
 from pathlib import Path
@@ -42,7 +42,7 @@ def released():
     return models.AudioVisual(config.Model())
 
 
-# --------------------------------------------------------------------------------------------------- released checkpoints
+# --------------------------------------------------------------------------------------- released checkpoints
 
 
 def test_names_and_shapes_are_those_of_the_released_checkpoints(released):
@@ -102,13 +102,16 @@ def test_what_does_not_fit_is_named():
     assert all(torch.equal(tensor, before[name]) for name, tensor in into.state_dict().items())  # untouched
     with pytest.raises(models.ModelError, match=r"some.pt holds neither .* only step, bank"):
         models.load(into, {"step": 1, "bank": {}}, "some.pt")
+    for other in ({"model": torch.zeros(2)}, {"network": {"epoch": 3}}):
+        with pytest.raises(models.ModelError, match=r"some.pt holds neither .* only (model|network)"):
+            models.load(into, other, "some.pt")
 
 
-# ----------------------------------------------------------------------------------------------------------- architecture
+# ----------------------------------------------------------------------------------------------- architecture
 
 
 def test_the_video_network_halves_time_and_space_as_described(released):
-    """Stem and pooling quarter the space, stages 2 to 4 halve time and space: 8 frames of 64² become 1×2×2, of 512 channels."""
+    """Stem and pooling quarter the space, stages 2 to 4 halve time and space: 8×64² becomes 512×1×2×2."""
     shapes = []
     hooks = [
         getattr(released.video_model, name).register_forward_hook(
@@ -173,19 +176,61 @@ def test_width_and_depth(width, depth):
     assert output.video.shape == output.audio.shape == (4, 10)
 
 
-@pytest.mark.parametrize("backbone", models.VIDEO)
-def test_every_backbone_gives_features_and_embeddings(backbone):
-    model = network(video=backbone).eval()
+EVERY = [(modality, name) for modality, networks in models.NETWORKS.items() for name in networks]
+
+
+@pytest.mark.parametrize("modality, backbone", EVERY)
+def test_every_backbone_gives_features_and_embeddings(modality, backbone):
+    model = network(**{modality: backbone}).eval()
     video, audio = clips(batch=2, frames=16, size=64)
     with torch.no_grad():
         output = model(video, audio)
     assert output.video_features.shape == (2, model.video_model.dim)
+    assert output.audio_features.shape == (2, model.audio_model.dim)
     assert output.video.shape == output.audio.shape == (2, 16)
-    assert torch.isfinite(output.video).all()
-    assert not torch.allclose(output.video_features[0], output.video_features[1])
+    for embeddings, features in zip(output[:2], output[2:4], strict=True):
+        assert torch.isfinite(embeddings).all()
+        assert not torch.allclose(features[0], features[1])
 
 
-# ------------------------------------------------------------------------------------------------------------- embeddings
+@pytest.mark.parametrize("modality, backbone", EVERY)
+def test_a_size_that_a_backbone_does_not_take_is_an_error(modality, backbone):
+    """Every size either changes the network or is refused by name, with what to write instead."""
+    sizes = {"width": 8, "depth": 1} if modality == "video" else {"width": 8}
+    for size, value in sizes.items():
+        model = config.Model(**{modality: backbone, size: value})
+        built, usual = (
+            models.encoder(m, modality).state_dict() for m in (model, config.Model(**{modality: backbone}))
+        )
+        changed = {n: x.shape for n, x in built.items()} != {n: x.shape for n, x in usual.items()}
+        assert changed == (backbone == "avid")
+        if changed:
+            models.check(model)
+        else:
+            usual = getattr(config.Model(), size)
+            expected = f"model.{size}: {value}; expected {usual}, model.{modality}={backbone}"
+            with pytest.raises(config.ConfigError, match=expected):
+                models.check(model)
+
+
+def test_the_audio_network_beside_a_torchvision_one_has_the_width_of_both():
+    model = config.Model(video="r3d_18")
+    models.check(model)
+    assert model.width == 64
+    both = [models.encoder(model, modality) for modality in ("video", "audio")]
+    assert [next(network.parameters()).shape[0] for network in both] == [64, 64]
+    assert [network.dim for network in both] == [512, 512]
+
+
+def test_a_checkpoint_of_the_time_when_sizes_were_ignored_still_loads():
+    """Then torchvision's networks took any width and depth, and the audio network had that width."""
+    one, other = (network(seed=seed, video="r3d_18", width=8, depth=1) for seed in (1, 2))
+    assert (one.video_model.dim, one.audio_model.dim) == (512, 64)
+    models.load(other, {"network": one.state_dict()}, "last.pt")
+    assert torch.equal(one.audio_proj.projection[0].weight, other.audio_proj.projection[0].weight)
+
+
+# ------------------------------------------------------------------------------------------------- embeddings
 
 
 @pytest.mark.parametrize("head_norm", ["none", "batch"])
@@ -273,7 +318,7 @@ def test_the_seed_decides_the_network():
     assert not torch.equal(one["video_model.conv1.0.weight"], other["video_model.conv1.0.weight"])
 
 
-# ----------------------------------------------------------------------------------------------------------------- memory
+# ----------------------------------------------------------------------------------------------------- memory
 
 
 def step(forward, inputs, parameters):
@@ -295,14 +340,16 @@ def step(forward, inputs, parameters):
     return loss.detach(), sum(kept.values())
 
 
-@pytest.mark.parametrize("backbone, frames, size", [("avid", 8, 32), ("r3d_18", 4, 32), ("s3d", 16, 64)])
-def test_checkpointed_activations_give_the_same_step_from_less_memory(backbone, frames, size):
+@pytest.mark.parametrize("modality, backbone", EVERY)
+def test_checkpointed_activations_give_the_same_step_from_less_memory(modality, backbone):
     """Bit for bit: outputs, gradients, running statistics (a batch counts once) and all names."""
-    plain, checkpointed = (network(video=backbone).train() for _ in range(2))
+    plain, checkpointed = (network(**{modality: backbone}).train() for _ in range(2))
     models.checkpoint_activations(checkpointed)
-    inputs = clips(batch=2, frames=frames, size=size)
+    plain, checkpointed = (getattr(model, f"{modality}_model") for model in (plain, checkpointed))
+    frames, size = {"s3d": (8, 64), "avid": (8, 32)}.get(backbone, (4, 32))
+    clip = clips(batch=2, frames=frames, size=size)[modality == "audio"]
     (loss, kept), (loss_again, kept_again) = (
-        step(model, inputs, model.parameters()) for model in (plain, checkpointed)
+        step(lambda x, m=model: [m(x)], [clip], model.parameters()) for model in (plain, checkpointed)
     )
     assert torch.equal(loss, loss_again)
     assert kept_again < 0.5 * kept
@@ -318,19 +365,31 @@ def test_checkpointed_activations_give_the_same_step_from_less_memory(backbone, 
         assert not name.endswith("num_batches_tracked") or value == 1
 
 
-def test_a_compiled_network_checkpoints_its_activations_alike():
+@pytest.mark.parametrize("modality", ["video", "audio"])
+def test_a_compiled_network_checkpoints_its_activations_alike(modality):
     plain, checkpointed = (network(width=4).train() for _ in range(2))
     models.checkpoint_activations(checkpointed)
-    (video, _), (one, other) = clips(), (model.video_model for model in (plain, checkpointed))
-    loss, _ = step(one, (video,), one.parameters())
+    one, other = (getattr(model, f"{modality}_model") for model in (plain, checkpointed))
+    clip = clips()[modality == "audio"]
+    loss, _ = step(one, (clip,), one.parameters())
     loss_again, _ = step(
-        torch.compile(other, backend="aot_eager_decomp_partition"), (video,), other.parameters()
+        torch.compile(other, backend="aot_eager_decomp_partition"), (clip,), other.parameters()
     )
     torch.testing.assert_close(loss, loss_again, rtol=1e-4, atol=1e-4)
     for (name, a), b in zip(one.named_parameters(), other.parameters(), strict=True):
         assert (a.grad - b.grad).norm() < 1e-3 * a.grad.norm(), name
     for (name, a), b in zip(one.named_buffers(), other.buffers(), strict=True):
         torch.testing.assert_close(a, b, msg=name, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layers, fault", [([], "no blocks"), ([torch.nn.Dropout(0.5)], "dropout")])
+def test_a_network_that_cannot_be_checkpointed_says_so(layers, fault):
+    """Plain layers only: nothing would be saved. Dropout: the second pass would drop other features."""
+    model = network()
+    stem = torch.nn.Conv2d(1, 4, 3)
+    model.audio_model = torch.nn.Sequential(torch.nn.Sequential(stem, *layers) if layers else stem)
+    with pytest.raises(config.ConfigError, match=f"checkpoint_activations=true cannot be had .* {fault}"):
+        models.checkpoint_activations(model)
 
 
 def test_checkpointed_activations_change_nothing_in_evaluation():
