@@ -112,7 +112,8 @@ class MemoryBank(torch.nn.Module):
             np.random.default_rng(seed) for seed in seeds
         ]  # of a row; on the CPU: the same on every device
         own = memory[index].float()
-        similarity = torch.cat([own @ some.float().T for some in memory.split(PIECE)], 1)  # b×N
+        with torch.autocast(memory.device.type, enabled=False):
+            similarity = torch.cat([own @ some.float().T for some in memory.split(PIECE)], 1)  # b×N
         similarity.scatter_(1, index[:, None], -torch.inf)
         nearness, nearest = similarity.topk(contrast.k_pos, 1)  # b×k
 

@@ -1,16 +1,22 @@
 """The losses against the equations of docs/method.md, written out once more in float64 with plain loops."""
 
+import contextlib
+import functools
 import math
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from avid import losses
+import train
+from avid import config, losses, memory_bank, models, temporal_tasks
 
 TAU, TAU_S, TAU_T = 0.07, 0.02, 0.07
 ESTIMATORS = ("bootstrap", "swapped", "neighbor", "cycle")
@@ -132,26 +138,116 @@ def test_attention_is_the_softmax_and_its_normaliser(piece):
     assert not w.valid.all() and (S[:, ~w.valid] == 0).all()
 
 
-@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
-def test_everything_is_float32_under_autocast_and_from_a_half_precision_bank(low):
+HALVES = pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+
+
+@HALVES
+def test_a_half_precision_bank_gives_the_loss_of_its_own_memories_in_float32(half):
     w = world()
-    memories = (w.own_video, w.own_audio, w.bank_video, w.bank_audio)
-    S = losses.soft_targets("cycle", *memories, w.valid, TAU_S, TAU_T)
-    w.bank_video, w.bank_audio = w.bank_video.to(low).float(), w.bank_audio.to(low).float()
+    w.bank_video, w.bank_audio = w.bank_video.to(half).float(), w.bank_audio.to(half).float()
     expected = robust_xid(w)
     gradient = torch.autograd.grad(expected.sum(), w.video)[0]
-    w.bank_video, w.bank_audio = w.bank_video.to(low), w.bank_audio.to(low)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        T = losses.soft_targets("cycle", *memories, w.valid, TAU_S, TAU_T)
-        loss = robust_xid(w)
-    assert torch.equal(S[0], T[0]) and torch.equal(S[1], T[1])
+    w.bank_video, w.bank_audio = w.bank_video.to(half), w.bank_audio.to(half)
+    loss = robust_xid(w)
     assert loss.dtype == torch.float32 and torch.equal(loss, expected)
     assert torch.equal(torch.autograd.grad(loss.sum(), w.video)[0], gradient)
-    w.video, w.audio = w.video.bfloat16(), w.audio.bfloat16()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        half = robust_xid(w)
+    w.video, w.audio = w.video.to(half), w.audio.to(half)
+    from_halves = robust_xid(w)
     w.video, w.audio = w.video.float(), w.audio.float()
-    assert torch.equal(half, robust_xid(w))
+    assert torch.equal(from_halves, robust_xid(w))
+
+
+def robust_xid_of(estimator):
+    w = world()
+    return [robust_xid(w, 0.5, estimator)], [w.video, w.audio]
+
+
+def contrast_of_clips():
+    x, usual = (unit(7, 8, seed=seed).requires_grad_() for seed in (0, 1))
+    return [losses.contrast(x, usual, unit(7, 4, 8, seed=2), unit(7, 20, 8, seed=3), TAU)], [x, usual]
+
+
+def soft_target_means():
+    w = world()
+    memories = (w.own_video, w.own_audio, w.bank_video, w.bank_audio)
+    return losses.soft_targets("cycle", *memories, w.valid, TAU_S, TAU_T), []
+
+
+def weights_of_pairs():
+    """The agreement, its weights, and a loss that they weigh."""
+    w = world()
+    s = losses.agreement(w.bank_video, w.bank_audio)
+    weight = losses.faulty_positive_weights(s, s.mean(), s.std(), 0.25, 0.1, 0.5)
+    loss = s.clone().requires_grad_()
+    return [s, weight, losses.weighted_mean(loss, weight)], [loss]
+
+
+def bank_after_an_update():
+    """All that a bank holds, measures and draws after a step."""
+    bank = memory_bank.MemoryBank(40, 8, 0.5, 0)
+    index, ways = torch.arange(12), config.Contrast(n_pos=3, k_pos=6, negatives=10, tau_n=0.5)
+    bank.update(index, unit(12, 8, seed=4), unit(12, 8, seed=5))
+    drawn = [x for name in ("video", "audio") for x in bank.neighbourhood(name, index, ways, range(12))]
+    health = torch.tensor(list(bank.health().values()), dtype=torch.double)
+    return [*bank.state_dict().values(), *drawn, *bank.agreement_mean_std(), health], []
+
+
+COMPUTED = {
+    **{f"robust xID, {name}": functools.partial(robust_xid_of, name) for name in ESTIMATORS},
+    "contrast": contrast_of_clips,
+    "soft targets": soft_target_means,
+    "weights": weights_of_pairs,
+    "bank": bank_after_an_update,
+}
+
+
+def computed(what, autocast):
+    """The values, computed within `autocast`, and then the gradients of their sum."""
+    with autocast:
+        values, leaves = COMPUTED[what]()
+    return [*values, *(torch.autograd.grad(sum(x.sum() for x in values), leaves) if leaves else ())]
+
+
+@HALVES
+@pytest.mark.parametrize("what", COMPUTED)
+def test_autocast_changes_no_bit(what, half):
+    """At τ = 0.02 a rounding of bfloat16 moves an exponent by 0.2: whatever surrounds it, all of this is float32."""
+    expected = computed(what, contextlib.nullcontext())
+    found = computed(what, torch.autocast("cpu", dtype=half))
+    for x, y in zip(found, expected, strict=True):
+        assert x.dtype == y.dtype and x.dtype not in (torch.bfloat16, torch.float16)
+        assert torch.equal(x, y)
+
+
+@HALVES
+@pytest.mark.parametrize("what", [name for name in COMPUTED if name != "weights"])  # they hold no product
+def test_in_half_precision_the_same_numbers_would_differ(what, half, monkeypatch):
+    """As if every `enabled=False` were missing: so the test above cannot pass by the choice of its numbers."""
+    expected, autocast = computed(what, contextlib.nullcontext()), torch.autocast
+    monkeypatch.setattr(torch, "autocast", lambda device, **_: autocast(device, dtype=half))
+    found = computed(what, autocast("cpu", dtype=half))
+    assert not all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+@HALVES
+def test_autocast_changes_no_bit_of_the_whole_objective(half):
+    """Every term of train.py, weights, candidates and neighbours included, of a network's half precision logits."""
+    overrides = "weights.xid=1 loss.w_min=0.25 loss.soft=0.5 contrast.k_pos=6 contrast.negatives=10 temporal.speeds=[1,2]"
+    cfg, world = config.load("toy_temporal", overrides.split()), SimpleNamespace(rank=0, size=1)
+    bank, index = memory_bank.MemoryBank(40, 8, 0.5, 0), torch.tensor([3, 7, 3, 11])
+    video, audio = unit(8, 8, seed=1), unit(8, 8, seed=2)
+    batch = {"index": index, "speed": torch.tensor([[0, 1]] * 4), "direction": torch.tensor([[1, 0]] * 4)}
+    batch["order"] = torch.tensor([0, 1, 2, -1])
+    logits = {name: torch.randn(len(task.targets(batch)), len(task.classes(cfg.temporal))).to(half)
+              for name, task in temporal_tasks.TASKS.items()}  # fmt: skip
+    output = models.Output(video, audio, None, None, logits)
+    objective = train.Objective(cfg, bank, world, epoch_steps=1)
+    expected, accuracies = objective(output, batch, index, step=1)
+    assert expected.keys() == {name for name, weight in vars(cfg.weights).items() if weight}
+    with torch.autocast("cpu", dtype=half):
+        found, accuracies_again = objective(output, batch, index, step=1)
+    for name, value in (expected | accuracies).items():
+        assert value.dtype == torch.float32 and torch.equal((found | accuracies_again)[name], value), name
 
 
 @pytest.mark.parametrize("w_min, delta, kappa", [(0.25, 0.0, 0.5), (0.0, -1.0, 0.25), (0.5, 0.7, 2.0)])
@@ -282,6 +378,70 @@ def test_gradients_agree_with_finite_differences(soft, estimator, piece):
                 )
                 x[place] -= sign * step
         assert_close(getattr(w, modality).grad, gradient)
+
+
+@contextlib.contextmanager
+def in_float64(piece):
+    """Within, what the losses compute in float32 is float64, over so many candidates at a time."""
+    with (
+        mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
+        mock.patch.object(losses, "PIECE", piece),
+    ):
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    estimator=st.sampled_from(ESTIMATORS), soft=st.sampled_from([0.0, 0.3, 1.0]), batch=st.integers(1, 6),
+    instances=st.integers(6, 40), negatives=st.integers(0, 60), dim=st.integers(1, 9), piece=st.integers(1, 70),
+    tau=st.floats(0.02, 1), tau_s=st.floats(0.01, 1), tau_t=st.floats(0.03, 1), seed=st.integers(0, 2**31),
+)  # fmt: skip
+def test_the_fast_form_is_the_plain_one(
+    estimator, soft, batch, instances, negatives, dim, piece, tau, tau_s, tau_t, seed
+):
+    """Losses and gradients, of any shape, with instances that stand twice among the candidates, once of them invalid."""
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randint(instances, (batch,), generator=generator)
+    with in_float64(piece):
+        bank = memory_bank.MemoryBank(instances, dim, 0.5, seed)
+        found = bank.candidates(index, negatives, seed)
+        assert found.valid.sum() == len(set(found.index.tolist()))
+        live = [F.normalize(torch.randn(batch, dim, generator=generator), dim=1) for _ in range(2)]
+        results = []
+        for form in (losses.robust_xid_by_matrices, losses.robust_xid):
+            video, audio = (x.clone().requires_grad_() for x in live)
+            loss = form(
+                video, audio, bank.read("video", found.index), bank.read("audio", found.index), found.valid, found.column,
+                temperature=tau, soft=soft, estimator=estimator, tau_s=tau_s, tau_t=tau_t,
+            )  # fmt: skip
+            weight = torch.rand(batch, generator=torch.Generator().manual_seed(seed))
+            losses.weighted_mean(loss, weight).backward()
+            results.append((loss.detach(), video.grad, audio.grad))
+    for plain, fast in zip(*results, strict=True):
+        assert plain.dtype == fast.dtype == torch.float64
+        torch.testing.assert_close(fast, plain, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_the_plain_form_agrees_with_the_equations(estimator):
+    w = world()
+    r = float64(w)
+    S = reference_soft_targets(r, estimator)
+    taus = dict(temperature=TAU, tau_s=TAU_S, tau_t=TAU_T)
+    w = SimpleNamespace(**{k: x.double() if x.is_floating_point() else x for k, x in vars(w).items()})
+    loss = losses.robust_xid_by_matrices(
+        w.video, w.audio, w.bank_video, w.bank_audio, w.valid, w.column, soft=0.5, estimator=estimator, **taus
+    )
+    assert_close(loss, reference_losses(r, 0.5, *S), tolerance=1e-12)
+    memories = (w.own_video, w.own_audio, w.bank_video[w.valid], w.bank_audio[w.valid])
+    for ours, reference in zip(
+        losses.soft_target_matrices(estimator, *memories, TAU_S, TAU_T), S, strict=True
+    ):
+        assert_close(ours, reference[:, np.array(r.valid)], tolerance=1e-12)
 
 
 def test_plain_xid_is_the_cross_entropy_of_the_pair():
