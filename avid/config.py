@@ -35,8 +35,8 @@ WRITTEN = "# settings of a run, written by train.py; the run folder is known by 
 
 
 def setting(default, help, *, at_least=None, above=None, at_most=None, below=None, choices=None, needs=()):
-    """A field with its default, what it is, its choices or its range (of a list: of each number in it), and, of
-    a weight, which of NEEDS its term has."""
+    """A field with its default, what it is, its choices or its range (of a list: of each number in it), and
+    what its value needs if it is not zero (a weight: some of NEEDS)."""
     metadata = {
         "help": help,
         "at_least": at_least,
