@@ -127,6 +127,11 @@ def fits(cfg, videos, processes=1):
             f"optim.batch_size={batch} cannot be shared evenly by {processes} processes; make it a multiple "
             f"of {processes}"
         )
+    if batch // processes % cfg.optim.accumulate:
+        raise ConfigError(
+            f"optim.accumulate={cfg.optim.accumulate} does not divide the {batch // processes} videos of a process; "
+            "choose a divisor"
+        )
     contrasts = any(weight for name, weight in weights.items() if name.startswith("contrast"))
     if contrasts and contrast.k_pos + 1 >= videos:
         raise ConfigError(

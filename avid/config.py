@@ -238,6 +238,9 @@ class Optim:
     amp: str = setting("bf16",
         "autocast on CUDA; fp16 with a scaled loss; a CPU computes in float32 [C]", choices=("bf16", "fp16", "none"))
     compile: bool = setting(False, "torch.compile the network [C]")
+    accumulate: int = setting(
+        1, "parts that a rank's batch goes through the network in: less memory, a third more time [C]", at_least=1
+    )
     checkpoint_activations: bool = setting(False,
         "backward computes the networks again: less memory, more time [C]")
     sync_bn: bool = setting(True, "batch statistics over all ranks [C]")
@@ -533,8 +536,8 @@ def save(cfg, path):
 
 MAY_CHANGE = (  # when a run goes on
     "out", "profile", "log", "eval", "finetune", "data.root", "data.workers", "data.in_memory", "data.timeout_s",
-    "data.max_bad_share", "bank.spread", "optim.checkpoint_activations", "optim.epochs", "optim.max_bad_steps",
-    "optim.lr", "optim.clip_grad", "optim.amp",
+    "data.max_bad_share", "bank.spread", "optim.accumulate", "optim.checkpoint_activations", "optim.epochs",
+    "optim.max_bad_steps", "optim.lr", "optim.clip_grad", "optim.amp",
 )  # fmt: skip
 
 

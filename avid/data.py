@@ -3,7 +3,8 @@
 In: a datasets.Table and the settings of picture and sound. A worker opens a file once, decodes frames and sound of the
 chosen intervals, crops, and computes the log-mel; to_device() does the rest, batched.
 Out: batches, dicts of tensors: video uint8 B×M×3×T×S×S, audio float32 B×M×1×F×bins (dB), index B; of training, the draws of the
-augmentations and the labels of the temporal tasks: flip and grey B×M, jitter and mask B×M×4, speed and direction B×M, order B.
+augmentations and the labels of the temporal tasks: flip and grey B×M, jitter and mask B×M×4, speed and direction B×M, order B;
+with contrast among clips, near_video B×k and far_video B×n, as for audio: the draws of neighbours (memory_bank.draw_neighbours).
 M is the number of clips a video. Every random choice is a function of (seed, step, place in the global batch), so it does
 not depend on workers, ranks or interruptions.
 """
@@ -28,13 +29,14 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from . import distributed, files, processes, temporal_tasks
+from . import distributed, files, memory_bank, processes, temporal_tasks
 from .config import ConfigError
 from .media import MODALITIES, Media, MediaError, in_memory, spectrogram
 
 PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in grey [ITU-R BT.601]
 DB_MEAN, DB_STD = -50.0, 20.0  # a log spectrogram's usual level and spread [C]
+OF_A_STEP = 3  # what begins the draws of a training step: (3, step, place in the global batch)
 TRIES = 20  # files a sample tries before it gives up
 DEATHS = 2  # of decoding processes on a file before it is given up; the first may be a disk's or the memory's fault
 torch.utils.data._utils.signal_handling._SIGCHLD_handler_set = (
@@ -86,7 +88,8 @@ class Clips(torch.utils.data.Dataset):
         for _ in range(TRIES):
             try:
                 with self.watched(index):
-                    return {"index": index, "failures": failures, **self.read(index, rng)}
+                    item = self.read(index, rng) | (self.neighbours(draw) if self.training else {})
+                    return {"index": index, "failures": failures, **item}
             except MediaError as error:
                 failures.append((index, str(error)))
             if not self.training:
@@ -96,6 +99,16 @@ class Clips(torch.utils.data.Dataset):
             f"{TRIES} files in a row cannot be used, the last one {shown(self.table, failures[-1][0])}: "
             f"{failures[-1][1]}; check the folder with: python -m avid check"
         )
+
+    def neighbours(self, draw):
+        """What chance there is in the contrast's neighbours (memory_bank): drawn here, no training step waits for it."""
+        item, (kind, *step_and_place) = {}, draw
+        for key in MODALITIES if kind == OF_A_STEP else ():
+            if any(getattr(self.cfg.weights, f"contrast_{query[0]}{key[0]}") for query in MODALITIES):
+                seed = memory_bank.row_seed(self.cfg.seed, key, *step_and_place)
+                draws = memory_bank.draw_neighbours(len(self), self.cfg.contrast, seed)
+                item |= dict(zip((f"near_{key}", f"far_{key}"), draws, strict=True))
+        return item
 
     @contextmanager
     def watched(self, index):
@@ -224,7 +237,7 @@ class BatchSampler(torch.utils.data.Sampler):
     def __iter__(self):
         for step in self.steps:
             batch = self.global_batch(step)
-            yield [(int(batch[place]), (3, step, place)) for place in self.local]
+            yield [(int(batch[place]), (OF_A_STEP, step, place)) for place in self.local]
 
 
 def collate(items):

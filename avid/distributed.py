@@ -16,9 +16,11 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_grad
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
+
+from .files import ConfigError
 
 
 class World(NamedTuple):
@@ -28,17 +30,25 @@ class World(NamedTuple):
 
 
 def start():
-    """Join the ranks that torchrun started: NCCL on GPUs, Gloo on CPUs. Without torchrun: one process."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    """Join the ranks that torchrun started: NCCL on GPUs, Gloo on CPUs. Without torchrun: one process.
+
+    On a GPU this process computes on the one of its rank, which is "cuda" from here on. ConfigError where there is none
+    for it.
+    """
+    cuda, number = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", number) if cuda else torch.device("cpu")
     if cuda:
+        if number >= (count := torch.cuda.device_count()):
+            raise ConfigError(
+                f"{os.environ.get('LOCAL_WORLD_SIZE', number + 1)} processes on this machine need a GPU each, and it "
+                f"has {count}; start fewer: torchrun --nproc-per-node {count}"
+            )
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
         store, mine, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=30)))
-        if (
-            os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
-        ):  # of several machines, each counts for itself
-            # what torchrun starts again finds the addresses of those that are gone, and waits for them for ever
+        # each of several machines counts for itself how often torchrun has started it, so that there this does not help
+        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+            # processes that torchrun starts again would find the addresses of those that are gone, and wait for ever
             store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(
@@ -47,30 +57,28 @@ def start():
     return World(rank(), world_size(), device)
 
 
-LOST = re.compile(
-    r"Connection (closed|reset|refused)|[Tt]imed out|[Bb]roken pipe|peer"
-)  # what Gloo says of a rank that has gone
+# what Gloo says of a rank that has gone
+LOST = re.compile(r"Connection (closed|reset|refused)|[Tt]imed out|[Bb]roken pipe|peer")
 
 
 @contextlib.contextmanager
 def clean_end():
-    """Whatever a program ends with, it ends: nothing is waited for.
+    """Within, an error or a signal ends the program, and nothing is waited for.
 
-    The end of another rank ends this one, with one line and exit code 1; torchrun, or the same command, may start them again.
+    The end of another rank ends this one, with one line and exit code 1; torchrun, or the same command, may start them
+    again.
     """
     try:
         yield
     except BaseException as error:
-        # the traceback holds the frames, and these the decoding processes, which the interpreter would wait for at its end
+        # the traceback holds the frames, and these the decoding processes, which the interpreter would wait for
         traceback.clear_frames(error.__traceback__)
-        gone = isinstance(error, RuntimeError) and (
-            isinstance(error, dist.DistError) or LOST.search(str(error))
-        )
-        if world_size() == 1 or not gone:
+        lost = isinstance(error, dist.DistError) or LOST.search(str(error))
+        if world_size() == 1 or not (isinstance(error, RuntimeError) and lost):
             raise
         print(
-            f"error: rank {rank()} ends, as another one has gone ({' '.join(str(error).split())[:120]}); what that one said is the "
-            "cause; the same command goes on from the last checkpoint",
+            f"error: rank {rank()} ends, as another one has gone ({' '.join(str(error).split())[:120]}); what that one "
+            "said is the cause; the same command goes on from the last checkpoint",
             file=sys.stderr,
         )
         raise SystemExit(1) from None
@@ -94,11 +102,12 @@ def world_size():
 
 def gather(x):
     """The tensors of all ranks, in the order of ranks: b×… on every rank → world·b×… (no gradient)."""
+    x = x.detach()
     if world_size() == 1:
-        return x.detach()
-    everyone = x.new_empty(world_size() * len(x), *x.shape[1:])
-    dist.all_gather_into_tensor(everyone, x.detach().contiguous())
-    return everyone
+        return x
+    gathered = x.new_empty(world_size() * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(gathered, x.contiguous())
+    return gathered
 
 
 def total(x):
@@ -109,27 +118,31 @@ def total(x):
     return x
 
 
-def any_rank(flag):
-    """True where `flag` is true on at least one rank; goes by the CPU, so that no GPU has to wait."""
-    if world_size() == 1:
-        return bool(flag)
-    votes = torch.tensor(int(bool(flag)))
-    dist.all_reduce(votes)
-    return bool(votes)
+def any_rank(*flags):
+    """For each flag, whether it is true on at least one rank; goes by the CPU, so that no GPU has to wait."""
+    votes = torch.tensor([bool(flag) for flag in flags], dtype=torch.int32)
+    if world_size() > 1:
+        dist.all_reduce(votes)
+    return [vote > 0 for vote in votes.tolist()]
 
 
 def gather_objects(x):
     """What all ranks hold, anything that can be pickled, as a list in the order of ranks."""
     if world_size() == 1:
         return [x]
-    everyone = [None] * world_size()
-    dist.all_gather_object(everyone, x)
-    return everyone
+    gathered = [None] * world_size()
+    dist.all_gather_object(gathered, x)
+    return gathered
 
 
 def wait():
     """Until all ranks are here."""
     any_rank(False)
+
+
+def to_device(x, device):
+    """A tensor that the host has just made, on the device, for which the host does not wait."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
 def say(world, text):
@@ -138,24 +151,47 @@ def say(world, text):
         tqdm.write(text)
 
 
+def data_parallel(model, world, sync_bn, unused=False):
+    """The model with its gradients averaged over the ranks (DDP); of one process, the model itself.
+
+    sync_bn: the ranks' statistics of batch norm are equal, so that none need be sent; unused: parameters may get no gradient.
+    """
+    if world.size == 1:
+        return model
+    devices = [world.device] if world.device.type == "cuda" else None
+    given = {"find_unused_parameters": unused, "broadcast_buffers": not sync_bn}
+    return DistributedDataParallel(model, devices, **given)
+
+
 class StopSignal:
-    """Remembers SIGTERM or Ctrl-C until the step is done; a second one ends at once."""
+    """Remembers SIGTERM or Ctrl-C until the step is done. Another one ends the program at once, if it comes GRACE_S later.
+
+    One that comes sooner is the same wish once more: torchrun passes on a signal that Slurm sends to every process.
+    """
+
+    GRACE_S = 2.0
 
     def __init__(self):
         self.asked, self.exit_code, self.saved = "", 128 + signal.SIGTERM, False
-        self.before = {
-            number: signal.signal(number, self.remember) for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        self.before = {number: signal.signal(number, self.remember) for number in numbers}
 
     def remember(self, number, _):
-        self.asked, self.exit_code = signal.Signals(number).name, 128 + number
-        signal.signal(number, signal.SIG_DFL)
-        if self.saved:
-            raise SystemExit(self.exit_code)
+        if not self.asked:
+            self.asked, self.exit_code, self.asked_at = (
+                signal.Signals(number).name,
+                128 + number,
+                time.monotonic(),
+            )
+            if self.saved:
+                raise SystemExit(self.exit_code)
+        elif time.monotonic() - self.asked_at > self.GRACE_S:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     @contextlib.contextmanager
     def at_once(self):
-        """Within, all that counts is saved: a signal does not wait for the end of a step, nor of a check that takes minutes."""
+        """Within, all that counts is saved: a signal does not wait for the end of a check, which may take minutes."""
         self.saved = True
         try:
             if self.asked:
@@ -170,8 +206,23 @@ class StopSignal:
             signal.signal(number, handler)
 
 
-class BatchNormOverRanks(nn.modules.batchnorm._BatchNorm):
-    """Batch norm with the statistics of all ranks' batches, for CPUs, where torch.nn.SyncBatchNorm refuses to work."""
+# ------------------------------------------------------------------------------------------------ batch norm over ranks
+
+
+def sync_batch_norm(model):
+    """Have every batch norm take the statistics of the global batch; parameters, buffers and names stay. → the model"""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.__class__ = SyncBatchNorm
+    return model
+
+
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm with the mean and variance of all ranks' batches, which are of one size: one gather, and no waiting.
+
+    torch.nn.SyncBatchNorm works on GPUs alone, and there looks for empty batches: the host waits for the device three times
+    a layer, and torch.compile cuts its graph.
+    """
 
     def _check_input_dim(self, x):
         pass
@@ -179,29 +230,96 @@ class BatchNormOverRanks(nn.modules.batchnorm._BatchNorm):
     def forward(self, x):  # B×C×…
         if not self.training:
             return super().forward(x)
-        dims = [d for d in range(x.dim()) if d != 1]
-        shape = [1, -1] + [1] * (x.dim() - 2)
-        count = x.numel() // x.shape[1] * world_size()  # ranks' batches are of one size
-        mean = dist_grad.all_reduce(x.sum(dims)) / count
-        centred = x - mean.view(shape)
-        var = dist_grad.all_reduce((centred * centred).sum(dims)) / count
+        x, kernels = _dense(x), _kernels(x)
         with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
-        y = centred * (var + self.eps).rsqrt().view(shape)
-        return y * self.weight.view(shape) + self.bias.view(shape) if self.affine else y
+            self.num_batches_tracked.add_(1)
+            local = torch.stack(kernels.batch_norm_stats(x, self.eps))  # 2×C
+            means, invstds = gather(local[None]).unbind(1)  # R×C each
+            counts = means.new_full((len(means),), x.numel() // x.shape[1])  # R
+            running = self.running_mean, self.running_var, self.momentum
+            mean, invstd = kernels.batch_norm_gather_stats_with_counts(
+                x, means, invstds, *running, self.eps, counts
+            )  # C each
+        return Normalise.apply(x, self.weight, self.bias, mean, invstd, self.eps)
 
 
-def sync_batch_norm(model, device):
-    """Replace every batch norm by one whose statistics are those of the global batch; parameters and names stay."""
-    if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    for name, child in model.named_children():
-        if isinstance(child, nn.modules.batchnorm._BatchNorm):
-            synced = BatchNormOverRanks(child.num_features, child.eps, child.momentum, child.affine)
-            synced.load_state_dict(child.state_dict())
-            setattr(model, name, synced)
-        else:
-            sync_batch_norm(child, device)
-    return model
+class Normalise(torch.autograd.Function):
+    """y = w·(x − μ)/σ + b. Its gradient knows that μ and σ come from x, that of all ranks."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, mean, invstd, eps):
+        ctx.save_for_backward(x, weight, mean, invstd)
+        return _kernels(x).batch_norm_elemt(x, weight, bias, mean, invstd, eps)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, mean, invstd = ctx.saved_tensors
+        dy, kernels, affine = _dense(dy), _kernels(x), weight is not None
+        sum_dy, sum_dy_xmu, dweight, dbias = kernels.batch_norm_backward_reduce(
+            dy, x, mean, invstd, weight, True, affine, affine
+        )  # C each, of this rank
+        sum_dy, sum_dy_xmu = total(torch.stack([sum_dy, sum_dy_xmu]))
+        counts = torch.full((world_size(),), x.numel() // x.shape[1], dtype=torch.int32, device=x.device)
+        dx = kernels.batch_norm_backward_elemt(dy, x, mean, invstd, weight, sum_dy, sum_dy_xmu, counts)
+        return dx, *((dweight, dbias) if affine else (None, None)), None, None, None
+
+
+def _dense(x):
+    """x as the kernels take it: channels last, or contiguous."""
+    layouts = torch.channels_last, torch.channels_last_3d
+    return x if any(x.is_contiguous(memory_format=layout) for layout in layouts) else x.contiguous()
+
+
+def _kernels(x):
+    """torch's CUDA kernels of batch norm over ranks; on CPUs, and for torch.compile, which fuses them, the same in torch."""
+    return torch if x.is_cuda and not torch.compiler.is_compiling() else Kernels
+
+
+class Kernels:
+    """What torch calls batch_norm_stats and so on, in float32 or better. x, dy B×C×…; μ, 1/σ, w, b C; counts: R, B·… of each rank."""
+
+    def wide(x):
+        return x.to(torch.promote_types(x.dtype, torch.float32))
+
+    def like(
+        x, y
+    ):  # y as x, which says so only where there is something to do: compiled, y.to(y.dtype) loses its gradient
+        return y if y.dtype == x.dtype else y.to(x.dtype)
+
+    def dims(x):
+        return [d for d in range(x.dim()) if d != 1]
+
+    def each(channels, x):  # C → 1×C×1…
+        return channels.view(1, -1, *[1] * (x.dim() - 2))
+
+    def batch_norm_stats(x, eps):
+        var, mean = torch.var_mean(Kernels.wide(x), Kernels.dims(x), correction=0)
+        return mean, (var + eps).rsqrt()
+
+    def batch_norm_gather_stats_with_counts(
+        x, means, invstds, running_mean, running_var, momentum, eps, counts
+    ):
+        n, mean = counts.sum(), means.mean(0)
+        # the variance within ranks, and that between them: no difference of large sums
+        var = (invstds.pow(-2) - eps).mean(0) + means.var(0, correction=0)
+        running_mean.lerp_(mean, momentum)
+        running_var.lerp_(var * (n / (n - 1)), momentum)
+        return mean, (var + eps).rsqrt()
+
+    def batch_norm_elemt(x, weight, bias, mean, invstd, eps):
+        y = (Kernels.wide(x) - Kernels.each(mean, x)) * Kernels.each(invstd, x)
+        y = y if weight is None else y * Kernels.each(weight, x) + Kernels.each(bias, x)
+        return Kernels.like(x, y)
+
+    def batch_norm_backward_reduce(dy, x, mean, invstd, weight, *_):
+        """Σ dy, Σ dy·(x − μ), and the gradients of w and b: C each."""
+        dy, x_mu = Kernels.wide(dy), Kernels.wide(x) - Kernels.each(mean, x)
+        sum_dy, sum_dy_xmu = dy.sum(Kernels.dims(x)), (dy * x_mu).sum(Kernels.dims(x))
+        return sum_dy, sum_dy_xmu, sum_dy_xmu * invstd, sum_dy
+
+    def batch_norm_backward_elemt(dy, x, mean, invstd, weight, sum_dy, sum_dy_xmu, counts):
+        """w/σ · (dy − Σ dy / n − (x − μ)/σ² · Σ dy·(x − μ) / n)."""
+        n, x_mu = counts.sum(), Kernels.wide(x) - Kernels.each(mean, x)
+        shift, slope = Kernels.each(sum_dy / n, x), Kernels.each(sum_dy_xmu / n * invstd.square(), x)
+        scale = Kernels.each(invstd if weight is None else invstd * weight, x)
+        return Kernels.like(x, (Kernels.wide(dy) - shift - x_mu * slope) * scale)

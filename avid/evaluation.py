@@ -98,7 +98,7 @@ def subject(arguments):
     network = models.AudioVisual(cfg.model, temporal_tasks.classes(cfg) if "network" in state else ())
     if state:
         models.load(network, state, arguments.ckpt)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = distributed.start().device  # of many processes (--mode finetune): of this rank
     mark = files.file_hash(arguments.ckpt) if state else f"untrained, seed {cfg.seed}"
     return Subject(network.to(device).eval(), cfg, device, arguments.ckpt, mark, out)
 
@@ -230,9 +230,7 @@ def encode(network, dataset, device, progress=None):
         n = len(batch["index"])
         index.append(batch["index"].numpy())
         batch = data.to_device(batch, device)
-        with torch.autocast(
-            device.type, torch.bfloat16, enabled=device.type == "cuda" and cfg.optim.amp != "none"
-        ):
+        with run.autocast(cfg.optim.amp, device):
             encoded = {modality: network.encode(modality, batch[modality]) for modality in modalities}
         for modality, pair in encoded.items():  # the first copy waits for the device, which is done then
             for name, x in zip(("embeddings", "features"), pair, strict=True):
@@ -327,7 +325,9 @@ def confusions(network, table, cfg, device, draws=2):
     network.eval()
     for batch in data.loader(data.Clips(table, cfg, training=True), cfg.data.workers, batch_sampler=batches):
         batch = data.to_device(batch, device)
-        for task, logits in network(batch["video"], batch["audio"]).temporal.items():
+        with run.autocast(cfg.optim.amp, device):
+            output = network(batch["video"], batch["audio"])
+        for task, logits in output.temporal.items():
             truth = temporal_tasks.TASKS[task].targets(batch)
             known = truth != temporal_tasks.UNKNOWN
             n = len(counts[task])

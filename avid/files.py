@@ -1,12 +1,15 @@
-"""Files that are whole or not there at all, whatever interrupts their writing.
+"""Files that are whole or not there at all, whatever interrupts their writing; files kept for one process.
 
 In: a path and what to write. Out: the file under its name, never half of it; one line of reason where that
 cannot be.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import os
+import socket
+import time
 from pathlib import Path
 
 
@@ -22,24 +25,67 @@ def replacing(path, mode="w", **options):
     """Open `path`.part for writing; at the end it takes the place of `path`, on disk and whole. After an
     error `path` is as it was.
 
-    mode: "w" (UTF-8) or "wb"; options: of `open`. Folders are made as needed. Raises OSError.
+    mode: "w" (UTF-8) or "wb"; options: of `open`. Folders are made as needed. Processes that write the same
+    file take turns. Raises OSError.
     """
     path = Path(path)
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
     text = {} if "b" in mode else {"encoding": "utf-8"}
-    try:
-        with open(part, mode, **text | options) as file:
+    with _open_alone(part, mode, **text | options) as file:
+        try:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        with contextlib.suppress(
-            OSError
-        ):  # a full disk needs the room; the error that is raised says what happened
-            part.unlink()
-        raise
+            os.replace(part, path)
+        except BaseException:
+            # a full disk needs the room; the error that is raised says what happened
+            with contextlib.suppress(OSError):
+                part.unlink()
+            raise
+
+
+def _open_alone(part, mode, **options):
+    """`part`, open and empty, once no other process writes it (where the file system knows no locks: at once)."""
+    while True:
+        file = open(
+            part, mode, opener=lambda name, flags: os.open(name, flags & ~os.O_TRUNC, 0o666), **options
+        )
+        with contextlib.suppress(OSError):
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(part)):
+                break
+        file.close()  # what the other process wrote is in its place now
+    with contextlib.suppress(OSError):  # of a device, such as /dev/full
+        file.truncate(0)
+    return file
+
+
+def lock(path, name):
+    """Keep `path`, which need not exist, for this process until it ends: the kernel lets go, however that happens.
+
+    The lock is on the file .<path>.lock beside it. It is of the kind (POSIX) that child processes do not inherit, so that
+    none of a killed process's keeps it. → the file, to be kept open; None where the file system knows no locks, such as
+    NFS without a lock service. ConfigError where another process has it; name: what the message calls it.
+    """
+    path = Path(path)
+    file = open(path.with_name(f".{path.name}.lock"), "a+", encoding="utf-8")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        raise ConfigError(
+            f"{name} is in use by {holder}; wait for it, stop it, or choose another --out"
+        ) from None
+    except OSError:
+        return None
+    file.truncate(0)
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
+    file.flush()
+    return file
 
 
 def check_folder(out):

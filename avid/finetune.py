@@ -8,19 +8,17 @@ import copy
 import dataclasses
 import hashlib
 import json
-import math
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from . import config, data, datasets, distributed, evaluation, models, run
+
+REMEDY = "try a lower finetune.lr, with another --out, or optim.amp=none"
 
 
 class Classifier(nn.Module):
@@ -47,9 +45,8 @@ def finetune(subject, train_table, test_table, modality, out):
     FloatingPointError.
     """
     world = distributed.start()
-    cfg = dataclasses.replace(
-        subject.cfg, temporal=config.Temporal()
-    )  # plain: one clip a video, at its own speed, forwards
+    # plain clips: one a video, at its own speed, forwards
+    cfg = dataclasses.replace(subject.cfg, temporal=config.Temporal(), profile=False)
     fine, n = cfg.finetune, len(train_table)
     known = [evaluation.labels_of(t) for t in (train_table, test_table)]
     labels = torch.from_numpy(known[0]).to(world.device)  # n
@@ -59,102 +56,58 @@ def finetune(subject, train_table, test_table, modality, out):
             f"wrong value for finetune.batch_size: {fine.batch_size}; expected at most {n}, the training videos{ranks}"
         )
 
-    # --------------------------------------------------------------------------------------------------------- network
+    # ------------------------------------------------------------------------------------------------ network
     torch.manual_seed(cfg.seed)
     torch.backends.cudnn.benchmark = True
     network = copy.deepcopy(subject.network).to(world.device)
     if cfg.optim.sync_bn and world.size > 1:
-        network = distributed.sync_batch_norm(network, world.device)
+        network = distributed.sync_batch_norm(network)
     if cfg.optim.checkpoint_activations:
         models.checkpoint_activations(network)
     encoder = network.video_model if modality == "video" else network.audio_model
     classifier = Classifier(encoder, len(train_table.classes)).to(world.device)
-    optimizer = torch.optim.Adam(
-        classifier.parameters(), lr=fine.lr, weight_decay=fine.weight_decay, fused=True
-    )
-    cuda = world.device.type == "cuda"
-    autocast = torch.autocast(
-        world.device.type,
-        torch.float16 if cfg.optim.amp == "fp16" else torch.bfloat16,
-        enabled=cuda and cfg.optim.amp != "none",
-    )
-    scaler = torch.amp.GradScaler(world.device.type, enabled=cuda and cfg.optim.amp == "fp16")
+    adam = {"lr": fine.lr, "weight_decay": fine.weight_decay, "fused": True}
+    optimizer = torch.optim.Adam(classifier.parameters(), **adam)
+    guard = run.Guard(classifier, optimizer, world.device, cfg.optim.amp)
 
-    # ---------------------------------------------------------------------------------------------------------- resume
+    # ----------------------------------------------------------------------------------------- resume, data, watch
     bad_files = data.BadFiles(train_table, cfg.data.max_bad_share)
-    split = train_table.name.removesuffix(" (train)").rpartition(" ")[
-        2
-    ]  # train, or a numbered one such as train2
+    split = train_table.name.removesuffix(" (train)").rpartition(" ")[2]  # train, or a numbered one: train2
     path = Path(out) / f"finetune-{modality}-{cfg.data.name}-{split}.pt"
-    parts = {"classifier": classifier, "optimizer": optimizer, "scaler": scaler, "bad_files": bad_files}
-    checkpoint = Run(path, decisive(subject, cfg, train_table), parts, world)
-    first_step = checkpoint.resume()
+    kept = run.Checkpoint(path, path.with_suffix(".jsonl"), path, cfg, world)
+    settings = decisive(subject, cfg, train_table)
+    parts = {"classifier": classifier, "optimizer": optimizer, "scaler": guard, "bad_files": bad_files}
+    first_step = kept.resume({"settings": settings}, lambda saved: same_run(path, saved, settings), parts)
     epoch_steps = n // fine.batch_size
     warmup_steps = fine.warmup_epochs * epoch_steps
     last_step = warmup_steps + fine.epochs * epoch_steps
-    draws = data.BatchSampler(
-        n, fine.batch_size, "epoch", cfg.seed, first_step, last_step, world.rank, world.size
-    )
-    batches = iter(
-        data.loader(data.Clips(train_table, cfg, True, (modality,)), cfg.data.workers, batch_sampler=draws)
-    )
-    stop = distributed.StopSignal()
-
-    # ------------------------------------------------------------------------------------------------------------ loop
     steps = range(first_step, last_step)
-    bar = tqdm(
-        steps, f"fine-tuning {modality}", last_step, initial=first_step, unit="step", disable=world.rank > 0
-    )
+    draws = data.BatchSampler(n, fine.batch_size, "epoch", cfg.seed, first_step, last_step, *world[:2])
+    clips = data.Clips(train_table, cfg, True, (modality,))
+    loader = data.loader(clips, cfg.data.workers, batch_sampler=draws)
+    about = {"remedy": REMEDY, "title": f"fine-tuning {modality}"}
+    watch = run.Watch(kept, guard, bad_files, steps, epoch_steps, fine.batch_size, **about)
+
+    # ------------------------------------------------------------------------------------------------------- loop
+    batches = watch.batches(loader)
     classifier.train()
-    saved_at = time.perf_counter()
-    for step in bar:
-        if step in (
-            first_step,
-            warmup_steps,
-        ):  # first the linear layer alone: of the encoder, only batch norms follow [A]
+    for step in steps:
+        if step in (first_step, warmup_steps):
+            # first the linear layer alone: of the encoder, only the statistics of batch norm follow [A]
             encoder.requires_grad_(step >= warmup_steps)
-            model = classifier
-            if world.size > 1:
-                model = DistributedDataParallel(model, device_ids=[world.device] if cuda else None)
-        batch = next(batches)
-        bad_files.count(batch.pop("failures"), len(batch["index"]))
-        batch = data.to_device(batch, world.device)  # uint8 clips become augmented float clips
+            model = distributed.data_parallel(classifier, world, cfg.optim.sync_bn)
+        batch = data.to_device(next(batches), world.device)  # uint8 clips become augmented float clips
         epoch = step / epoch_steps - fine.warmup_epochs  # below 0: warm-up
         for group in optimizer.param_groups:
-            group["lr"] = fine.lr * fine.gamma ** sum(
-                epoch >= share * fine.epochs for share in fine.milestones
-            )
-        keep = dropout(fine.dropout, (fine.batch_size, encoder.dim), cfg.seed, step)[draws.local].to(
-            world.device
-        )  # b×8·width
-        with autocast:
-            logits = model(batch[modality], keep)  # b×C
-        loss = F.cross_entropy(logits.float(), labels[batch["index"]])
-
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-
-        done = step + 1
-        if done % cfg.log.every_steps == 0 or done == last_step:
-            mean = distributed.total(loss).item() / world.size
-            if not math.isfinite(mean):
-                raise FloatingPointError(
-                    f"the loss is {mean} at step {done}; try a lower finetune.lr or optim.amp=none"
-                )
-            bar.set_postfix_str(f"epoch {epoch:.1f}, loss {mean:.3f}")
-        leave = distributed.any_rank(stop.asked)
-        long_ago = time.perf_counter() - saved_at > 60 * cfg.log.checkpoint_minutes
-        if distributed.any_rank(leave or long_ago or done == last_step):
-            checkpoint.save(done)
-            saved_at = time.perf_counter()
-        if leave:
-            text = f"stopped by {stop.asked or 'another rank'} after step {done}, saved; the same command goes on from here"
-            distributed.say(world, text)
-            sys.exit(stop.exit_code)
-    stop.release()
-    bad_files.write(path.with_suffix(".skipped.csv"))
+            passed = sum(epoch >= share * fine.epochs for share in fine.milestones)
+            group["lr"] = fine.lr * fine.gamma**passed
+        keep = dropout(fine.dropout, (fine.batch_size, encoder.dim), cfg.seed, step)[draws.local]
+        with guard.forward():
+            logits = model(batch[modality], distributed.to_device(keep, world.device))  # b×C
+        guard.step(F.cross_entropy(logits.float(), labels[batch["index"]]))
+        watch.after(step, {}, distributed.gather(batch["index"]))
+    watch.finish(path.with_suffix(".skipped.csv"))
+    watch.stop.release()
 
     result = test(network, classifier.linear, test_table, modality, cfg, world)
     bad = len(bad_files.reasons)
@@ -195,34 +148,11 @@ def decisive(subject, cfg, table):
     return {"seed": cfg.seed, "checkpoint": subject.hash, "videos": videos, **config.flat(groups)}
 
 
-@dataclasses.dataclass
-class Run:
-    """The checkpoint of a fine-tuning. Every rank calls, as each knows other bad files; rank 0 writes."""
-
-    path: Path
-    settings: dict  # of `decisive`
-    parts: dict  # name → what has a state_dict
-    world: distributed.World
-
-    def resume(self):
-        """Load the checkpoint where there is one; returns the number of steps done."""
-        saved, remark = run.newest(self.path, owner=self.world.rank == 0)
-        if saved is None:
-            return 0
-        if remark:
-            distributed.say(self.world, remark)
-        before, now = saved["settings"], self.settings
-        if changed := [key for key in now if before.get(key) != now[key]]:
-            differences = ", ".join(f"{key} was {before.get(key)} and is {now[key]}" for key in changed)
-            raise config.ConfigError(
-                f"{self.path} holds a run with other settings ({differences}); choose another --out"
-            )
-        for name, part in self.parts.items():
-            part.load_state_dict(saved[name])
-        distributed.say(self.world, f"resuming {self.path} after step {saved['step']}")
-        return saved["step"]
-
-    def save(self, step):
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        if self.world.rank == 0:
-            run.save_checkpoint(self.path, {**state, "settings": self.settings, "step": step})
+def same_run(path, saved, settings):
+    """Raise ConfigError where a checkpoint is of a run with other settings, those of `decisive`."""
+    before = saved["settings"]
+    if changed := [key for key in settings if before.get(key) != settings[key]]:
+        differences = ", ".join(f"{key} was {before.get(key)} and is {settings[key]}" for key in changed)
+        raise config.ConfigError(
+            f"{path} holds a run with other settings ({differences}); choose another --out"
+        )

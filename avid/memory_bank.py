@@ -83,23 +83,23 @@ class MemoryBank(torch.nn.Module):
             return Candidates(
                 None, torch.ones(self.num_instances, dtype=torch.bool, device=index.device), index
             )
-        # drawn on the CPU: the same bits on every device; 8 KB at K = 1024, copied without waiting for the device
-        generator = torch.Generator().manual_seed(generator_seed)
+        generator = torch.Generator().manual_seed(generator_seed)  # on the CPU: the same bits on every device
         negatives = torch.randint(self.num_instances, (num_negatives,), generator=generator)  # K
-        candidates = torch.cat([index, negatives.to(index.device, non_blocking=True)])  # C
+        candidates = torch.cat([index, distributed.to_device(negatives, index.device)])  # C
         first = _first_occurrence(candidates)  # C
         valid = first == torch.arange(len(candidates), device=index.device)
         return Candidates(candidates, valid, first[: len(index)])
 
     @torch.no_grad()
-    def neighbourhood(self, modality, index, contrast, seeds):
+    def neighbourhood(self, modality, index, contrast, seeds, draws=None):
         """Positives and negatives of each instance from the bank as it is now, section 7 [P: the idea, C: the law].
 
-        modality: of the memories; index b: instances; contrast: config.Contrast; seeds: b integers, one a row, so that a row's
-        draw does not depend on the rank that makes it. -> positives b×n_pos, drawn without replacement from the k_pos nearest
-        to the instance's own memory with probability ∝ exp(sim/τ_p); negatives b×n, without replacement from the others with
-        probability ∝ exp(sim/τ_n), n = contrast.negatives or as many as there are. The instance itself is neither.
-        ConfigError where the bank has no negatives left.
+        modality: of the memories; index b: instances; contrast: config.Contrast; seeds: b integers, one a row, so that a
+        row's draw does not depend on the rank that makes it; draws: what `draw_neighbours` gives for them, b rows each, or
+        None: drawn here. → positives b×n_pos, drawn without replacement from the k_pos nearest to the instance's own memory
+        with probability ∝ exp(sim/τ_p); negatives b×n, without replacement from the others with probability
+        ∝ exp(sim/τ_n), n = contrast.negatives or as many as there are. The instance itself is neither. ConfigError where
+        the bank has no negatives left.
         """
         memory = getattr(self, modality)
         others = len(memory) - contrast.k_pos - 1
@@ -107,10 +107,10 @@ class MemoryBank(torch.nn.Module):
             raise ConfigError(
                 f"contrast.k_pos = {contrast.k_pos} leaves no negatives among {len(memory)} videos; lower it"
             )
-        num_negatives = min(contrast.negatives, others)
-        rngs = [
-            np.random.default_rng(seed) for seed in seeds
-        ]  # of a row; on the CPU: the same on every device
+        if draws is None:
+            rows = zip(*(draw_neighbours(len(memory), contrast, seed) for seed in seeds), strict=True)
+            draws = [distributed.to_device(torch.stack(row), index.device) for row in rows]
+        gumbel, places = draws  # b×k, b×n
         own = memory[index].float()
         with torch.autocast(memory.device.type, enabled=False):
             similarity = torch.cat([own @ some.float().T for some in memory.split(PIECE)], 1)  # b×N
@@ -118,23 +118,14 @@ class MemoryBank(torch.nn.Module):
         nearness, nearest = similarity.topk(contrast.k_pos, 1)  # b×k
 
         # the largest of log p + Gumbel noise are draws without replacement
-        gumbel = torch.from_numpy(np.stack([rng.gumbel(size=contrast.k_pos) for rng in rngs]))  # b×k
-        drawn = (
-            (nearness / contrast.tau_p + gumbel.to(index.device, non_blocking=True))
-            .topk(contrast.n_pos, 1)
-            .indices
-        )
+        drawn = (nearness / contrast.tau_p + gumbel).topk(contrast.n_pos, 1).indices
         positives = nearest.gather(1, drawn)  # b×n_pos
-
         excluded = torch.cat([index[:, None], nearest], 1)  # b×(k+1)
         if math.isinf(contrast.tau_n):
-            places = np.stack(
-                [rng.choice(others, num_negatives, replace=False, shuffle=False) for rng in rngs]
-            )  # b×n
-            return positives, _skip(torch.from_numpy(places).to(index.device, non_blocking=True), excluded)
-        gumbel = torch.stack([_gumbel(seed, len(memory), memory.device) for seed in seeds])  # b×N
-        negative = (similarity / contrast.tau_n).add_(gumbel).scatter_(1, excluded, -torch.inf)  # b×N
-        return positives, negative.topk(num_negatives, 1).indices
+            return positives, _skip(places, excluded)
+        noise = torch.stack([_gumbel(seed, len(memory), memory.device) for seed in seeds])  # b×N
+        negative = (similarity / contrast.tau_n).add_(noise).scatter_(1, excluded, -torch.inf)  # b×N
+        return positives, negative.topk(min(contrast.negatives, others), 1).indices
 
     @torch.no_grad()
     def update(self, index, video, audio, where=None):
@@ -208,7 +199,7 @@ class SpreadBank(MemoryBank):
 
     def _write(self, name, index, value):
         super()._write(name, self._row(index), value)
-        getattr(self, name)[-1] = 0
+        getattr(self, name)[-1:].zero_()  # not [-1] = 0, a copy from the host
 
     def _total(self, x):
         return distributed.total(x)
@@ -239,6 +230,24 @@ class SpreadBank(MemoryBank):
                 stored[: len(saved)] = saved.to(stored.device)
             else:
                 stored.copy_(saved)
+
+
+def draw_neighbours(num_instances, contrast, seed):
+    """What chance there is in the neighbours of one instance, drawn on the CPU: the same bits on every device.
+
+    It needs no memories, so that the processes that decode draw it ahead. → Gumbel noise of the k_pos nearest, k; which of the
+    others, counted from 0, are negatives, n: drawn uniformly without replacement, none for a finite τ_n, which looks at them.
+    """
+    rng, others = np.random.default_rng(seed), num_instances - contrast.k_pos - 1
+    gumbel, n = rng.gumbel(size=contrast.k_pos), min(contrast.negatives, others)
+    uniform = math.isinf(contrast.tau_n)
+    places = rng.choice(others, n if uniform else 0, replace=False, shuffle=False)
+    return torch.from_numpy(gumbel), torch.from_numpy(places)
+
+
+def row_seed(seed, modality, step, place):
+    """The seed of what is drawn for a place in the global batch of a step, whatever rank it falls to."""
+    return hash((seed, step, modality == "audio", place)) % 2**63
 
 
 def _gumbel(seed, n, device):

@@ -268,6 +268,25 @@ def recomputed(block, forward, *inputs):
     return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False, **contexts)
 
 
+def in_parts(network, parts):
+    """Have both encoders take a training batch in `parts` equal parts, one after the other, and keep of each only the output.
+
+    network: an AudioVisual, changed in place. Backward computes a part again, one at a time: the memory of a part, for the time
+    of a second forward pass. The loss sees the whole batch; batch norm has the statistics of a part, and counts each of them.
+    """
+
+    def encode(modules, whole, clips):
+        if not modules[0].training:
+            return whole(clips)
+        module = nn.ModuleList(modules)  # whose buffers the second pass must leave alone
+        outputs = [recomputed(module, whole, part) for part in clips.chunk(parts)]
+        return tuple(map(torch.cat, zip(*outputs, strict=True)))
+
+    video, audio = (network.video_model, network.video_proj), (network.audio_model, network.audio_proj)
+    network.encode_video = functools.partial(encode, video, network.encode_video)
+    network.encode_audio = functools.partial(encode, audio, network.encode_audio)
+
+
 @contextlib.contextmanager
 def buffers_kept(block):
     """Within, batch norm counts a batch in copies of its running statistics: the block's own stay."""

@@ -153,77 +153,71 @@ def newest(path, owner=True):
 # -------------------------------------------------------------------------------------------------------- the folder
 
 
-class Folder:
-    """The run folder cfg.out: settings, log, checkpoint, curves."""
+class Checkpoint:
+    """A checkpoint, and a log beside it, from which the same command goes on. Every rank calls; rank 0 writes.
 
-    def __init__(self, cfg, world):
-        self.cfg, self.world, self.out = cfg, world, Path(cfg.out)
-        self.metrics = self.out / "metrics.jsonl"
+    path: of the checkpoint; metrics: of the log, a JSON object a line; name: what messages call the run.
+    """
 
-    def resume(self, table, **state):
-        """Load last.pt, or the one before where it is damaged, into `state`; returns the number of steps done.
+    def __init__(self, path, metrics, name, cfg, world):
+        self.path, self.metrics, self.name = Path(path), Path(metrics), name
+        self.cfg, self.world, self.out = cfg, world, self.path.parent
 
-        table: the training videos; state: {name: what has a state_dict}. Ends the program where the folder belongs to
-        another process, to a run of other settings, or to one of other videos.
+    def resume(self, facts, same, state):
+        """Load the checkpoint, or the one before where it is damaged, into `state`; returns the number of steps done.
+
+        facts: what tells this run from others, kept with it; same(saved): raises ConfigError where a checkpoint is of
+        another run; state: {name: what has a state_dict}. ConfigError where another process is at work on it.
         """
-        videos = json.dumps([table.paths, table.start_s.tolist(), table.end_s.tolist()])
-        self.videos = {"count": len(table), "hash": hashlib.sha256(videos.encode()).hexdigest()[:12]}
-        self.state = state
-        if self.world.rank == 0:
-            with writing(self.metrics):
-                self.out.mkdir(parents=True, exist_ok=True)
-                self.metrics.touch()
-        saved, remark = newest(self.out / "last.pt", owner=self.world.rank == 0)
+        self.facts, self.state = facts, state
+        self.lock()
+        saved, remark = newest(self.path, owner=self.world.rank == 0)
         if saved is None:
-            self.save_settings()  # they mark the folder as this run's
             self.cut_log(0)
             return 0
         if remark:
             distributed.say(self.world, remark)
-        needed = ("config", "videos", "step", "metrics_bytes", *state)
-        if lacking := [name for name in needed if name not in saved]:
+        if lacking := [name for name in (*facts, "step", *state) if name not in saved]:
             raise ConfigError(
-                f"{self.out / 'last.pt'} is no checkpoint of train.py, it lacks {', '.join(lacking)}; choose another --out"
+                f"{self.path} is no checkpoint of this program, it lacks {', '.join(lacking)}; choose another --out"
             )
-        for text in config.same_run(saved["config"], self.cfg):
-            distributed.say(self.world, text)
-        if saved["videos"] != self.videos:
-            before, now = saved["videos"]["count"], self.videos["count"]
-            differ = (
-                f"{before} videos, there are now {now}"
-                if before != now
-                else "as many videos under other names"
-            )
-            raise ConfigError(
-                f"{self.out} holds a run on {differ}; bring back data.root as it was, or choose another --out"
-            )
+        same(saved)
         for name, part in state.items():
             part.load_state_dict(saved[name])
-        self.cut_log(saved["metrics_bytes"])
-        distributed.say(self.world, f"resuming {self.out} after step {saved['step']}")
+        self.cut_log(saved.get("metrics_bytes", 0))
+        distributed.say(self.world, f"resuming {self.name} after step {saved['step']}")
         return saved["step"]
 
+    def lock(self):
+        """Keep other processes off this checkpoint until this one ends."""
+        fault = ""
+        if self.world.rank == 0:
+            with writing(self.metrics):
+                self.out.mkdir(parents=True, exist_ok=True)
+                self.metrics.touch()
+            try:
+                self.held = files.lock(self.path, self.name)  # held as long as it is open
+                if not self.held:
+                    tqdm.write(
+                        f"warning: {self.out} cannot be locked: see to it that no second run writes there"
+                    )
+            except ConfigError as error:
+                fault = str(error)
+        if fault := distributed.gather_objects(fault)[0]:  # every rank ends with the cause
+            raise ConfigError(fault)
+
     def save(self, step):
-        state = {
-            name: part.state_dict() for name, part in self.state.items()
-        }  # by all ranks: each may hold a part
+        # by all ranks: each may hold a part
+        state = {name: part.state_dict() for name, part in self.state.items()}
         if self.world.rank == 0:
             with writing(self.metrics), open(self.metrics, "ab") as file:
-                os.fsync(
-                    file.fileno()
-                )  # a checkpoint never knows of lines that a crash of the machine could take
+                # a checkpoint never knows of lines that a crash of the machine could take
+                os.fsync(file.fileno())
                 state |= {"metrics_bytes": file.tell()}
-            state |= {"step": step, "videos": self.videos, "config": dataclasses.asdict(self.cfg)}
-            save_checkpoint(self.out / "last.pt", state)
-            self.save_settings()
-
-    def save_settings(self):
-        if self.world.rank == 0:
-            with writing(self.out / "config.yaml"):
-                config.save(self.cfg, self.out / "config.yaml")
+            save_checkpoint(self.path, {**state, "step": step, **self.facts})
 
     def cut_log(self, size):
-        """Leave the first `size` bytes of metrics.jsonl: what was logged after the checkpoint comes again."""
+        """Leave the first `size` bytes of the log: what was logged after the checkpoint comes again."""
         if self.world.rank == 0:
             with writing(self.metrics), open(self.metrics, "rb+") as file:
                 kept = file.read(size)
@@ -231,7 +225,8 @@ class Folder:
                 file.truncate(len(kept))
             if len(kept) < size:
                 tqdm.write(
-                    f"warning: {self.metrics} has lost lines that the checkpoint knows of; weights and bank have lost nothing"
+                    f"warning: {self.metrics} has lost lines that the checkpoint knows of; the training itself has lost "
+                    "nothing"
                 )
 
     def log(self, step, epoch, **values):
@@ -239,13 +234,55 @@ class Folder:
             with writing(self.metrics), open(self.metrics, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, "epoch": round(epoch, 4), **values}) + "\n")
 
+
+class Folder(Checkpoint):
+    """The run folder cfg.out: settings, log, checkpoint, curves."""
+
+    def __init__(self, cfg, world):
+        out = Path(cfg.out)
+        super().__init__(out / "last.pt", out / "metrics.jsonl", out, cfg, world)
+
+    def resume(self, table, **state):
+        """Load last.pt, or the one before where it is damaged, into `state`; returns the number of steps done.
+
+        table: the training videos; state: {name: what has a state_dict}. ConfigError where the folder belongs to another
+        program or process, to a run of other settings, or to one of other videos.
+        """
+        videos = json.dumps([table.paths, table.start_s.tolist(), table.end_s.tolist()])
+        videos = {"count": len(table), "hash": hashlib.sha256(videos.encode()).hexdigest()[:12]}
+
+        def same(saved):
+            for text in config.same_run(saved["config"], self.cfg):
+                distributed.say(self.world, text)
+            if saved["videos"] != videos:
+                before, now = saved["videos"]["count"], len(table)
+                counts = f"{before} videos, there are now {now}"
+                differ = counts if before != now else "as many videos under other names"
+                raise ConfigError(
+                    f"{self.out} holds a run on {differ}; bring back data.root as it was, or choose another --out"
+                )
+
+        step = super().resume({"config": dataclasses.asdict(self.cfg), "videos": videos}, same, state)
+        if not step:
+            self.save_settings()  # they mark the folder as this run's
+        return step
+
+    def save(self, step):
+        super().save(step)
+        self.save_settings()
+
+    def save_settings(self):
+        if self.world.rank == 0:
+            with writing(self.out / "config.yaml"):
+                config.save(self.cfg, self.out / "config.yaml")
+
     def draw_curves(self):
         """Curves can be drawn again at any time: where they cannot be written, training goes on."""
         if self.world.rank == 0:
+            path = self.out / "curves.png"
             try:
-                figures.curves(self.metrics, self.out / "curves.png")
+                figures.curves(self.metrics, path)
             except OSError as error:
-                path = self.out / "curves.png"
                 tqdm.write(f"warning: cannot write {path}: {error.strerror}; training goes on")
 
 
@@ -267,62 +304,81 @@ def describe(cfg, world):
 # --------------------------------------------------------------------------------------------------------- the guard
 
 
+def autocast(amp, device):
+    """The precision of a forward pass: optim.amp on CUDA, float32 on a CPU."""
+    half = torch.float16 if amp == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, half, enabled=device.type == "cuda" and amp != "none")
+
+
 class Guard:
     """One optimisation step, of which nothing is left where its loss or gradient is not finite. The host waits for nothing.
 
     network: its parameters and buffers (batch norm's statistics) are what a step moves; optimizer: fused Adam, which
-    leaves a step out on the device where `found_inf` says so; optim: config.Optim. On CUDA the forward pass runs under
-    autocast; what fp16 needs besides is a scale of the loss, doubled every GROWTH_STEPS steps and halved, down to 1,
-    after a gradient that is not finite.
+    leaves a step out on the device where `found_inf` says so; amp, clip_grad: settings of config.Optim. What fp16 needs
+    besides autocast is a scale of the loss, doubled every GROWTH_STEPS steps and halved, down to 1, after a gradient that
+    is not finite.
     """
 
-    def __init__(self, network, optimizer, optim, device):
-        self.network, self.optimizer, self.clip_grad = network, optimizer, optim.clip_grad or math.inf
-        amp = optim.amp if device.type == "cuda" else "none"
-        self.fp16 = amp == "fp16"
-        half = torch.float16 if self.fp16 else torch.bfloat16
-        self.autocast = torch.autocast(device.type, half, enabled=amp != "none")
+    def __init__(self, network, optimizer, device, amp, clip_grad=0.0):
+        self.network, self.optimizer, self.clip_grad = network, optimizer, clip_grad or math.inf
+        self.autocast, self.fp16 = autocast(amp, device), amp == "fp16" and device.type == "cuda"
         self.scale = torch.tensor(LOSS_SCALE if self.fp16 else 1.0, device=device)
         self.finite_steps = torch.tensor(0.0, device=device)  # since the scale last changed
-        self.statistics = []
-        self.loss = self.norm = None  # of the last step, over all ranks: 0-dim tensors
+        kinds = {x.dtype for x in network.buffers()}
+        self.buffers = [[x for x in network.buffers() if x.dtype == kind] for kind in kinds]
+        self.before = []  # the buffers before the step, all of one kind in one tensor
+        self.loss = self.norm = self.terms = None  # of the last step, over all ranks: 0-dim tensors
 
     @contextlib.contextmanager
     def forward(self):
         """Within, the network may be called: its buffers are remembered."""
-        self.statistics = [x.clone() for x in self.network.buffers()]
+        self.before = [torch.cat([x.flatten() for x in buffers]) for buffers in self.buffers]
         with self.autocast:
             yield
 
-    def step(self, loss):
-        """Backward, clip, and move the weights. loss: of this rank's part. → whether the step is finite (0-dim bool)."""
+    def step(self, loss, terms=None):
+        """Backward, clip, and move the weights. → whether the step is finite (0-dim bool).
+
+        loss, terms {name: scalar}: this rank's parts, of which those of all ranks are the mean.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         (loss * self.scale).backward()
-        gradients = [x.grad for x in self.network.parameters() if x.grad is not None]
         if self.fp16:
+            gradients = [x.grad for x in self.network.parameters() if x.grad is not None]
             torch._foreach_mul_(gradients, 1 / self.scale)
         self.norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_grad)
-        self.loss = distributed.total(loss) / distributed.world_size()  # over the global batch
+        names, parts = ["loss", *(terms or {})], torch.stack([loss, *(terms or {}).values()])
+        over_ranks = distributed.total(parts) / distributed.world_size()
+        self.terms = dict(zip(names, over_ranks, strict=True))
+        self.loss = self.terms.pop("loss")
         finite = self.loss.isfinite() & self.norm.isfinite()
         self.optimizer.grad_scale, self.optimizer.found_inf = None, (~finite).to(torch.float32)
         self.optimizer.step()
-        for now, before in zip(self.network.buffers(), self.statistics, strict=True):
-            now.copy_(torch.where(finite, now, before))
+        for buffers, before in zip(self.buffers, self.before, strict=True):
+            kept = torch.where(finite, torch.cat([x.flatten() for x in buffers]), before)
+            parts = kept.split([x.numel() for x in buffers])
+            torch._foreach_copy_(buffers, [part.view_as(x) for part, x in zip(parts, buffers, strict=True)])
         if self.fp16:
-            self.finite_steps = torch.where(finite, self.finite_steps + 1, 0.0)
-            grown = torch.where(self.finite_steps == GROWTH_STEPS, 2 * self.scale, self.scale)
-            self.scale = torch.where(finite, grown, (self.scale / 2).clamp(min=1.0))
-            self.finite_steps = torch.where(self.finite_steps == GROWTH_STEPS, 0.0, self.finite_steps)
+            self.rescale(finite)
         return finite
 
+    def rescale(self, finite):
+        """The loss scale of the next step."""
+        self.finite_steps = torch.where(finite, self.finite_steps + 1, 0.0)
+        grow = self.finite_steps == GROWTH_STEPS
+        grown = torch.where(grow, 2 * self.scale, self.scale)
+        self.scale = torch.where(finite, grown, (self.scale / 2).clamp(min=1.0))
+        self.finite_steps = torch.where(grow, 0.0, self.finite_steps)
+
     def state_dict(self):
-        return {"scale": self.scale.item(), "finite_steps": int(self.finite_steps)}
+        """The loss scale of an fp16 run; nothing otherwise."""
+        return {"scale": self.scale.item(), "finite_steps": self.finite_steps.item()} if self.fp16 else {}
 
     def load_state_dict(self, state):
-        """Go on with the loss scale of an fp16 run; a run without one had a scale of 1, which says nothing about fp16."""
-        if self.fp16 and state.get("scale", 1.0) != 1.0:
+        """Go on with the loss scale of an fp16 run. Earlier versions kept a scale of 1 of other runs, which says nothing."""
+        if self.fp16 and ("finite_steps" in state or state.get("scale", 1.0) != 1.0):
             self.scale.fill_(state["scale"])
-            self.finite_steps.fill_(state.get("finite_steps", 0))
+            self.finite_steps.fill_(state.get("finite_steps", state.get("_growth_tracker", 0)))
 
 
 # --------------------------------------------------------------------------------------------------------- the watch
@@ -353,25 +409,23 @@ class LaggedNumbers:
 class Watch:
     """What goes on around the steps: progress, the log, checkpoints, checks on held-out videos, signals.
 
-    folder: Folder, resumed; guard: Guard; bad_files: data.BadFiles; check: () → numbers by name, of held-out videos,
-    every cfg.log.check_epochs epochs.
+    kept: Checkpoint, resumed; guard: Guard; bad_files: data.BadFiles; steps: range; epoch_steps: steps an epoch; clips: a
+    step; remedy: against steps that are not finite; check: () → numbers by name, every cfg.log.check_epochs epochs.
     """
 
-    def __init__(self, folder, guard, bad_files, check, first_step, last_step, epoch_steps):
-        self.cfg, self.world, self.folder = folder.cfg, folder.world, folder
-        self.guard, self.bad_files, self.check = guard, bad_files, check
-        self.last_step, self.epoch_steps = last_step, epoch_steps
+    def __init__(self, kept, guard, bad_files, steps, epoch_steps, clips, remedy, check=None, title=None):
+        self.cfg, self.world, self.kept = kept.cfg, kept.world, kept
+        self.guard, self.bad_files, self.check, self.remedy = guard, bad_files, check, remedy
+        self.last_step, self.epoch_steps, self.clips = steps.stop, epoch_steps, clips
         self.stop, self.lagged, self.bad_in_a_row = distributed.StopSignal(), LaggedNumbers(), 0
-        self.profiler = profiler(self.cfg, self.world)
-        silent = self.world.rank > 0
-        self.bar = tqdm(total=last_step, initial=first_step, unit="step", disable=silent, dynamic_ncols=True)
-        self.waited_s, self.logged, self.logged_at, self.saved_at = (
-            0.0,
-            first_step,
-            *[time.perf_counter()] * 2,
-        )
-        if self.check_is_due(first_step):  # a run that was stopped during a check repeats the check
-            self.run_check(first_step)
+        self.profiler = profiler(kept)
+        first = self.world.rank == 0
+        shown = {"initial": steps.start, "unit": "step", "disable": not first, "dynamic_ncols": True}
+        self.bar = tqdm(desc=title, total=steps.stop, **shown)
+        self.waited_s, self.logged = 0.0, steps.start
+        self.logged_at = self.saved_at = time.perf_counter()
+        if self.check_is_due(steps.start):  # a run that was stopped during a check repeats the check
+            self.run_check(steps.start)
 
     def batches(self, loader):
         """The loader's batches; the time that they are waited for is measured, and files that failed are counted."""
@@ -386,38 +440,26 @@ class Watch:
             self.bad_files.count(batch.pop("failures"), len(batch["index"]))
             yield batch
 
-    def after(self, step, terms, accuracies, index):
+    def after(self, step, accuracies, index):
         """After each step: its numbers are kept for the log, and what is due is done.
 
-        terms: this rank's part, as the objective gives them; accuracies: over all ranks; index B: the instances.
+        accuracies: {name: 0-dim tensor}, over all ranks; index B: the instances of all ranks.
         """
         done, log = step + 1, self.cfg.log
         self.bar.update()
         if self.profiler:
             self.profiler.step()
-        line = None
-        if done % log.every_steps == 0 or done == self.last_step:
-            elapsed_s, videos = (
-                time.perf_counter() - self.logged_at,
-                (done - self.logged) * self.cfg.optim.batch_size,
-            )
-            line = {
-                "lr": self.guard.optimizer.param_groups[0]["lr"],
-                "clips_per_s": videos * self.cfg.temporal.moments / elapsed_s,
-                "data_wait": self.waited_s / elapsed_s,
-                "bad_files": len(self.bad_files.reasons),
-            }
-            self.waited_s, self.logged, self.logged_at = 0.0, done, time.perf_counter()
-        over_ranks = distributed.total(torch.stack([*terms.values()])) / self.world.size
-        numbers = [self.guard.loss, *over_ranks, *accuracies.values(), self.guard.norm, self.guard.scale]
-        self.lagged.put((done, ["loss", *terms, *accuracies, "grad_norm"], line), torch.stack(numbers), index)
+        numbers = {"loss": self.guard.loss, **self.guard.terms, **accuracies, "grad_norm": self.guard.norm}
+        due = done % log.every_steps == 0 or done == self.last_step
+        line = self.speeds(done) if due else None
+        self.lagged.put((done, [*numbers], line), torch.stack([*numbers.values(), self.guard.scale]), index)
 
-        leave = distributed.any_rank(self.stop.asked)
-        save = done % self.epoch_steps == 0 or leave or done == self.last_step
-        save = save or distributed.any_rank(time.perf_counter() - self.saved_at > 60 * log.checkpoint_minutes)
+        old = time.perf_counter() - self.saved_at > 60 * log.checkpoint_minutes
+        leave, old = distributed.any_rank(self.stop.asked, old)
+        save = done % self.epoch_steps == 0 or leave or old or done == self.last_step
         self.write_lines(everything=save)
         if save:
-            self.folder.save(done)
+            self.kept.save(done)
             self.saved_at = time.perf_counter()
         if leave:
             self.bar.close()
@@ -430,76 +472,83 @@ class Watch:
             self.run_check(done)
             self.logged_at = time.perf_counter()  # clips/s are those of training
 
+    def speeds(self, done):
+        """What a line of the log says besides the step's own numbers; counted anew from here on."""
+        elapsed_s = time.perf_counter() - self.logged_at
+        line = {
+            "lr": self.guard.optimizer.param_groups[0]["lr"],
+            "clips_per_s": (done - self.logged) * self.clips / elapsed_s,
+            "data_wait": self.waited_s / elapsed_s,
+            "bad_files": len(self.bad_files.reasons),
+        }
+        self.waited_s, self.logged, self.logged_at = 0.0, done, time.perf_counter()
+        return line
+
     def write_lines(self, everything):
         """Log the steps whose numbers have arrived. FloatingPointError where too many in a row were not finite."""
         for (done, names, line), numbers, index in self.lagged.due(everything):
             *numbers, scale = numbers.tolist()
             values = dict(zip(names, numbers, strict=True))
             # a task of which no label is known has no accuracy
-            values = {
-                name: value
-                for name, value in values.items()
-                if not (name.endswith("%") and math.isnan(value))
-            }
+            unknown = [name for name in values if name.endswith("%") and math.isnan(values[name])]
+            values = {name: value for name, value in values.items() if name not in unknown}
             bad = [f"{name} {value}" for name, value in values.items() if not math.isfinite(value)]
             if math.isfinite(values["loss"]) and bad and scale > 1:
                 continue  # an overflow of fp16, after which the scale was halved
             if bad:
-                self.not_finite(
-                    done, ", ".join(bad), sorted({self.bad_files.table.paths[i] for i in index.tolist()})
-                )
+                names = sorted({self.bad_files.table.paths[i] for i in index.tolist()})
+                self.not_finite(done, ", ".join(bad), names)
                 continue
             self.bad_in_a_row = 0
             if line:
                 epoch = done / self.epoch_steps
-                self.folder.log(done, epoch, **values, **line)
+                self.kept.log(done, epoch, **values, **line)
                 self.bar.set_postfix_str(
                     f"epoch {epoch:.1f}, loss {values['loss']:.3f}, {line['clips_per_s']:.0f} clips/s, "
                     f"data wait {line['data_wait']:.0%}"
                 )
 
     def not_finite(self, done, what, files):
-        """Log a step that was left out; FloatingPointError where there were too many in a row, last.pt is from before."""
-        self.folder.log(done, done / self.epoch_steps, not_finite=what, files=files)
-        metrics = self.folder.metrics
-        distributed.say(
-            self.world,
-            f"step {done} was left out, it is not finite: {what}; its files are named in {metrics}",
+        """Log a step that was left out; FloatingPointError where there were too many in a row, the checkpoint is from before."""
+        self.kept.log(done, done / self.epoch_steps, not_finite=what, files=files)
+        text = (
+            f"step {done} was left out, it is not finite: {what}; its files are named in {self.kept.metrics}"
         )
+        distributed.say(self.world, text)
         self.bad_in_a_row += 1
         if self.bad_in_a_row == self.cfg.optim.max_bad_steps:
             raise FloatingPointError(
-                f"{self.bad_in_a_row} steps in a row, up to step {done}, were not finite ({what}); the weights did not move "
-                "since; the same command goes on with a lower optim.lr, an optim.clip_grad or optim.amp=none"
+                f"{self.bad_in_a_row} steps in a row, up to step {done}, were not finite ({what}); the weights did not "
+                f"move since; {self.remedy}"
             )
 
     def check_is_due(self, step):
         epoch, rest = divmod(step, self.epoch_steps)
-        every = self.cfg.log.check_epochs
+        every = self.cfg.log.check_epochs if self.check else 0
         return bool(every and step and not rest and (epoch % every == 0 or step == self.last_step))
 
     def run_check(self, step):
         with self.stop.at_once():
-            self.folder.log(step, step / self.epoch_steps, **self.check())
-            self.folder.draw_curves()
+            self.kept.log(step, step / self.epoch_steps, **self.check())
+            self.kept.draw_curves()
 
-    def finish(self):
+    def finish(self, skipped):
+        """After the last step. skipped: where to write the files that could not be used, if there are any."""
         self.bar.close()
         if self.profiler:
             self.profiler.stop()
-        self.bad_files.write(self.folder.out / "skipped.csv")
-        self.folder.draw_curves()
+        self.bad_files.write(skipped)
 
 
-def profiler(cfg, world):
+def profiler(kept):
     """profile=true: a torch profiler of a few steps of rank 0, which writes <out>/trace.json and prints what took longest."""
-    if not cfg.profile or world.rank > 0:
+    if not kept.cfg.profile or kept.world.rank > 0:
         return None
 
     def write(profile):
-        path = Path(cfg.out) / "trace.json"
+        path = kept.out / "trace.json"
         profile.export_chrome_trace(str(path))
-        by = "self_device_time_total" if world.device.type == "cuda" else "self_cpu_time_total"
+        by = "self_device_time_total" if kept.world.device.type == "cuda" else "self_cpu_time_total"
         tqdm.write(profile.key_averages().table(sort_by=by, row_limit=15, max_name_column_width=50))
         tqdm.write(f"written: {path}, to be opened in chrome://tracing or ui.perfetto.dev")
 
