@@ -79,7 +79,7 @@ class Clips(torch.utils.data.Dataset):
         )
 
     def __len__(self):
-        return len(self.table.paths)
+        return len(self.table)
 
     def __getitem__(self, key):
         index, draw = key if self.training else (key, (0, key))

@@ -235,10 +235,9 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             self.num_batches_tracked.add_(1)
             local = torch.stack(kernels.batch_norm_stats(x, self.eps))  # 2×C
             means, invstds = gather(local[None]).unbind(1)  # R×C each
-            counts = means.new_full((len(means),), x.numel() // x.shape[1])  # R
             running = self.running_mean, self.running_var, self.momentum
-            mean, invstd = kernels.batch_norm_gather_stats_with_counts(
-                x, means, invstds, *running, self.eps, counts
+            mean, invstd = kernels.batch_norm_gather_stats(
+                x, means, invstds, *running, self.eps, x.numel() // x.shape[1]
             )  # C each
         return Normalise.apply(x, self.weight, self.bias, mean, invstd, self.eps)
 
@@ -258,9 +257,11 @@ class Normalise(torch.autograd.Function):
         sum_dy, sum_dy_xmu, dweight, dbias = kernels.batch_norm_backward_reduce(
             dy, x, mean, invstd, weight, True, affine, affine
         )  # C each, of this rank
-        sum_dy, sum_dy_xmu = total(torch.stack([sum_dy, sum_dy_xmu]))
+        sums = torch.stack([sum_dy, sum_dy_xmu])
+        if world_size() > 1:
+            dist.all_reduce(sums)
         counts = torch.full((world_size(),), x.numel() // x.shape[1], dtype=torch.int32, device=x.device)
-        dx = kernels.batch_norm_backward_elemt(dy, x, mean, invstd, weight, sum_dy, sum_dy_xmu, counts)
+        dx = kernels.batch_norm_backward_elemt(dy, x, mean, invstd, weight, *sums, counts)
         return dx, *((dweight, dbias) if affine else (None, None)), None, None, None
 
 
@@ -296,10 +297,8 @@ class Kernels:
         var, mean = torch.var_mean(Kernels.wide(x), Kernels.dims(x), correction=0)
         return mean, (var + eps).rsqrt()
 
-    def batch_norm_gather_stats_with_counts(
-        x, means, invstds, running_mean, running_var, momentum, eps, counts
-    ):
-        n, mean = counts.sum(), means.mean(0)
+    def batch_norm_gather_stats(x, means, invstds, running_mean, running_var, momentum, eps, count):
+        n, mean = count * len(means), means.mean(0)
         # the variance within ranks, and that between them: no difference of large sums
         var = (invstds.pow(-2) - eps).mean(0) + means.var(0, correction=0)
         running_mean.lerp_(mean, momentum)

@@ -87,26 +87,27 @@ PEAK_TFLOPS = {
 VIDEO_S = 10.0  # the videos that clips are said to come from
 
 
-def batches(cfg, n, count, instances):
+def batches(cfg, n, count, instances, pin=None):
     """`count` batches of n random videos as the loader gives them, pinned for a GPU."""
     rng = np.random.default_rng(cfg.seed)
-    clips = data.Clips(None, cfg, training=True)
+    clips = data.Clips(range(instances), cfg, training=True)
     columns, bins = (
         round(cfg.audio.seconds * cfg.audio.frames_per_s),
         cfg.audio.mels or cfg.audio.n_fft // 2 + 1,
     )
     picture = (cfg.temporal.moments, 3, cfg.video.frames, cfg.video.size, cfg.video.size)
-    for _ in range(count):
+    pin = torch.cuda.is_available() if pin is None else pin
+    for step in range(count):
         items = []
-        for index in rng.permutation(instances)[:n]:
+        for place, index in enumerate(rng.permutation(instances)[:n]):
             _, labels = temporal_tasks.plan(0.0, VIDEO_S, clips.length_s, cfg.temporal, rng)
             items.append({"index": int(index), "failures": [], **clips.draws(cfg.temporal.moments, rng)})
             items[-1] |= {name: torch.tensor(label) for name, label in labels.items()}
+            items[-1] |= clips.neighbours((data.OF_A_STEP, step, place))
             items[-1]["video"] = torch.from_numpy(rng.integers(0, 256, picture, np.uint8))
             sound = rng.normal(data.DB_MEAN, data.DB_STD, (cfg.temporal.moments, 1, columns, bins))
             items[-1]["audio"] = torch.from_numpy(sound.astype(np.float32))
         batch = data.collate(items)
-        pin = torch.cuda.is_available()
         yield {name: x.pin_memory() if pin and torch.is_tensor(x) else x for name, x in batch.items()}
 
 
