@@ -410,7 +410,8 @@ class Watch:
     """What goes on around the steps: progress, the log, checkpoints, checks on held-out videos, signals.
 
     kept: Checkpoint, resumed; guard: Guard; bad_files: data.BadFiles; steps: range; epoch_steps: steps an epoch; clips: a
-    step; remedy: against steps that are not finite; check: () → numbers by name, every cfg.log.check_epochs epochs.
+    step; remedy: against steps that are not finite; check: () → numbers by name, every
+    cfg.log.check_epochs epochs, of which each one's end is then saved.
     """
 
     def __init__(self, kept, guard, bad_files, steps, epoch_steps, clips, remedy, check=None, title=None):
@@ -456,7 +457,8 @@ class Watch:
 
         old = time.perf_counter() - self.saved_at > 60 * log.checkpoint_minutes
         leave, old = distributed.any_rank(self.stop.asked, old)
-        save = done % self.epoch_steps == 0 or leave or old or done == self.last_step
+        epoch_ends = self.check and done % self.epoch_steps == 0
+        save = epoch_ends or leave or old or done == self.last_step
         self.write_lines(everything=save)
         if save:
             self.kept.save(done)

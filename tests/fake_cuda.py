@@ -46,6 +46,10 @@ FREE = (
 )
 
 
+# operations whose shapes torch works out without a look at the dtypes, which must be one
+ONE_DTYPE = {f"aten.{name}" for name in "mm bmm addmm baddbmm mv dot convolution index_put_ lerp_".split()}
+
+
 @dataclasses.dataclass
 class Step:
     """What the last of the steps asked of the device."""
@@ -71,6 +75,9 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         options, name = options or {}, str(function)
         given = [x for x in tree_leaves((arguments, options)) if isinstance(x, torch.Tensor)]
+        kinds = {x.dtype for x in given if x.is_floating_point()}
+        if len(kinds) > 1 and name.rpartition(".")[0] in ONE_DTYPE:
+            raise RuntimeError(f"{name} of {kinds}")
         try:
             results = WITHOUT_META.get(name.rpartition(".")[0], function)(*arguments, **options)
         except Exception as error:
@@ -287,9 +294,8 @@ def run_step(cfg, world=1, instances=400, steps=2, within=None):
         return optimizers[0]
 
     def seen(self, output, batch, index, step):
-        watch.step.output = {
-            k: str(x.dtype) for k, x in [*zip(output._fields, output[:4]), *output.temporal.items()]
-        }
+        named = {**output._asdict(), **output.temporal}
+        watch.step.output = {name: str(x.dtype) for name, x in named.items() if torch.is_tensor(x)}
         if within and step == steps - 1:
             within(watch, output)
         return objective(self, output, batch, index, step)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script: this folder's parent holds avid
-from avid import config, data, datasets, distributed, evaluation, finetune, models, toy
+from avid import cli, config, data, datasets, distributed, evaluation, finetune, models, run, toy
 
 TINY = (
     "toy.train=20 toy.test=6 toy.seconds=1 toy.size=32 data.workers=0 video.size=32 video.frames=4 audio.seconds=0.5 audio.mels=32 "
@@ -58,7 +58,9 @@ def process(root, out, *overrides, ranks=1):
 
 
 def saved(out, modality="video"):
-    return torch.load(out / f"finetune-{modality}-toy-train.pt", weights_only=True)
+    state = torch.load(out / f"finetune-{modality}-toy-train.pt", weights_only=True)
+    state.pop("metrics_bytes")  # the log names speeds
+    return state
 
 
 def assert_same(a, b):
@@ -120,7 +122,7 @@ def test_the_warm_up_moves_the_linear_layer_alone(whole, tmp_path):
         states[state["step"]] = {name: x.clone() for name, x in state["classifier"].items()}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetune.checkpoint, "save", keep)
+        patch.setattr(run, "save_checkpoint", keep)
         finetune.finetune(subject, *tables_of(subject, whole[0]), "video", tmp_path)
     start = subject.network.video_model.state_dict()
     moved = {
@@ -145,8 +147,8 @@ def test_the_learning_rate_falls_at_the_milestones(whole, tmp_path):
     rates = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            finetune.checkpoint,
-            "save",
+            run,
+            "save_checkpoint",
             lambda path, state: rates.append(state["optimizer"]["param_groups"][0]["lr"]),
         )
         finetune.finetune(subject, *tables_of(subject, whole[0]), "video", tmp_path)
@@ -269,8 +271,88 @@ def test_what_cannot_be_used_is_said_before_training(whole, tmp_path):
         finetune.finetune(subject_of("finetune.lr=0.5"), train, test, "video", out)
     with pytest.raises(config.ConfigError, match="videos was"):
         finetune.finetune(subject, datasets.take(train, slice(1, None)), test, "video", out)
-    with pytest.raises(FloatingPointError, match=r"the loss is nan at step .; try a lower finetune.lr"):
+    with pytest.raises(
+        FloatingPointError, match=r"up to step 11, were not finite .*; try a lower finetune.lr"
+    ):
         finetune.finetune(subject_of("finetune.lr=1e38"), train, test, "video", tmp_path)
+
+
+def test_it_leaves_a_log_beside_the_checkpoint(whole):
+    _, out, _, _ = whole
+    lines = [json.loads(line) for line in (out / "finetune-video-toy-train.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [4, 8, 12]  # log.every_steps=4
+    assert all({"epoch", "loss", "grad_norm", "lr", "clips_per_s"} <= line.keys() for line in lines)
+
+
+def test_a_step_that_is_not_finite_moves_nothing_and_is_named(whole, tmp_path, monkeypatch):
+    """… the statistics of batch norm included: the third of the warm-up's four steps."""
+    root, _, _, subject = whole
+    states, loss = {}, finetune.F.cross_entropy
+
+    def keep(path, state):
+        states[state["step"]] = {name: x.clone() for name, x in state["classifier"].items()}
+
+    def spoilt(logits, target):
+        return loss(logits, target) * (float("inf") if len(states) == 2 else 1.0)
+
+    monkeypatch.setattr(run, "save_checkpoint", keep)
+    monkeypatch.setattr(finetune.F, "cross_entropy", spoilt)
+    subject = subject_of("log.checkpoint_minutes=0", "finetune.epochs=1")
+    finetune.finetune(subject, *tables_of(subject, root), "video", tmp_path)
+    assert_same(states[3], states[2])
+    assert not torch.equal(states[4]["linear.weight"], states[3]["linear.weight"])
+    lines = map(json.loads, (tmp_path / "finetune-video-toy-train.jsonl").read_text().splitlines())
+    (named,) = [line for line in lines if "not_finite" in line]
+    assert named["step"] == 3 and len(named["files"]) == 10
+
+
+def test_two_at_once_of_one_checkpoint_are_one_too_many(whole, tmp_path):
+    """Another process's is refused, and named; another checkpoint's is not."""
+    root, _, _, subject = whole
+    path = tmp_path / "finetune-video-toy-train.pt"
+    child = os.fork()
+    if not child:
+        run.files.lock(path, path)
+        time.sleep(100)
+    try:
+        while (
+            not (tmp_path / f".{path.name}.lock").exists()
+            or not (tmp_path / f".{path.name}.lock").read_text()
+        ):
+            time.sleep(0.01)
+        with pytest.raises(
+            config.ConfigError, match=rf"{path} is in use by process {child} on .*choose another"
+        ):
+            finetune.finetune(subject, *tables_of(subject, root), "video", tmp_path)
+        finetune.finetune(subject, *tables_of(subject, root), "audio", tmp_path)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    finetune.finetune(subject, *tables_of(subject, root), "video", tmp_path)  # the kernel has let go
+
+
+def test_the_network_goes_to_the_device_of_its_process_and_nowhere_else(tmp_path, monkeypatch):
+    """Of many processes each has a GPU of its own: to begin with, and where batch norm is calibrated."""
+    world = distributed.World(3, 4, torch.device("meta"))
+    monkeypatch.setattr(distributed, "start", lambda: world)
+    arguments = ["--ckpt", "random", "--out", str(tmp_path), *TINY]
+    subject = evaluation.subject(cli.evaluation_parser("").parse_args(arguments))
+    assert subject.device == world.device
+    assert {x.device for x in subject.network.state_dict().values()} == {world.device}
+
+
+def test_evaluation_computes_in_the_precision_of_the_run(whole, monkeypatch):
+    asked, plain = [], run.autocast
+    monkeypatch.setattr(
+        run, "autocast", lambda amp, device: asked.append((amp, device)) or plain(amp, device)
+    )
+    subject = subject_of("optim.amp=fp16", "temporal={speeds: [1, 2]}", "weights.speed_video=1")
+    _, table = tables_of(subject, whole[0])
+    evaluation.extract(subject.network, table, subject.cfg, subject.device, clips=1)
+    assert set(asked) == {("fp16", subject.device)}
+    asked.clear()
+    evaluation.confusions(subject.network, table, subject.cfg, subject.device, draws=1)
+    assert set(asked) == {("fp16", subject.device)}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,10 @@
 """The bank against plain loops and sets: what it holds, whom it draws, and that its running sums stay right."""
 
+import itertools
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,8 +12,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from avid import config
-from avid.memory_bank import MemoryBank, _skip
+from avid import config, data
+from avid.memory_bank import MemoryBank, _skip, row_seed
 
 
 def batch(num_instances, size, dim, seed):
@@ -324,6 +328,41 @@ def test_a_row_draws_the_same_wherever_it_stands():
     together = bank.neighbourhood("video", torch.tensor([3, 5]), contrast, [11, 12])
     alone = bank.neighbourhood("video", torch.tensor([5]), contrast, [12])
     assert all(torch.equal(x[1:], y) for x, y in zip(together, alone, strict=True))
+
+
+@pytest.mark.parametrize("tau_n", [math.inf, 0.5])
+def test_what_the_decoding_processes_draw_ahead_is_what_is_drawn(tau_n):
+    """Of a training step's places, each with its own seed; what they give is stacked by the loader."""
+    bank, contrast = (
+        MemoryBank(40, 8, 0.5, seed=1),
+        config.Contrast(n_pos=2, k_pos=6, negatives=10, tau_n=tau_n),
+    )
+    cfg = config.load("temporal", ["seed=5", "contrast.n_pos=2", "contrast.k_pos=6", "contrast.negatives=10"])
+    cfg.contrast.tau_n = tau_n
+    clips = data.Clips(range(40), cfg, training=True)
+    items = [clips.neighbours((data.OF_A_STEP, 7, place)) for place in (2, 3)]
+    batch = torch.utils.data.default_collate(items)
+    index = torch.tensor([3, 5])
+    for modality in data.MODALITIES:
+        seeds = [row_seed(5, modality, 7, place) for place in (2, 3)]
+        ahead = bank.neighbourhood(
+            modality, index, contrast, seeds, (batch[f"near_{modality}"], batch[f"far_{modality}"])
+        )
+        now = bank.neighbourhood(modality, index, contrast, seeds)
+        assert all(torch.equal(x, y) for x, y in zip(ahead, now, strict=True))
+    assert clips.neighbours((5, 0, 0)) == {}  # no training step
+
+
+def test_seeds_differ_by_seed_modality_step_and_place_and_never_by_process():
+    seeds = [
+        row_seed(*key) for key in itertools.product((0, 1), ("video", "audio"), (0, 1, 1000), (0, 1, 255))
+    ]
+    assert len(set(seeds)) == len(seeds) == 36 and all(0 <= seed < 2**63 for seed in seeds)
+    script = "from avid.memory_bank import row_seed; print(row_seed(3, 'audio', 5, 7))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
+    assert int(done.stdout) == row_seed(3, "audio", 5, 7)
 
 
 def test_no_extra_positives_and_a_small_bank():

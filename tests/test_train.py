@@ -1,5 +1,6 @@
 """train.py as a user runs it: in processes of its own, on a toy world that is written within a second or two."""
 
+import copy
 import json
 import os
 import random
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from avid import config, models
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -213,6 +216,101 @@ def test_two_processes_are_one(whole, more, tmp_path):
             torch.testing.assert_close(
                 value, two[part][name], atol=1e-7, rtol=1e-7, msg=lambda m, name=name: f"{name}: {m}"
             )
+
+
+# -------------------------------------------------------------------------------------------- a batch in parts
+
+
+def two_networks(head_norm="none"):
+    """The same small network twice, in float64, and a batch of eight clips of picture and sound."""
+    torch.manual_seed(0)
+    network = (
+        models.AudioVisual(config.Model(width=4, depth=1, embedding=8, head_norm=head_norm)).double().train()
+    )
+    clips = torch.randn(8, 3, 2, 16, 16).double(), torch.randn(8, 1, 16, 16).double()
+    return network, copy.deepcopy(network), clips
+
+
+def losses_and_gradients(network, clips, forward=None):
+    """A loss in which every clip counts with every other, its gradients, the running statistics."""
+    output = (forward or network)(*clips)
+    loss = (output[0] @ output[1].T).logsumexp(1).sum() + (output[2].square().sum() + output[3].sum()) / 100
+    loss.backward()
+    return loss.detach(), {n: p.grad for n, p in network.named_parameters()}, dict(network.named_buffers())
+
+
+def assert_close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_in_parts_the_loss_is_that_of_the_whole_batch():
+    """… and its gradient, where batch norm takes no statistics: those are of a part."""
+    network, same, clips = two_networks()
+    for each in (network, same):
+        for module in each.modules():
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                module.eval()
+    models.in_parts(network, 4)
+    assert_close(losses_and_gradients(network, clips), losses_and_gradients(same, clips))
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("head_norm", ["none", "batch"])
+def test_in_parts_batch_norm_takes_the_statistics_of_each_part_and_counts_it_once(head_norm, checkpointed):
+    network, same, clips = two_networks(head_norm)
+
+    def one_after_the_other(video, audio):
+        outputs = [same(*part)[:4] for part in zip(video.chunk(4), audio.chunk(4), strict=True)]
+        return [torch.cat(x) for x in zip(*outputs, strict=True)]
+
+    if checkpointed:
+        models.checkpoint_activations(network)
+    models.in_parts(network, 4)
+    found, expected = (
+        losses_and_gradients(network, clips),
+        losses_and_gradients(same, clips, one_after_the_other),
+    )
+    assert_close(found, expected)
+    assert network.video_model.conv1[1].num_batches_tracked == 4
+    network.eval(), same.eval()
+    assert_close(network(*clips)[:4], same(*clips)[:4])
+
+
+def test_in_parts_only_one_of_them_is_kept_for_backward():
+    kept = {}
+    for parts in (1, 4):
+        network, _, clips = two_networks()
+        if parts > 1:
+            models.in_parts(network, parts)
+        sizes = {}
+
+        def keep(x, sizes=sizes):
+            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            output = network(*clips)
+        kept[parts] = sum(sizes.values())
+        del output
+    assert kept[4] < kept[1] / 4  # the clips themselves, and the parameters
+
+
+def test_a_run_in_parts(whole):
+    """It trains, can be gone on with in another number of parts, and says so; a number that does not divide is refused."""
+    root, _, _ = whole
+    settings = (*ROBUST, "log.check_epochs=0", "optim.schedule=constant")
+    run(root, root / "parts", *settings, "optim.epochs=1", "optim.accumulate=2")
+    text = run(root, root / "parts", *settings, "optim.epochs=2", "optim.accumulate=4")
+    assert "from here on optim.accumulate was 2 and is 4" in text
+    assert all(line["loss"] > 0 for line in metrics(root / "parts"))
+    done = subprocess.run(
+        command(root, root / "odd", "optim.accumulate=3"), capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert (
+        done.stderr
+        == "error: optim.accumulate=3 does not divide the 8 videos of a process; choose a divisor\n"
+    )
 
 
 def test_other_settings_do_not_resume(whole):
