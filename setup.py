@@ -15,10 +15,11 @@ setup(
     package_data={"avid.configs": ["*.yaml"]},
     python_requires=">=3.10,<3.14",
     install_requires=[
-        # one release of the three: torchvision pins torch
-        "torch>=2.6,<2.12",
-        "torchvision>=0.21,<0.27",
-        "torchaudio>=2.6,<2.12",
+        # one release of the three: torchvision pins torch; not 2.9, which computes half-precision conv3d outside cuDNN,
+        # 10 to 20 times slower (pytorch#166643)
+        "torch>=2.6,!=2.9.*,<2.12",
+        "torchvision>=0.21,!=0.24.*,<0.27",
+        "torchaudio>=2.6,!=2.9.*,<2.12",
         "decord2>=3.0,<4",  # the maintained build of the module `decord`
         "av>=14.2,<19",
         "numpy>=2.0,<3",

@@ -70,7 +70,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from avid import data, datasets, distributed, memory_bank, models, temporal_tasks
+from avid import data, datasets, distributed, memory_bank, models, run, temporal_tasks
 
 # dense bf16, from the data sheets at nvidia.com/en-us/data-center/<h100, h200, a100, l40s, l4, a10>
 PEAK_TFLOPS = {
@@ -128,34 +128,28 @@ class ChannelsFirst(models.AudioVisual):
 
 
 class Step:
-    """A training step, on the batches in turn."""
+    """A training step, on the batches in turn.
+
+    amp: as optim.amp, on CUDA; guarded: with what run.Guard adds, so that a step that is not finite moves nothing.
+    """
 
     def __init__(
-        self,
-        cfg,
-        world,
-        some,
-        instances,
-        channels_last=True,
-        bf16=True,
-        fused=True,
-        compiled=False,
-        checkpointed=False,
-    ):
+        self, cfg, world, some, instances, channels_last=True, amp="bf16", fused=True, compiled=False,
+        checkpointed=False, guarded=False,
+    ):  # fmt: skip
         torch.manual_seed(cfg.seed)
         network = models.AudioVisual if channels_last else ChannelsFirst
         self.network = network(cfg.model, temporal_tasks.classes(cfg)).to(world.device).train()
         if checkpointed:
             models.checkpoint_activations(self.network)
         self.model = torch.compile(self.network) if compiled else self.network
-        self.bank = memory_bank.MemoryBank(instances, cfg.model.embedding, cfg.bank.momentum, cfg.seed).to(
-            world.device
-        )
-        self.optimizer = torch.optim.Adam(
-            self.network.parameters(), lr=1e-4, weight_decay=1e-5, fused=fused or None
-        )
-        cuda = world.device.type == "cuda"
-        self.autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=cuda and bf16)
+        bank = memory_bank.MemoryBank(instances, cfg.model.embedding, cfg.bank.momentum, cfg.seed)
+        self.bank = bank.to(world.device)
+        self.objective = train.Objective(cfg, self.bank, world, epoch_steps=1)
+        adam = {"lr": 1e-4, "weight_decay": 1e-5, "fused": fused or None}
+        self.optimizer = torch.optim.Adam(self.network.parameters(), **adam)
+        self.guard = run.Guard(self.network, self.optimizer, world.device, amp) if guarded else None
+        self.autocast = run.autocast(amp, world.device)
         self.cfg, self.world, self.some, self.compiled, self.done = cfg, world, some, compiled, 0
 
     def __call__(self, lap=lambda name: None):
@@ -163,24 +157,22 @@ class Step:
         cfg = self.cfg
         batch = data.to_device(self.some[self.done % len(self.some)], self.world.device)
         lap("augmentation")
-        with self.autocast:
+        with self.guard.forward() if self.guard else self.autocast:
             output = self.model(batch["video"], batch["audio"])
         lap("forward")
-        terms, _ = train.objective(
-            output, batch, batch["index"], self.bank, cfg, self.world, self.done, epoch_steps=1
-        )
+        terms, _ = self.objective(output, batch, batch["index"], self.done)
         loss = sum(getattr(cfg.weights, name) * term for name, term in terms.items())
         lap("objective")
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        lap("backward")
-        self.optimizer.step()
+        finite = None
+        if self.guard:
+            finite = self.guard.step(loss, terms)
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            lap("backward")
+            self.optimizer.step()
         lap("optimiser")
-        video, audio = (
-            x.view(len(batch["index"]), cfg.temporal.moments, -1).mean(1)
-            for x in (output.video, output.audio)
-        )
-        self.bank.update(batch["index"], video.detach(), audio.detach())
+        self.bank.update(batch["index"], output.video, output.audio, where=finite)
         lap("bank update")
         self.done += 1
 
@@ -211,8 +203,8 @@ def peak_tflops(given):
 def variants(cuda, compiled):
     """{name: arguments of Step}."""
     names = {
-        "plain": {"channels_last": False, "bf16": False, "fused": False},
-        "channels_last": {"bf16": False, "fused": False},
+        "plain": {"channels_last": False, "amp": "none", "fused": False},
+        "channels_last": {"amp": "none", "fused": False},
         "+ bf16 autocast": {"fused": False},
         "+ fused Adam": {},
         "+ compile": {"compiled": True},
@@ -333,10 +325,8 @@ def loop(cfg, world, arguments):
         optim = dataclasses.replace(cfg.optim, batch_size=arguments.batch, epochs=1, warmup_epochs=0.0)
         log = dataclasses.replace(cfg.log, check_epochs=0)
         cfg = dataclasses.replace(cfg, optim=optim, log=log, out=out)
-        train.tables, train.data.loader = (
-            (lambda *_: (table, None)),
-            handed_out,
-        )  # this process ends with the measurement
+        # this process ends with the measurement
+        train.videos, train.data.loader = (lambda *_: (table, None)), handed_out
         train.main(cfg)
     return {name: np.array(values[: arguments.repeats]) for name, values in ms.items()}
 

@@ -5,6 +5,7 @@ import hashlib
 import os
 import pickle
 import random
+import traceback
 
 import pytest
 import torch
@@ -122,6 +123,83 @@ def test_whatever_the_moment_of_a_kill_one_whole_checkpoint_is_found(tmp_path, m
     )
     run.save_checkpoint(path, {"step": 4})
     assert run.newest(path) == ({"step": 4}, "")
+
+
+def children(count, work):
+    """Processes that do work(number); an exception in one of them is an exit code other than 0."""
+    pids = []
+    for number in range(count):
+        if not (pid := os.fork()):
+            try:
+                work(number)
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+        pids.append(pid)
+    return pids
+
+
+def test_processes_that_write_the_same_file_take_turns(tmp_path):
+    """Evaluations of one checkpoint, side by side: whoever reads finds one of them whole, and no writer fails."""
+    path = tmp_path / "features.npz"
+
+    def write(number):
+        for turn in range(40):
+            content = bytes([number]) * (50_000 + 1000 * turn)
+            with files.replacing(path, "wb") as file:
+                file.write(content[:100])
+                file.flush()
+                file.write(content[100:])
+
+    pids, seen = children(4, write), set()
+    while pids:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid in pids:
+            assert status == 0
+            pids.remove(pid)
+        if path.exists():
+            content = path.read_bytes()
+            assert len(content) >= 50_000 and len(set(content)) == 1
+            seen.add(content[0])
+    assert len(seen) > 1 and os.listdir(tmp_path) == ["features.npz"]
+
+
+def test_what_an_interrupted_writer_left_is_written_over(tmp_path):
+    (tmp_path / "a.json.part").write_text("half of something that was longer than what comes now")
+    with files.replacing(tmp_path / "a.json") as file:
+        file.write("{}")
+    assert (tmp_path / "a.json").read_text() == "{}" and os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_lock_is_one_process_and_names_it(tmp_path):
+    held = files.lock(tmp_path / "last.pt", "runs/a")
+    codes = []
+
+    def other(number):
+        with pytest.raises(
+            files.ConfigError, match=rf"^runs/a is in use by process {os.getppid()} on .* since "
+        ):
+            files.lock(tmp_path / "last.pt", "runs/a")
+        files.lock(tmp_path / "another.pt", "runs/a")
+
+    for pid in children(1, other):
+        codes.append(os.waitpid(pid, 0)[1])
+    held.close()
+    for pid in children(1, lambda _: files.lock(tmp_path / "last.pt", "runs/a")):
+        codes.append(os.waitpid(pid, 0)[1])
+    assert codes == [0, 0]
+
+
+def test_where_the_file_system_knows_no_locks_there_is_none(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "lockf", no_locks)
+    assert files.lock(tmp_path / "last.pt", "runs/a") is None
+    with files.replacing(tmp_path / "a.json") as file:
+        file.write("{}")
+    assert (tmp_path / "a.json").read_text() == "{}"
 
 
 def test_a_missing_file(tmp_path):

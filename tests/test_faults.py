@@ -3,11 +3,13 @@
 The scripts run in processes forked from one that has imported everything. tests/long/kill.py kills more often.
 """
 
+import contextlib
 import dataclasses
 import os
 import resource
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -110,6 +112,76 @@ def test_no_decoding_process_outlives_the_training(folder, number):
     assert code == (-number if number == signal.SIGKILL else 128 + number)
     assert "Traceback" not in text
     assert ("saved; the same command goes on from here" in text) == (number != signal.SIGKILL)
+
+
+@pytest.mark.parametrize("gap_ms", [0, 3, 30, 200])
+def test_a_signal_that_comes_twice_is_one(folder, gap_ms):
+    """… as where a cluster signals every process, and torchrun passes its own on."""
+    process = forked.start("train.py", [*SETTINGS, *LONG], folder, folder / "log")
+    metrics = folder / "run" / "metrics.jsonl"
+    until(lambda: metrics.exists() and metrics.stat().st_size, process)
+    os.kill(process.pid, signal.SIGTERM)
+    time.sleep(gap_ms / 1000)
+    with contextlib.suppress(ProcessLookupError):  # it may have ended
+        os.kill(process.pid, signal.SIGTERM)
+    code, text = ended(process, folder)
+    assert code == 128 + signal.SIGTERM and "Traceback" not in text
+    assert "stopped by SIGTERM" in text and "saved; the same command goes on from here" in text
+    assert running.load_checkpoint(folder / "run" / "last.pt")["step"] >= 1
+
+
+def test_under_torchrun_a_signal_to_all_is_one(folder):
+    """torchrun and its two processes are signalled, twice, and it passes on what it gets."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = str(Path(__file__).parents[1] / "train.py")
+    with open(folder / "log", "wb") as log:
+        process = subprocess.Popen(
+            [*torchrun, script, *SETTINGS, *LONG],
+            cwd=folder, stdout=log, stderr=log, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+    metrics, deadline = folder / "run" / "metrics.jsonl", time.monotonic() + 300
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()[-3000:]
+        time.sleep(0.01)
+    for _ in range(2):
+        os.killpg(process.pid, signal.SIGTERM)
+        time.sleep(0.03)
+    process.wait(300)
+    text = (folder / "log").read_text()
+    assert "stopped by SIGTERM" in text and "saved; the same command goes on from here" in text, text[-3000:]
+    assert running.load_checkpoint(folder / "run" / "last.pt")["step"] >= 1
+    assert forked.left(process.pid, seconds=120) == []
+
+
+def test_a_second_run_in_a_running_folder_is_refused_until_the_first_has_gone(folder):
+    """The first is not disturbed; killed, it leaves nothing that would keep the next one out, nor do its decoding processes."""
+    settings = [*SETTINGS, *LONG, "data.workers=2"]
+    process = forked.start("train.py", settings, folder, folder / "log-first")
+    metrics = folder / "run" / "metrics.jsonl"
+    until(lambda: metrics.exists() and metrics.stat().st_size, process)
+    line = error(run(folder, *LONG, "data.workers=2", code=2))
+    assert f"run is in use by process {process.pid} on " in line and "choose another --out" in line
+    before = metrics.stat().st_size
+    until(lambda: metrics.stat().st_size > before, process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join(60)
+    text = run(folder, *LONG, before=StopAtOnce(), code=128 + signal.SIGTERM)
+    assert "in use" not in text and "saved; the same command goes on" in text
+    forked.left(process.pid, seconds=120)
+
+
+@dataclasses.dataclass
+class StopAtOnce:
+    """A run that is asked to stop within its first step."""
+
+    def __call__(self):
+        term = losses.robust_xid
+
+        def robust_xid(*arguments, **options):
+            signal.raise_signal(signal.SIGTERM)
+            return term(*arguments, **options)
+
+        losses.robust_xid = robust_xid
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
