@@ -238,9 +238,8 @@ class Optim:
     amp: str = setting("bf16",
         "autocast on CUDA; fp16 with a scaled loss; a CPU computes in float32 [C]", choices=("bf16", "fp16", "none"))
     compile: bool = setting(False, "torch.compile the network [C]")
-    accumulate: int = setting(
-        1, "parts that a rank's batch goes through the network in: less memory, a third more time [C]", at_least=1
-    )
+    accumulate: int = setting(1,
+        "parts in which a batch passes the network: less memory, a third more time [C]", at_least=1)
     checkpoint_activations: bool = setting(False,
         "backward computes the networks again: less memory, more time [C]")
     sync_bn: bool = setting(True, "batch statistics over all ranks [C]")
