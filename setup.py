@@ -7,7 +7,7 @@ from setuptools import setup
 setup(
     name="avid",
     version="0.1.0",
-    description="Self-supervised learning from video and sound: Robust-xID and temporal self-supervision in PyTorch",
+    description="Self-supervised learning from video and sound: Robust-xID, temporal tasks, in PyTorch",
     long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
@@ -15,8 +15,8 @@ setup(
     package_data={"avid.configs": ["*.yaml"]},
     python_requires=">=3.10,<3.14",
     install_requires=[
-        # one release of the three: torchvision pins torch; not 2.9, which computes half-precision conv3d outside cuDNN,
-        # 10 to 20 times slower (pytorch#166643)
+        # one release of the three: torchvision pins torch; not 2.9, which computes conv3d in half precision
+        # outside cuDNN, 10 to 20 times slower (pytorch#166643)
         "torch>=2.6,!=2.9.*,<2.12",
         "torchvision>=0.21,!=0.24.*,<0.27",
         "torchaudio>=2.6,!=2.9.*,<2.12",

@@ -112,7 +112,8 @@ class Objective:
         return not (weights.xid or weights.contrast_va or weights.contrast_av)
 
     def __call__(self, output, batch, index, step):
-        """output: models.Output of this rank's b·M clips; batch: their instances, labels; index B: of all ranks.
+        """output: models.Output of this rank's b·M clips; batch: their instances, labels; index B: of all
+        ranks.
 
         → {term: scalar}, this rank's parts, of which the mean over the ranks, which DDP takes, is that of the
         global batch; {"<task> %": accuracy over all ranks}.

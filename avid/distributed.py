@@ -32,23 +32,23 @@ class World(NamedTuple):
 def start():
     """Join the ranks that torchrun started: NCCL on GPUs, Gloo on CPUs. Without torchrun: one process.
 
-    On a GPU this process computes on the one of its rank, which is "cuda" from here on. ConfigError where there is none
-    for it.
+    On a GPU this process computes on the one of its rank, which is "cuda" from here on. ConfigError where
+    there is none for it.
     """
     cuda, number = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", number) if cuda else torch.device("cpu")
     if cuda:
         if number >= (count := torch.cuda.device_count()):
             raise ConfigError(
-                f"{os.environ.get('LOCAL_WORLD_SIZE', number + 1)} processes on this machine need a GPU each, and it "
-                f"has {count}; start fewer: torchrun --nproc-per-node {count}"
+                f"{os.environ.get('LOCAL_WORLD_SIZE', number + 1)} processes on this machine need a GPU "
+                f"each, and it has {count}; start fewer: torchrun --nproc-per-node {count}"
             )
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
         store, mine, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=30)))
-        # each of several machines counts for itself how often torchrun has started it, so that there this does not help
+        # not on several machines: each counts for itself how often torchrun has started it
         if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
-            # processes that torchrun starts again would find the addresses of those that are gone, and wait for ever
+            # else what torchrun starts again finds the addresses of those that are gone, and waits for ever
             store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(
@@ -65,20 +65,20 @@ LOST = re.compile(r"Connection (closed|reset|refused)|[Tt]imed out|[Bb]roken pip
 def clean_end():
     """Within, an error or a signal ends the program, and nothing is waited for.
 
-    The end of another rank ends this one, with one line and exit code 1; torchrun, or the same command, may start them
-    again.
+    The end of another rank ends this one, with one line and exit code 1; torchrun, or the same command, may
+    start them again.
     """
     try:
         yield
     except BaseException as error:
-        # the traceback holds the frames, and these the decoding processes, which the interpreter would wait for
+        # its frames hold the decoding processes, for which the interpreter would wait
         traceback.clear_frames(error.__traceback__)
         lost = isinstance(error, dist.DistError) or LOST.search(str(error))
         if world_size() == 1 or not (isinstance(error, RuntimeError) and lost):
             raise
         print(
-            f"error: rank {rank()} ends, as another one has gone ({' '.join(str(error).split())[:120]}); what that one "
-            "said is the cause; the same command goes on from the last checkpoint",
+            f"error: rank {rank()} ends, as another one has gone ({' '.join(str(error).split())[:120]}); "
+            "what that one said is the cause; the same command goes on from the last checkpoint",
             file=sys.stderr,
         )
         raise SystemExit(1) from None
@@ -87,7 +87,8 @@ def clean_end():
 def end():
     """Leave the other ranks."""
     if dist.is_initialized():
-        # Gloo's thread needs the interpreter to let go of the last message, and torch joins that thread without giving way
+        # Gloo's thread needs the interpreter to let go of the last message, and torch joins that thread
+        # without giving way
         time.sleep(0.5)
         dist.destroy_process_group()
 
@@ -154,7 +155,8 @@ def say(world, text):
 def data_parallel(model, world, sync_bn, unused=False):
     """The model with its gradients averaged over the ranks (DDP); of one process, the model itself.
 
-    sync_bn: the ranks' statistics of batch norm are equal, so that none need be sent; unused: parameters may get no gradient.
+    sync_bn: the ranks' statistics of batch norm are equal, so that none need be sent; unused: parameters may
+    get no gradient.
     """
     if world.size == 1:
         return model
@@ -164,9 +166,11 @@ def data_parallel(model, world, sync_bn, unused=False):
 
 
 class StopSignal:
-    """Remembers SIGTERM or Ctrl-C until the step is done. Another one ends the program at once, if it comes GRACE_S later.
+    """Remembers SIGTERM or Ctrl-C until the step is done. Another one ends the program at once, if it comes
+    GRACE_S later.
 
-    One that comes sooner is the same wish once more: torchrun passes on a signal that Slurm sends to every process.
+    One that comes sooner is the same wish once more: torchrun passes on a signal that Slurm sends to every
+    process.
     """
 
     GRACE_S = 2.0
@@ -191,7 +195,8 @@ class StopSignal:
 
     @contextlib.contextmanager
     def at_once(self):
-        """Within, all that counts is saved: a signal does not wait for the end of a check, which may take minutes."""
+        """Within, all that counts is saved: a signal does not wait for the end of a check, which may take
+        minutes."""
         self.saved = True
         try:
             if self.asked:
@@ -206,11 +211,12 @@ class StopSignal:
             signal.signal(number, handler)
 
 
-# ------------------------------------------------------------------------------------------------ batch norm over ranks
+# -------------------------------------------------------------------------------------- batch norm over ranks
 
 
 def sync_batch_norm(model):
-    """Have every batch norm take the statistics of the global batch; parameters, buffers and names stay. → the model"""
+    """Have every batch norm take the statistics of the global batch; parameters, buffers and names stay. →
+    the model"""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.__class__ = SyncBatchNorm
@@ -218,10 +224,11 @@ def sync_batch_norm(model):
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm with the mean and variance of all ranks' batches, which are of one size: one gather, and no waiting.
+    """Batch norm with the mean and variance of all ranks' batches, which are of one size: one gather, and no
+    waiting.
 
-    torch.nn.SyncBatchNorm works on GPUs alone, and there looks for empty batches: the host waits for the device three times
-    a layer, and torch.compile cuts its graph.
+    torch.nn.SyncBatchNorm works on GPUs alone, and there looks for empty batches: the host waits for the
+    device three times a layer, and torch.compile cuts its graph.
     """
 
     def _check_input_dim(self, x):
@@ -272,19 +279,20 @@ def _dense(x):
 
 
 def _kernels(x):
-    """torch's CUDA kernels of batch norm over ranks; on CPUs, and for torch.compile, which fuses them, the same in torch."""
+    """torch's CUDA kernels of batch norm over ranks; on CPUs, and for torch.compile, which fuses them, the
+    same in torch."""
     return torch if x.is_cuda and not torch.compiler.is_compiling() else Kernels
 
 
 class Kernels:
-    """What torch calls batch_norm_stats and so on, in float32 or better. x, dy B×C×…; μ, 1/σ, w, b C; counts: R, B·… of each rank."""
+    """What torch calls batch_norm_stats and so on, in float32 or better. x, dy B×C×…; μ, 1/σ, w, b C; counts:
+    R, B·… of each rank."""
 
     def wide(x):
         return x.to(torch.promote_types(x.dtype, torch.float32))
 
-    def like(
-        x, y
-    ):  # y as x, which says so only where there is something to do: compiled, y.to(y.dtype) loses its gradient
+    def like(x, y):
+        """y in the dtype of x; compiled, y.to of its own dtype would lose the gradient (torch 2.11)."""
         return y if y.dtype == x.dtype else y.to(x.dtype)
 
     def dims(x):

@@ -46,7 +46,8 @@ def replacing(path, mode="w", **options):
 
 
 def _open_alone(part, mode, **options):
-    """`part`, open and empty, once no other process writes it (where the file system knows no locks: at once)."""
+    """`part`, open and empty, once no other process writes it (where the file system knows no locks: at
+    once)."""
     while True:
         file = open(
             part, mode, opener=lambda name, flags: os.open(name, flags & ~os.O_TRUNC, 0o666), **options
@@ -63,11 +64,13 @@ def _open_alone(part, mode, **options):
 
 
 def lock(path, name):
-    """Keep `path`, which need not exist, for this process until it ends: the kernel lets go, however that happens.
+    """Keep `path`, which need not exist, for this process until it ends: the kernel lets go, however that
+    happens.
 
-    The lock is on the file .<path>.lock beside it. It is of the kind (POSIX) that child processes do not inherit, so that
-    none of a killed process's keeps it. → the file, to be kept open; None where the file system knows no locks, such as
-    NFS without a lock service. ConfigError where another process has it; name: what the message calls it.
+    The lock is on the file .<path>.lock beside it. It is of the kind (POSIX) that child processes do not
+    inherit, so that none of a killed process's keeps it. → the file, to be kept open; None where the file
+    system knows no locks, such as NFS without a lock service. ConfigError where another process has it; name:
+    what the message calls it.
     """
     path = Path(path)
     file = open(path.with_name(f".{path.name}.lock"), "a+", encoding="utf-8")

@@ -35,14 +35,15 @@ class Classifier(nn.Module):
 
 
 def finetune(subject, train_table, test_table, modality, out):
-    """Train encoder and classifier on the videos of one table, then test on those of another. Under torchrun every rank calls it.
+    """Train encoder and classifier on the videos of one table, then test on those of another. Under torchrun
+    every rank calls it.
 
-    subject: evaluation.Subject, which stays as it is; modality: video or audio; out: folder of the checkpoint. The settings are
-    `finetune.*`; the clips are plain ones of `video.*` and `audio.*`. A stopped run goes on from its checkpoint, on a CPU to the same
-    bits; a finished one is only tested. SIGTERM and Ctrl-C end the step, save and leave.
-    → {top1, top5: of test videos, the softmax averaged over eval.clips clips; clip_top1: of clips, in percent; videos, train_videos:
-    how many were used; skipped: how many of both could not be}. Raises DataError, MediaError, ConfigError, CheckpointError,
-    FloatingPointError.
+    subject: evaluation.Subject, which stays as it is; modality: video or audio; out: folder of the
+    checkpoint. The settings are `finetune.*`; the clips are plain ones of `video.*` and `audio.*`. A stopped
+    run goes on from its checkpoint, on a CPU to the same bits; a finished one is only tested. SIGTERM and
+    Ctrl-C end the step, save and leave. → {top1, top5: of test videos, the softmax averaged over eval.clips
+    clips; clip_top1: of clips, in percent; videos, train_videos: how many were used; skipped: how many of
+    both could not be}. Raises DataError, MediaError, ConfigError, CheckpointError, FloatingPointError.
     """
     world = distributed.start()
     # plain clips: one a video, at its own speed, forwards
@@ -53,7 +54,8 @@ def finetune(subject, train_table, test_table, modality, out):
     if fine.batch_size > n or fine.batch_size % world.size:
         ranks = f" and a multiple of {world.size}, the number of processes" if world.size > 1 else ""
         raise config.ConfigError(
-            f"wrong value for finetune.batch_size: {fine.batch_size}; expected at most {n}, the training videos{ranks}"
+            f"wrong value for finetune.batch_size: {fine.batch_size}; expected at most {n}, the training "
+            f"videos{ranks}"
         )
 
     # ------------------------------------------------------------------------------------------------ network
@@ -70,7 +72,7 @@ def finetune(subject, train_table, test_table, modality, out):
     optimizer = torch.optim.Adam(classifier.parameters(), **adam)
     guard = run.Guard(classifier, optimizer, world.device, cfg.optim.amp)
 
-    # ----------------------------------------------------------------------------------------- resume, data, watch
+    # ------------------------------------------------------------------------------------ resume, data, watch
     bad_files = data.BadFiles(train_table, cfg.data.max_bad_share)
     split = train_table.name.removesuffix(" (train)").rpartition(" ")[2]  # train, or a numbered one: train2
     path = Path(out) / f"finetune-{modality}-{cfg.data.name}-{split}.pt"
@@ -88,7 +90,7 @@ def finetune(subject, train_table, test_table, modality, out):
     about = {"remedy": REMEDY, "title": f"fine-tuning {modality}"}
     watch = run.Watch(kept, guard, bad_files, steps, epoch_steps, fine.batch_size, **about)
 
-    # ------------------------------------------------------------------------------------------------------- loop
+    # --------------------------------------------------------------------------------------------------- loop
     batches = watch.batches(loader)
     classifier.train()
     for step in steps:
@@ -115,7 +117,8 @@ def finetune(subject, train_table, test_table, modality, out):
 
 
 def dropout(p, shape, seed, step):
-    """0 with probability p, else 1/(1 − p): float32. A function of (seed, step) for the global batch, as everything random."""
+    """0 with probability p, else 1/(1 − p): float32. A function of (seed, step) for the global batch, as
+    everything random."""
     kept = np.random.default_rng((seed, 6, step)).random(shape) >= p
     return torch.from_numpy(kept).float() / (1 - p)
 

@@ -29,8 +29,8 @@ class Candidates:
 class MemoryBank(torch.nn.Module):
     """Memories v̄, ā of N instances, unit length, at random on the sphere [A]; the same on every rank.
 
-    video, audio N×D of dtype: float32, float16 or bfloat16; agreement v̄_i·ā_i N float32, of the memories as they are stored. All
-    are buffers: state_dict holds the whole bank. momentum m of `update`.
+    video, audio N×D of dtype: float32, float16 or bfloat16; agreement v̄_i·ā_i N float32, of the memories as
+    they are stored. All are buffers: state_dict holds the whole bank. momentum m of `update`.
     """
 
     def __init__(self, num_instances, dim, momentum, seed, dtype="float32"):
@@ -47,7 +47,8 @@ class MemoryBank(torch.nn.Module):
         self.register_buffer("agreement_sum_squares", self._total(self.agreement.double().square().sum()))
 
     def read(self, name, index):
-        """The memories `video` or `audio` (…×D), or the `agreement` (…), of instances: index …, or None for all of them."""
+        """The memories `video` or `audio` (…×D), or the `agreement` (…), of instances: index …, or None for
+        all of them."""
         stored = getattr(self, name)
         return (
             stored
@@ -68,16 +69,19 @@ class MemoryBank(torch.nn.Module):
         return x
 
     def agreement_mean_std(self):
-        """μ, σ of the agreement over the whole bank, from running sums: two float64 0-dim tensors; σ ≥ 0, never NaN."""
+        """μ, σ of the agreement over the whole bank, from running sums: two float64 0-dim tensors; σ ≥ 0,
+        never NaN."""
         mean = self.agreement_sum / self.num_instances
         variance = self.agreement_sum_squares / self.num_instances - mean.square()
         return mean, variance.clamp(min=0).sqrt()
 
     def candidates(self, index, num_negatives, generator_seed):
-        """The instances that each row of the batch is told from: its own, then K drawn uniformly with replacement [A].
+        """The instances that each row of the batch is told from: its own, then K drawn uniformly with
+        replacement [A].
 
-        index B: instances of the global batch; num_negatives: K, or "all", the whole bank; generator_seed: the same on
-        every rank. -> Candidates, C = B + K or N. An instance that stands twice is valid once, where it stands first.
+        index B: instances of the global batch; num_negatives: K, or "all", the whole bank; generator_seed:
+        the same on every rank. -> Candidates, C = B + K or N. An instance that stands twice is valid once,
+        where it stands first.
         """
         if num_negatives == "all":
             return Candidates(
@@ -92,14 +96,15 @@ class MemoryBank(torch.nn.Module):
 
     @torch.no_grad()
     def neighbourhood(self, modality, index, contrast, seeds, draws=None):
-        """Positives and negatives of each instance from the bank as it is now, section 7 [P: the idea, C: the law].
+        """Positives and negatives of each instance from the bank as it is now, section 7 [P: the idea, C: the
+        law].
 
-        modality: of the memories; index b: instances; contrast: config.Contrast; seeds: b integers, one a row, so that a
-        row's draw does not depend on the rank that makes it; draws: what `draw_neighbours` gives for them, b rows each, or
-        None: drawn here. → positives b×n_pos, drawn without replacement from the k_pos nearest to the instance's own memory
-        with probability ∝ exp(sim/τ_p); negatives b×n, without replacement from the others with probability
-        ∝ exp(sim/τ_n), n = contrast.negatives or as many as there are. The instance itself is neither. ConfigError where
-        the bank has no negatives left.
+        modality: of the memories; index b: instances; contrast: config.Contrast; seeds: b integers, one a
+        row, so that a row's draw does not depend on the rank that makes it; draws: what `draw_neighbours`
+        gives for them, b rows each, or None: drawn here. → positives b×n_pos, drawn without replacement from
+        the k_pos nearest to the instance's own memory with probability ∝ exp(sim/τ_p); negatives b×n, without
+        replacement from the others with probability ∝ exp(sim/τ_n), n = contrast.negatives or as many as
+        there are. The instance itself is neither. ConfigError where the bank has no negatives left.
         """
         memory = getattr(self, modality)
         others = len(memory) - contrast.k_pos - 1
@@ -131,9 +136,10 @@ class MemoryBank(torch.nn.Module):
     def update(self, index, video, audio, where=None):
         """v̄_i ← normalise(m·v̄_i + (1 − m)·v_i), ā_i likewise, section 1 [A]; the cost does not depend on N.
 
-        index B: the instances of the GLOBAL batch, on every rank the same; video, audio: embeddings of this rank's clips,
-        b·M×D, any float type: the mean over an instance's M clips counts. An instance that stands twice is updated once,
-        by its first row. Where the new memory would be zero or not finite, or `where` (0-dim bool) is false, the old stays.
+        index B: the instances of the GLOBAL batch, on every rank the same; video, audio: embeddings of this
+        rank's clips, b·M×D, any float type: the mean over an instance's M clips counts. An instance that
+        stands twice is updated once, by its first row. Where the new memory would be zero or not finite, or
+        `where` (0-dim bool) is false, the old stays.
         """
         per_instance = (len(index) // distributed.world_size(), -1, video.shape[-1])  # b×M×D
         both = torch.cat([x.detach().view(per_instance).mean(1) for x in (video, audio)], 1)  # b×2D
@@ -160,7 +166,8 @@ class MemoryBank(torch.nn.Module):
 
     @torch.no_grad()
     def health(self):
-        """Mean cosine between two instances' memories, a modality, and the agreement's mean and std: floats by name.
+        """Mean cosine between two instances' memories, a modality, and the agreement's mean and std: floats
+        by name.
 
         O(N·D): once an epoch. A mean cosine near 1 says that the bank has collapsed to one direction.
         """
@@ -173,17 +180,20 @@ class MemoryBank(torch.nn.Module):
         }
 
     def _mean_cosine(self, modality):
-        """Mean of x_i·x_j over i ≠ j of N unit vectors: N²·|mean|² is the sum over all pairs, N of which are i = j."""
+        """Mean of x_i·x_j over i ≠ j of N unit vectors: N²·|mean|² is the sum over all pairs, N of which are
+        i = j."""
         n = self.num_instances
         mean = self._total(getattr(self, modality).sum(0, dtype=torch.float64)) / n  # D
         return ((n * mean.square().sum() - 1) / max(n - 1, 1)).item()
 
 
 class SpreadBank(MemoryBank):
-    """The same bank, its rows spread over R ranks: rank r holds the instances r·n to (r + 1)·n − 1, n = ⌈N/R⌉.
+    """The same bank, its rows spread over R ranks: rank r holds the instances r·n to (r + 1)·n − 1, n =
+    ⌈N/R⌉.
 
-    Whatever is asked of it, all ranks ask together and with the same index; `neighbourhood` and all instances at once cannot be had.
-    The last row of every buffer is zero: it stands for the instances that other ranks hold.
+    Whatever is asked of it, all ranks ask together and with the same index; `neighbourhood` and all instances
+    at once cannot be had. The last row of every buffer is zero: it stands for the instances that other ranks
+    hold.
     """
 
     def _rows(self):
@@ -205,7 +215,8 @@ class SpreadBank(MemoryBank):
         return distributed.total(x)
 
     def state_dict(self):
-        """The state of the whole bank, as MemoryBank's, in the host memory of rank 0; for the other ranks nothing."""
+        """The state of the whole bank, as MemoryBank's, in the host memory of rank 0; for the other ranks
+        nothing."""
         state = {}
         for name, stored in self.named_buffers():
             if not stored.dim():
@@ -233,10 +244,12 @@ class SpreadBank(MemoryBank):
 
 
 def draw_neighbours(num_instances, contrast, seed):
-    """What chance there is in the neighbours of one instance, drawn on the CPU: the same bits on every device.
+    """What chance there is in the neighbours of one instance, drawn on the CPU: the same bits on every
+    device.
 
-    It needs no memories, so that the processes that decode draw it ahead. → Gumbel noise of the k_pos nearest, k; which of the
-    others, counted from 0, are negatives, n: drawn uniformly without replacement, none for a finite τ_n, which looks at them.
+    It needs no memories, so that the processes that decode draw it ahead. → Gumbel noise of the k_pos
+    nearest, k; which of the others, counted from 0, are negatives, n: drawn uniformly without replacement,
+    none for a finite τ_n, which looks at them.
     """
     rng, others = np.random.default_rng(seed), num_instances - contrast.k_pos - 1
     gumbel, n = rng.gumbel(size=contrast.k_pos), min(contrast.negatives, others)
@@ -265,7 +278,8 @@ def _skip(place, excluded):
 
 
 def _first_occurrence(index):
-    """For each entry, where its value stands first: B -> B. By sorting: static shapes, no wait for the device."""
+    """For each entry, where its value stands first: B -> B. By sorting: static shapes, no wait for the
+    device."""
     ordered, position = index.sort(
         stable=True
     )  # equal values stay in order, so the leftmost of them stood first

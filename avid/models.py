@@ -272,13 +272,14 @@ def in_parts(network, parts):
     """Have both encoders take a training batch in `parts` equal parts, one after the other.
 
     network: AudioVisual, changed in place. Of a part only the output is kept, and backward computes it again:
-    the memory of one part, for the time of a second forward pass. The loss sees the whole batch; batch norm has
-    the statistics of a part, and its running ones move once a part. Raises ConfigError where there is dropout,
-    which the second pass would draw anew.
+    the memory of one part, for the time of a second forward pass. The loss sees the whole batch; batch norm
+    has the statistics of a part, and its running ones move once a part. Raises ConfigError where there is
+    dropout, which the second pass would draw anew.
     """
     if any(isinstance(layer, nn.modules.dropout._DropoutNd) for layer in network.modules()):
         raise ConfigError(
-            f"optim.accumulate={parts} cannot be had with dropout; leave it out, or choose another network (model.*)"
+            f"optim.accumulate={parts} cannot be had with dropout; leave it out, or choose another network "
+            "(model.*)"
         )
 
     def encode(modules, whole, clips):

@@ -1,8 +1,9 @@
-"""What a run keeps and how it goes on, and what surrounds a step: checkpoints, the run folder, the guard, the watch.
+"""What a run keeps and how it goes on, and what surrounds a step: checkpoints, the run folder, the guard, the
+watch.
 
-In: what has a state_dict (network, bank, optimizer, …), a step's loss and its numbers by name.
-Out: config.yaml, metrics.jsonl, last.pt, curves.png; after any interruption the same command goes on. A step that is not
-finite moves nothing. Every rank calls; rank 0 writes.
+In: what has a state_dict (network, bank, optimizer, …), a step's loss and its numbers by name. Out:
+config.yaml, metrics.jsonl, last.pt, curves.png; after any interruption the same command goes on. A step that
+is not finite moves nothing. Every rank calls; rank 0 writes.
 """
 
 import collections
@@ -30,8 +31,9 @@ LAG = 2  # steps after which a step's numbers are read: the host never waits for
 LOSS_SCALE = 2.0**16  # of fp16 at the beginning, as torch.amp.GradScaler's
 GROWTH_STEPS = 2000  # finite steps after which the loss scale is doubled, as torch.amp.GradScaler's
 
-# ------------------------------------------------------------------------------------------------------- checkpoints
-# Written whole or not at all, the one before kept, checked bit by bit, read without running code from the file.
+# ------------------------------------------------------------------------------------------------ checkpoints
+# Written whole or not at all, the one before kept, checked bit by bit, read without running code from the
+# file.
 
 
 class CheckpointError(Exception):
@@ -64,13 +66,14 @@ def writing(path):
             else "make it writable"
         )
         raise CheckpointError(
-            f"cannot write {path}: {fault.strerror or fault}; {remedy} and start the same command again, which goes on "
-            "from the last checkpoint"
+            f"cannot write {path}: {fault.strerror or fault}; {remedy} and start the same command again, "
+            "which goes on from the last checkpoint"
         ) from error
 
 
 def save_checkpoint(path, state):
-    """Write `state` to `path`; what stood there becomes `previous(path)`. At any moment one of the two is there and whole.
+    """Write `state` to `path`; what stood there becomes `previous(path)`. At any moment one of the two is
+    there and whole.
 
     Raises CheckpointError where it cannot be written; then both stay as they were.
     """
@@ -84,7 +87,8 @@ def save_checkpoint(path, state):
 
 
 def load_checkpoint(path, device="cpu"):
-    """The dict saved at `path`. Raises CheckpointError where the file is missing or is no checkpoint, Damaged where it was one."""
+    """The dict saved at `path`. Raises CheckpointError where the file is missing or is no checkpoint, Damaged
+    where it was one."""
     try:
         open(path, "rb").close()
     except FileNotFoundError:
@@ -110,7 +114,8 @@ def load_checkpoint(path, device="cpu"):
 
 
 def _check_sums(path):
-    """Compare every record with the CRC-32 that torch.save stores beside it: torch.load does not, and would read flipped bits."""
+    """Compare every record with the CRC-32 that torch.save stores beside it: torch.load does not, and would
+    read flipped bits."""
     with open(path, "rb") as file:
         if file.read(4) != b"PK\x03\x04":  # torch's format before 1.6, without checksums: AVID-CMA's
             return
@@ -122,9 +127,10 @@ def _check_sums(path):
 def newest(path, owner=True):
     """What a run at `path` goes on from: (state, remark), or (None, "") where nothing was saved yet.
 
-    That is `path`, or `previous(path)` where the last one is damaged or missing; the remark then says so. owner: this process
-    is the one that writes the run, and renames a damaged file, so that the next `save_checkpoint` does not put it in place of the whole
-    one. Raises CheckpointError where there is something, but nothing whole: a run never begins anew by itself.
+    That is `path`, or `previous(path)` where the last one is damaged or missing; the remark then says so.
+    owner: this process is the one that writes the run, and renames a damaged file, so that the next
+    `save_checkpoint` does not put it in place of the whole one. Raises CheckpointError where there is
+    something, but nothing whole: a run never begins anew by itself.
     """
     path = Path(path)
     before = previous(path)
@@ -150,11 +156,12 @@ def newest(path, owner=True):
     return state, f"{fault}; going on from {before}"
 
 
-# -------------------------------------------------------------------------------------------------------- the folder
+# ------------------------------------------------------------------------------------------------- the folder
 
 
 class Checkpoint:
-    """A checkpoint, and a log beside it, from which the same command goes on. Every rank calls; rank 0 writes.
+    """A checkpoint, and a log beside it, from which the same command goes on. Every rank calls; rank 0
+    writes.
 
     path: of the checkpoint; metrics: of the log, a JSON object a line; name: what messages call the run.
     """
@@ -164,10 +171,12 @@ class Checkpoint:
         self.cfg, self.world, self.out = cfg, world, self.path.parent
 
     def resume(self, facts, same, state):
-        """Load the checkpoint, or the one before where it is damaged, into `state`; returns the number of steps done.
+        """Load the checkpoint, or the one before where it is damaged, into `state`; returns the number of
+        steps done.
 
-        facts: what tells this run from others, kept with it; same(saved): raises ConfigError where a checkpoint is of
-        another run; state: {name: what has a state_dict}. ConfigError where another process is at work on it.
+        facts: what tells this run from others, kept with it; same(saved): raises ConfigError where a
+        checkpoint is of another run; state: {name: what has a state_dict}. ConfigError where another process
+        is at work on it.
         """
         self.facts, self.state = facts, state
         self.lock()
@@ -179,7 +188,8 @@ class Checkpoint:
             distributed.say(self.world, remark)
         if lacking := [name for name in (*facts, "step", *state) if name not in saved]:
             raise ConfigError(
-                f"{self.path} is no checkpoint of this program, it lacks {', '.join(lacking)}; choose another --out"
+                f"{self.path} is no checkpoint of this program, it lacks {', '.join(lacking)}; "
+                "choose another --out"
             )
         same(saved)
         for name, part in state.items():
@@ -225,8 +235,8 @@ class Checkpoint:
                 file.truncate(len(kept))
             if len(kept) < size:
                 tqdm.write(
-                    f"warning: {self.metrics} has lost lines that the checkpoint knows of; the training itself has lost "
-                    "nothing"
+                    f"warning: {self.metrics} has lost lines that the checkpoint knows of; the training "
+                    "itself has lost nothing"
                 )
 
     def log(self, step, epoch, **values):
@@ -243,10 +253,11 @@ class Folder(Checkpoint):
         super().__init__(out / "last.pt", out / "metrics.jsonl", out, cfg, world)
 
     def resume(self, table, **state):
-        """Load last.pt, or the one before where it is damaged, into `state`; returns the number of steps done.
+        """Load last.pt, or the one before where it is damaged, into `state`; returns the number of steps
+        done.
 
-        table: the training videos; state: {name: what has a state_dict}. ConfigError where the folder belongs to another
-        program or process, to a run of other settings, or to one of other videos.
+        table: the training videos; state: {name: what has a state_dict}. ConfigError where the folder belongs
+        to another program or process, to a run of other settings, or to one of other videos.
         """
         videos = json.dumps([table.paths, table.start_s.tolist(), table.end_s.tolist()])
         videos = {"count": len(table), "hash": hashlib.sha256(videos.encode()).hexdigest()[:12]}
@@ -259,7 +270,8 @@ class Folder(Checkpoint):
                 counts = f"{before} videos, there are now {now}"
                 differ = counts if before != now else "as many videos under other names"
                 raise ConfigError(
-                    f"{self.out} holds a run on {differ}; bring back data.root as it was, or choose another --out"
+                    f"{self.out} holds a run on {differ}; bring back data.root as it was, or choose "
+                    "another --out"
                 )
 
         step = super().resume({"config": dataclasses.asdict(self.cfg), "videos": videos}, same, state)
@@ -287,21 +299,23 @@ class Folder(Checkpoint):
 
 
 def describe(cfg, world):
-    """One line: on what, by how many processes and in which precision a run computes. Warns of a GPU that is not used."""
+    """One line: on what, by how many processes and in which precision a run computes. Warns of a GPU that is
+    not used."""
     device, precision = f"CPU with {torch.get_num_threads()} threads", "float32"
     if world.device.type == "cuda":
         device = torch.cuda.get_device_name(world.device)
         precision = {"none": "float32"}.get(cfg.optim.amp, f"{cfg.optim.amp} autocast")
     elif Path("/proc/driver/nvidia/version").exists():
         tqdm.write(
-            f"WARNING: this machine has a GPU driver, but torch {torch.__version__} cannot use it (torch.cuda.is_available() "
-            "is False): training goes on ON THE CPU, many times slower. Mostly the driver is older than torch's CUDA "
-            f"{torch.version.cuda} needs, or CUDA_VISIBLE_DEVICES hides the GPU"
+            f"WARNING: this machine has a GPU driver, but torch {torch.__version__} cannot use it "
+            "(torch.cuda.is_available() is False): training goes on ON THE CPU, many times slower. Mostly "
+            f"the driver is older than torch's CUDA {torch.version.cuda} needs (docs/performance.md), or "
+            "CUDA_VISIBLE_DEVICES hides the GPU"
         )
     return f"{device}, {world.size} process{'es' * (world.size > 1)}, {precision}"
 
 
-# --------------------------------------------------------------------------------------------------------- the guard
+# -------------------------------------------------------------------------------------------------- the guard
 
 
 def autocast(amp, device):
@@ -311,12 +325,13 @@ def autocast(amp, device):
 
 
 class Guard:
-    """One optimisation step, of which nothing is left where its loss or gradient is not finite. The host waits for nothing.
+    """One optimisation step, of which nothing is left where its loss or gradient is not finite. The host
+    waits for nothing.
 
-    network: its parameters and buffers (batch norm's statistics) are what a step moves; optimizer: fused Adam, which
-    leaves a step out on the device where `found_inf` says so; amp, clip_grad: settings of config.Optim. What fp16 needs
-    besides autocast is a scale of the loss, doubled every GROWTH_STEPS steps and halved, down to 1, after a gradient that
-    is not finite.
+    network: its parameters and buffers (batch norm's statistics) are what a step moves; optimizer: fused
+    Adam, which leaves a step out on the device where `found_inf` says so; amp, clip_grad: settings of
+    config.Optim. What fp16 needs besides autocast is a scale of the loss, doubled every GROWTH_STEPS steps
+    and halved, down to 1, after a gradient that is not finite.
     """
 
     def __init__(self, network, optimizer, device, amp, clip_grad=0.0):
@@ -375,13 +390,14 @@ class Guard:
         return {"scale": self.scale.item(), "finite_steps": self.finite_steps.item()} if self.fp16 else {}
 
     def load_state_dict(self, state):
-        """Go on with the loss scale of an fp16 run. Earlier versions kept a scale of 1 of other runs, which says nothing."""
+        """Go on with the loss scale of an fp16 run. Earlier versions kept a scale of 1 of other runs, which
+        says nothing."""
         if self.fp16 and ("finite_steps" in state or state.get("scale", 1.0) != 1.0):
             self.scale.fill_(state["scale"])
             self.finite_steps.fill_(state.get("finite_steps", state.get("_growth_tracker", 0)))
 
 
-# --------------------------------------------------------------------------------------------------------- the watch
+# -------------------------------------------------------------------------------------------------- the watch
 
 
 class LaggedNumbers:
@@ -409,8 +425,8 @@ class LaggedNumbers:
 class Watch:
     """What goes on around the steps: progress, the log, checkpoints, checks on held-out videos, signals.
 
-    kept: Checkpoint, resumed; guard: Guard; bad_files: data.BadFiles; steps: range; epoch_steps: steps an epoch; clips: a
-    step; remedy: against steps that are not finite; check: () → numbers by name, every
+    kept: Checkpoint, resumed; guard: Guard; bad_files: data.BadFiles; steps: range; epoch_steps: steps an
+    epoch; clips: a step; remedy: against steps that are not finite; check: () → numbers by name, every
     cfg.log.check_epochs epochs, of which each one's end is then saved.
     """
 
@@ -429,7 +445,8 @@ class Watch:
             self.run_check(steps.start)
 
     def batches(self, loader):
-        """The loader's batches; the time that they are waited for is measured, and files that failed are counted."""
+        """The loader's batches; the time that they are waited for is measured, and files that failed are
+        counted."""
         batches = iter(loader)
         while True:
             before = time.perf_counter()
@@ -487,7 +504,8 @@ class Watch:
         return line
 
     def write_lines(self, everything):
-        """Log the steps whose numbers have arrived. FloatingPointError where too many in a row were not finite."""
+        """Log the steps whose numbers have arrived. FloatingPointError where too many in a row were not
+        finite."""
         for (done, names, line), numbers, index in self.lagged.due(everything):
             *numbers, scale = numbers.tolist()
             values = dict(zip(names, numbers, strict=True))
@@ -511,7 +529,8 @@ class Watch:
                 )
 
     def not_finite(self, done, what, files):
-        """Log a step that was left out; FloatingPointError where there were too many in a row, the checkpoint is from before."""
+        """Log a step that was left out; FloatingPointError where there were too many in a row, the checkpoint
+        is from before."""
         self.kept.log(done, done / self.epoch_steps, not_finite=what, files=files)
         text = (
             f"step {done} was left out, it is not finite: {what}; its files are named in {self.kept.metrics}"
@@ -520,8 +539,8 @@ class Watch:
         self.bad_in_a_row += 1
         if self.bad_in_a_row == self.cfg.optim.max_bad_steps:
             raise FloatingPointError(
-                f"{self.bad_in_a_row} steps in a row, up to step {done}, were not finite ({what}); the weights did not "
-                f"move since; {self.remedy}"
+                f"{self.bad_in_a_row} steps in a row, up to step {done}, were not finite ({what}); "
+                f"the weights did not move since; {self.remedy}"
             )
 
     def check_is_due(self, step):
@@ -543,7 +562,8 @@ class Watch:
 
 
 def profiler(kept):
-    """profile=true: a torch profiler of a few steps of rank 0, which writes <out>/trace.json and prints what took longest."""
+    """profile=true: a torch profiler of a few steps of rank 0, which writes <out>/trace.json and prints what
+    took longest."""
     if not kept.cfg.profile or kept.world.rank > 0:
         return None
 

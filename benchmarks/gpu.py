@@ -1,13 +1,14 @@
 """What a GPU makes of a training step: clips/s, MFU and memory, in half an hour, what matters first.
 
-    python benchmarks/gpu.py [--cfg robust] [--batch 32] [--minutes 30] [--peak-tflops F] [--json gpu.json] [key=value …]
-    python benchmarks/gpu.py --dry-run          two small steps of each kind on what there is: does this script work?
+    python benchmarks/gpu.py [--cfg robust] [--batch 32] [--minutes 30] [--json FILE] [key=value …]
+    python benchmarks/gpu.py --dry-run        small steps of each kind on what there is: does it work?
 
-The step is train.py's (benchmarks/step.py), with the guard, data in pinned memory, the bank on the GPU. In this order, each
-line printed and written as soon as it is known, until the time is spent:
+The step is train.py's (benchmarks/step.py), with the guard, data in pinned memory, the bank on the GPU. In
+this order, each line printed and written as soon as it is known, until the time is spent:
 
-    1  waits       the host's waits for the device in a step, as CUDA itself sees them, and the kernels launched
-    2  sizes       8×112², 8×224², 16×112², each in bf16, bf16 compiled, fp16, float32 (convolutions in TF32, torch's default)
+    1  waits       the host's waits for the device in a step, as CUDA sees them, and the kernels launched
+    2  sizes       8×112², 8×224², 16×112², each in bf16, bf16 compiled, fp16, float32 (torch's default: its
+                   convolutions in TF32)
     3  batches     8×112² in bf16 with 64, 128, 256 clips: from where on the GPU is full
     4  checkpoint  8×224² in bf16 with optim.checkpoint_activations, and the batch in 4 parts: memory for time
 """
@@ -42,6 +43,7 @@ if __name__ == "__main__":  # before the heavy imports: --help answers at once
     arguments = command_line()
 
 import dataclasses
+import functools
 import json
 import time
 import warnings
@@ -77,7 +79,8 @@ class Bench:
         )
 
     def add(self, name, measure, *given, **more):
-        """Make a measurement, unless the time is spent; what does not fit the memory, or fails, is said and costs no more."""
+        """Make a measurement, unless the time is spent; what does not fit the memory, or fails, is said and
+        costs no more."""
         if time.monotonic() - self.begun > 60 * self.arguments.minutes:
             self.left_out.append(name)
             return
@@ -96,7 +99,8 @@ class Bench:
         Path(self.arguments.json).write_text(json.dumps(done, indent=2, ensure_ascii=False) + "\n")
 
     def step(self, size, batch=None, parts=1, **kind):
-        """A step.Step that has been made twice (compiled: once for its graph), and the seconds of the first."""
+        """A step.Step that has been made twice (compiled: once for its graph), and the seconds of the
+        first."""
         cfg, batch = self.of_size(size), batch or self.arguments.batch
         some = list(step.batches(cfg, batch, 2, self.arguments.instances))
         made = step.Step(cfg, self.world, some, self.arguments.instances, guarded=True, **kind)
@@ -111,7 +115,8 @@ class Bench:
         return made, first_s
 
     def speed(self, size, batch=None, **kind):
-        """Milliseconds, clips/s, memory, and the share of the device's dense bf16 arithmetic (of float32, too)."""
+        """Milliseconds, clips/s, memory, and the share of the device's dense bf16 arithmetic (of float32,
+        too)."""
         batch, before_gb = batch or self.arguments.batch, report.memory_gb()
         made, first_s = self.step(size, batch, **kind)
         ms = []
@@ -185,6 +190,7 @@ def main(arguments):
         config.stop(error)
     sizes, batches = SIZES, (64, 128, 256)
     if arguments.dry_run:
+        torch.compile = functools.partial(torch.compile, backend="eager")  # no C++ compiler is at work
         arguments.batch, arguments.repeats, arguments.instances, sizes, batches = (
             4,
             2,

@@ -1,8 +1,7 @@
 """A whole training step with data in memory: how fast, how much memory, which share of the GPU's arithmetic,
 and what each means adds.
 
-    python benchmarks/step.py [--cfg avid] [--sizes 8x112 8x224 16x112] [--batch 32] [--peak-tflops F] [--json FILE]
-        [key=value …]
+    python benchmarks/step.py [--cfg avid] [--sizes 8x112 8x224 16x112] [--batch 32] [--json FILE] [key=value]
     python benchmarks/step.py --loop [--cfg toy] [--json FILE] [key=value …]
 
 A step: uint8 clips in (pinned) memory go to the device, are augmented and normalised; the network, the
@@ -130,7 +129,8 @@ class ChannelsFirst(models.AudioVisual):
 class Step:
     """A training step, on the batches in turn.
 
-    amp: as optim.amp, on CUDA; guarded: with what run.Guard adds, so that a step that is not finite moves nothing.
+    amp: as optim.amp, on CUDA; guarded: with what run.Guard adds, so that a step that is not finite moves
+    nothing.
     """
 
     def __init__(

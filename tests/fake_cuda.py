@@ -1,10 +1,12 @@
-"""train.main on tensors that have a CUDA device, dtype, shape and strides, and no data: the whole step of a GPU, without one.
+"""train.main on tensors that have a CUDA device, dtype, shape and strides, and no data: the whole step of a
+GPU, without one.
 
-    python tests/fake_cuda.py [--world 8] [--instances 232067] CFG key=value …      what a step asks of the device
-    python tests/fake_cuda.py --cases FILE.json                                     many of them, a line of JSON each
+    python tests/fake_cuda.py [--world 8] [--instances 232067] CFG key=value …   what a step asks for
+    python tests/fake_cuda.py --cases FILE.json                                  many steps, a line of JSON each
 
-In: settings, and how many processes (of which this one is rank 0; nothing is sent). Out: a Step. A mismatch of devices or
-dtypes raises as it does on a GPU. What is not known here is the speed, and what the numbers are.
+In: settings, and how many processes (of which this one is rank 0; nothing is sent). Out: a Step. A mismatch
+of devices or dtypes raises as it does on a GPU. What is not known here is the speed, and what the numbers
+are.
 """
 
 import argparse
@@ -154,7 +156,8 @@ WITHOUT_META = {  # CUDA kernels of which torch knows no shapes
 
 @torch.no_grad()
 def backward(loss, *_, **__):
-    """loss.backward(): autograd's own engine asks the CUDA driver for a context, so its nodes are called here one by one."""
+    """loss.backward(): autograd's own engine asks the CUDA driver for a context, so its nodes are called here
+    one by one."""
     assert loss.dtype == torch.float32 and loss.device == DEVICE and not loss.dim(), loss
     needed, known, todo = collections.Counter(), {loss.grad_fn}, [loss.grad_fn]
     while todo:
@@ -271,7 +274,8 @@ def pretended(watch, world):
 
 
 def run_step(cfg, world=1, instances=400, steps=2, within=None):
-    """Step: the last of `steps` steps of train.main; the first in a process makes constants, for which the host waits.
+    """Step: the last of `steps` steps of train.main; the first in a process makes constants, for which the
+    host waits.
 
     within(watch, output): called in its middle.
     """

@@ -1,4 +1,5 @@
-"""Checkpoints are the old one or the new one, never a part; flipped bits are noticed; what is none is refused in one line."""
+"""Checkpoints are the old one or the new one, never a part; flipped bits are noticed; what is none is refused
+in one line."""
 
 import errno
 import hashlib
@@ -141,7 +142,8 @@ def children(count, work):
 
 
 def test_processes_that_write_the_same_file_take_turns(tmp_path):
-    """Evaluations of one checkpoint, side by side: whoever reads finds one of them whole, and no writer fails."""
+    """Evaluations of one checkpoint, side by side: whoever reads finds one of them whole, and no writer
+    fails."""
     path = tmp_path / "features.npz"
 
     def write(number):
@@ -226,7 +228,8 @@ def test_a_truncated_file(tmp_path, share):
 
 
 def test_flipped_bits_are_noticed_wherever_they_are(tmp_path):
-    """… or are where nothing is kept, between the records. torch.load alone reads most of them as other numbers."""
+    """… or are where nothing is kept, between the records. torch.load alone reads most of them as other
+    numbers."""
     state = {**STATE, "bank": torch.linspace(-1, 1, 5000)}
     path, bad = tmp_path / "last.pt", tmp_path / "bad.pt"
     run.save_checkpoint(path, state)
@@ -275,7 +278,8 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(tmp_path, how):
     state, remark = run.newest(path)
     assert state["step"] == 1
     assert remark == (
-        f"cannot read the checkpoint {path}: {DAMAGED}, it is now {tmp_path / 'last.damaged.pt'}; going on from {before}"
+        f"cannot read the checkpoint {path}: {DAMAGED}, it is now {tmp_path / 'last.damaged.pt'}; "
+        f"going on from {before}"
     )
     run.save_checkpoint(path, {"step": 2})  # never puts the damaged one in place of the whole one
     assert run.load_checkpoint(before)["step"] == 1 and run.newest(path) == ({"step": 2}, "")

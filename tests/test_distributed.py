@@ -1,4 +1,5 @@
-"""One process or many: batch norm over ranks against torch's on the whole batch, signals, GPUs that are too few."""
+"""One process or many: batch norm over ranks against torch's on the whole batch, signals, GPUs that are too
+few."""
 
 import os
 import signal
@@ -35,7 +36,8 @@ class Net(nn.Module):
 
 
 def a_case(kind, affine, offset):
-    """A network in float64, a batch far from 0 where `offset` says so, and what the outputs are multiplied by."""
+    """A network in float64, a batch far from 0 where `offset` says so, and what the outputs are multiplied
+    by."""
     generator = torch.Generator().manual_seed(len(kind) + affine)
     net = Net(kind, affine).double().train()
     for x in net.parameters():
@@ -144,11 +146,12 @@ def test_the_kernels_written_out_are_those_of_cuda(half):
     torch.testing.assert_close(found[0], found[1], atol=1e-2, rtol=1e-2)
 
 
-# -------------------------------------------------------------------------------------------------------------- signals
+# ---------------------------------------------------------------------------------------------------- signals
 
 
 def signalled(numbers, gap_s):
-    """How a process ends that gets these signals: its exit code as a shell says it; 0 where it goes on to its end."""
+    """How a process ends that gets these signals: its exit code as a shell says it; 0 where it goes on to its
+    end."""
     child = os.fork()
     if not child:
         try:
@@ -185,7 +188,7 @@ def test_where_all_is_saved_the_first_signal_ends_it_and_the_second_does_not_dis
         stop.release()
 
 
-# ----------------------------------------------------------------------------------------------------------------- GPUs
+# ------------------------------------------------------------------------------------------------------- GPUs
 
 
 def test_more_processes_than_gpus_are_refused_in_one_line(monkeypatch):

@@ -1,6 +1,8 @@
-"""Kills, signals, full disks, damaged checkpoints, other data and other ranks: what is left is whole, and the same command goes on.
+"""Kills, signals, full disks, damaged checkpoints, other data and other ranks: what is left is whole, and the
+same command goes on.
 
-The scripts run in processes forked from one that has imported everything. tests/long/kill.py kills more often.
+The scripts run in processes forked from one that has imported everything. tests/long/kill.py kills more
+often.
 """
 
 import contextlib
@@ -79,7 +81,7 @@ def folder(whole, tmp_path):
     return tmp_path
 
 
-# ---------------------------------------------------------------------------------------------------------------- kills
+# ------------------------------------------------------------------------------------------------------ kills
 
 
 def test_three_kills(tmp_path):
@@ -88,7 +90,7 @@ def test_three_kills(tmp_path):
     assert kill.main(3, 0, tmp_path / "kills", phases).total() == 3
 
 
-# -------------------------------------------------------------------------------------------------------------- signals
+# ---------------------------------------------------------------------------------------------------- signals
 
 
 def test_sigterm_while_the_toy_is_written_leaves_nobody(tmp_path):
@@ -137,7 +139,8 @@ def test_under_torchrun_a_signal_to_all_is_one(folder):
     with open(folder / "log", "wb") as log:
         process = subprocess.Popen(
             [*torchrun, script, *SETTINGS, *LONG],
-            cwd=folder, stdout=log, stderr=log, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            cwd=folder, stdout=log, stderr=log, start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
     metrics, deadline = folder / "run" / "metrics.jsonl", time.monotonic() + 300
     while not (metrics.exists() and metrics.stat().st_size):
@@ -154,7 +157,8 @@ def test_under_torchrun_a_signal_to_all_is_one(folder):
 
 
 def test_a_second_run_in_a_running_folder_is_refused_until_the_first_has_gone(folder):
-    """The first is not disturbed; killed, it leaves nothing that would keep the next one out, nor do its decoding processes."""
+    """The first is not disturbed; killed, it leaves nothing that would keep the next one out, nor do its
+    decoding processes."""
     settings = [*SETTINGS, *LONG, "data.workers=2"]
     process = forked.start("train.py", settings, folder, folder / "log-first")
     metrics = folder / "run" / "metrics.jsonl"
@@ -226,7 +230,7 @@ def test_an_unforeseen_error_ends_the_program(folder):
     assert code == 1 and "RuntimeError: out of memory" in text
 
 
-# ----------------------------------------------------------------------------------------------------------------- disk
+# ------------------------------------------------------------------------------------------------------- disk
 
 
 @dataclasses.dataclass
@@ -313,7 +317,7 @@ def test_a_run_folder_that_became_read_only(tmp_path):
         (tmp_path / "run").chmod(0o755)
 
 
-# ---------------------------------------------------------------------------------------------------------- checkpoints
+# ------------------------------------------------------------------------------------------------ checkpoints
 
 
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(folder, whole):
@@ -386,7 +390,7 @@ def test_a_checkpoint_of_something_else_does_not_resume(tmp_path, capsys):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------- ranks
+# ------------------------------------------------------------------------------------------------------ ranks
 
 
 def in_float64():

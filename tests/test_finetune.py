@@ -1,4 +1,5 @@
-"""Fine-tuning on a toy world that is written within a second. Run as a script it fine-tunes, for the tests that need processes."""
+"""Fine-tuning on a toy world that is written within a second. Run as a script it fine-tunes, for the tests
+that need processes."""
 
 import dataclasses
 import json
@@ -18,9 +19,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script: this folder's
 from avid import cli, config, data, datasets, distributed, evaluation, finetune, models, run, toy
 
 TINY = (
-    "toy.train=20 toy.test=6 toy.seconds=1 toy.size=32 data.workers=0 video.size=32 video.frames=4 audio.seconds=0.5 audio.mels=32 "
-    "model.width=4 model.depth=1 model.embedding=16 eval.clips=2 eval.batch_size=20 finetune.batch_size=10 finetune.epochs=4 "
-    "finetune.warmup_epochs=2 finetune.lr=1e-3 log.every_steps=4"
+    "toy.train=20 toy.test=6 toy.seconds=1 toy.size=32 data.workers=0 video.size=32 video.frames=4 "
+    "audio.seconds=0.5 audio.mels=32 model.width=4 model.depth=1 model.embedding=16 eval.clips=2 "
+    "eval.batch_size=20 finetune.batch_size=10 finetune.epochs=4 finetune.warmup_epochs=2 "
+    "finetune.lr=1e-3 log.every_steps=4"
 ).split()
 
 

@@ -14,7 +14,9 @@ import pytest
 
 FAKE = Path(__file__).with_name("fake_cuda.py")
 # as little of the networks as may be: what a step asks of the device is a matter of its kinds of layers
-TINY = "model.depth=1 model.width=8 optim.batch_size=16 video.size=32 video.frames=4 loss.warmup_epochs=0".split()
+TINY = (
+    "model.depth=1 model.width=8 optim.batch_size=16 video.size=32 video.frames=4 loss.warmup_epochs=0"
+).split()
 TORCHVISION = ["model.video=r2plus1d_18", "model.width=64", "model.depth=2"]
 
 CASES = {
@@ -79,7 +81,8 @@ def test_buffers_that_are_equal_are_not_sent(steps):
 
 
 def test_collectives_of_a_step_do_not_depend_on_the_number_of_terms(steps):
-    """Batch norm's two a layer, the instances, their embeddings, the terms; with tasks, the counts of all of them."""
+    """Batch norm's two a layer, the instances, their embeddings, the terms; with tasks, the counts of all of
+    them."""
     robust, both = (
         steps[f"{cfg}, 8 processes, bf16"]["collectives"] for cfg in ("robust", "robust_temporal")
     )

@@ -1,4 +1,5 @@
-"""The bank against plain loops and sets: what it holds, whom it draws, and that its running sums stay right."""
+"""The bank against plain loops and sets: what it holds, whom it draws, and that its running sums stay
+right."""
 
 import itertools
 import math
@@ -272,7 +273,7 @@ def test_a_step_on_cuda_draws_the_same_and_never_waits_for_the_device():
         assert torch.equal(getattr(c, name).cpu(), x), name
 
 
-# -------------------------------------------------------------------------------------------- neighbourhoods, section 7
+# ---------------------------------------------------------------------------------- neighbourhoods, section 7
 
 
 def neighbourhoods(bank, contrast, draws, instance=3, modality="audio"):

@@ -18,7 +18,8 @@ from avid import config, distributed, run
 
 
 class Watch:
-    """Runs train.main with losses spoilt at some steps (counted from 0), and keeps the whole state before every step."""
+    """Runs train.main with losses spoilt at some steps (counted from 0), and keeps the whole state before
+    every step."""
 
     def __init__(self, monkeypatch, spoil):
         self.states, self.parts = [], {}
@@ -98,7 +99,7 @@ def test_too_many_in_a_row_end_the_run_and_keep_the_checkpoint_from_before(tmp_p
     assert all(torch.equal(saved["network"][name], before[name]) for name in before)
 
 
-# ------------------------------------------------------------------------------------------------------------ precision
+# -------------------------------------------------------------------------------------------------- precision
 
 
 def half_precision_guard():

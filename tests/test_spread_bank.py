@@ -1,4 +1,5 @@
-"""A bank whose rows are spread over ranks against the same bank in one piece: the same bits, in processes that talk by Gloo."""
+"""A bank whose rows are spread over ranks against the same bank in one piece: the same bits, in processes
+that talk by Gloo."""
 
 import json
 import subprocess
@@ -73,7 +74,8 @@ def test_two_ranks_then_three_hold_what_one_bank_would_hold(tmp_path):
 
 
 def test_training_with_a_spread_bank_is_training(tmp_path):
-    """Twelve steps, six of them robust, of two processes, against a run that goes on with its bank spread: the same bits."""
+    """Twelve steps, six of them robust, of two processes, against a run that goes on with its bank spread:
+    the same bits."""
     text = {}
     runs = {"whole": [], "spread": ["optim.epochs=2"], "spread again": ["bank.spread=true"]}
     for name, more in runs.items():

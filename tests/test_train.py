@@ -1,4 +1,5 @@
-"""train.py as a user runs it: in processes of its own, on a toy world that is written within a second or two."""
+"""train.py as a user runs it: in processes of its own, on a toy world that is written within a second or
+two."""
 
 import copy
 import json
@@ -18,9 +19,9 @@ from avid import config, models
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 TINY = (
-    "toy.train=24 toy.test=8 toy.seconds=2 toy.size=32 data.workers=0 video.size=32 video.frames=4 audio.seconds=0.5 audio.mels=32 "
-    "model.width=4 model.depth=1 model.embedding=16 bank.num_negatives=16 optim.batch_size=8 optim.epochs=4 log.every_steps=1 "
-    "log.check_epochs=2 eval.clips=2"
+    "toy.train=24 toy.test=8 toy.seconds=2 toy.size=32 data.workers=0 video.size=32 video.frames=4 "
+    "audio.seconds=0.5 audio.mels=32 model.width=4 model.depth=1 model.embedding=16 bank.num_negatives=16 "
+    "optim.batch_size=8 optim.epochs=4 log.every_steps=1 log.check_epochs=2 eval.clips=2"
 ).split()
 
 
@@ -74,16 +75,18 @@ def assert_same(a, b, path=""):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """An uninterrupted run: (folder of the toy, run folder, what it printed). Robust from the second epoch on."""
+    """An uninterrupted run: (folder of the toy, run folder, what it printed). Robust from the second epoch
+    on."""
     root = tmp_path_factory.mktemp("world")
     text = run(root, root / "whole", *ROBUST)
     return root, root / "whole", text
 
 
 TASKS = (
-    "temporal.moments=2 temporal.speeds=[1,2] temporal.reverse=true weights.contrast_vv=1 weights.contrast_aa=1 weights.contrast_va=1 "
-    "weights.contrast_av=1 weights.speed_video=1 weights.speed_audio=1 weights.direction_video=1 weights.direction_audio=1 "
-    "weights.order_video=1 weights.order_audio=1 weights.order_cross=1 contrast.k_pos=4 contrast.n_pos=2 contrast.negatives=8 "
+    "temporal.moments=2 temporal.speeds=[1,2] temporal.reverse=true weights.contrast_vv=1 "
+    "weights.contrast_aa=1 weights.contrast_va=1 weights.contrast_av=1 weights.speed_video=1 "
+    "weights.speed_audio=1 weights.direction_video=1 weights.direction_audio=1 weights.order_video=1 "
+    "weights.order_audio=1 weights.order_cross=1 contrast.k_pos=4 contrast.n_pos=2 contrast.negatives=8 "
     "video.grey=0.2 audio.mask_time=0.2 audio.mask_frequency=0.2 audio.seconds=0.25"
 ).split()
 ROBUST = "loss.w_min=0.25 loss.soft=0.5 loss.warmup_epochs=2".split()
@@ -192,8 +195,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     "more", [["optim.draws=iid"], ["optim.draws=epoch", *TASKS]], ids=["robust, iid", "all tasks, epochs"]
 )
 def test_two_processes_are_one(whole, more, tmp_path):
-    """Twelve steps, six of them robust, in float64: in float32 batch norm, max-pooling and Adam blow rounding up to 1e-4. Batch norm
-    takes its statistics over both ranks (optim.sync_bn), so that only the global batch counts."""
+    """Twelve steps, six of them robust, in float64: in float32 batch norm, max-pooling and Adam blow rounding
+    up to 1e-4. Batch norm takes its statistics over both ranks (optim.sync_bn), so that only the global batch
+    counts."""
     root, _, _ = whole
     (tmp_path / "float64.py").write_text(IN_FLOAT64)
     for ranks in (1, 2):
@@ -218,7 +222,7 @@ def test_two_processes_are_one(whole, more, tmp_path):
             )
 
 
-# -------------------------------------------------------------------------------------------- a batch in parts
+# ------------------------------------------------------------------------------------------- a batch in parts
 
 
 def two_networks(head_norm="none"):
@@ -296,7 +300,8 @@ def test_in_parts_only_one_of_them_is_kept_for_backward():
 
 
 def test_a_run_in_parts(whole):
-    """It trains, can be gone on with in another number of parts, and says so; a number that does not divide is refused."""
+    """It trains, can be gone on with in another number of parts, and says so; a number that does not divide
+    is refused."""
     root, _, _ = whole
     settings = (*ROBUST, "log.check_epochs=0", "optim.schedule=constant")
     run(root, root / "parts", *settings, "optim.epochs=1", "optim.accumulate=2")
@@ -329,7 +334,8 @@ def test_the_evaluations_say_what_was_learned(whole):
         folder = out if ckpt != "random" else root / "random"
         for script in ("eval_linear.py", "eval_retrieval.py"):
             done = subprocess.run(
-                [sys.executable, str(ROOT / script), "--ckpt", ckpt, "--root", str(root), "--out", str(folder), *TINY],
+                [sys.executable, str(ROOT / script), "--ckpt", ckpt, "--root", str(root),
+                 "--out", str(folder), *TINY],
                 capture_output=True, text=True, timeout=200,
             )  # fmt: skip
             assert done.returncode == 0, done.stderr[-3000:]
