@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from . import config, data, datasets, distributed, evaluation, models, run
+from . import config, data, datasets, distributed, evaluation, models, progress, run
 
 
 class Classifier(nn.Module):
@@ -102,9 +102,7 @@ def finetune(subject, train_table, test_table, modality, out):
 
     # ------------------------------------------------------------------------------------------------------------ loop
     steps = range(first_step, last_step)
-    bar = tqdm(
-        steps, f"fine-tuning {modality}", last_step, initial=first_step, unit="step", disable=world.rank > 0
-    )
+    bar = progress.bar(steps, f"fine-tuning {modality}", last_step, first_step, disable=world.rank > 0)
     classifier.train()
     saved_at = time.perf_counter()
     for step in bar:
@@ -170,14 +168,15 @@ def dropout(p, shape, seed, step):
 @torch.no_grad()
 def test(network, linear, table, modality, cfg, world):
     """Accuracies on evenly spaced clips of a table's videos, of which each rank reads its share."""
-    mine = datasets.take(table, slice(world.rank, None, world.size))
+    local = datasets.take(table, slice(world.rank, None, world.size))
     title = f"testing {modality}" if world.rank == 0 else None
-    found = evaluation.extract(network, mine, cfg, world.device, (modality,), progress=title)
+    clips = data.Clips(local, cfg, training=False, modalities=(modality,))
+    found = evaluation.extract(network, clips, world.device, title)
     for row, reason in found.failures.items():
-        tqdm.write(f"skipped {data.shown(mine, row)}: {reason}")
+        tqdm.write(f"skipped {data.shown(local, row)}: {reason}")
     features = torch.from_numpy(found.features[modality]).to(world.device)  # m×K×8·width
     scores = linear(features).softmax(2).cpu().numpy()  # m×K×C
-    shares = distributed.gather_objects((scores, mine.labels[found.index], len(found.failures)))
+    shares = distributed.gather_objects((scores, local.labels[found.index], len(found.failures)))
     scores, labels, failed = zip(*shares, strict=True)
     accuracies = evaluation.accuracies(
         np.concatenate(scores), np.concatenate(labels), np.arange(len(table.classes))

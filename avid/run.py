@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import config, distributed, files
+from . import config, distributed, files, progress
 from .files import ConfigError
 from .tools import figures
 
@@ -364,7 +364,7 @@ class Watch:
         self.stop, self.lagged, self.bad_in_a_row = distributed.StopSignal(), LaggedNumbers(), 0
         self.profiler = profiler(self.cfg, self.world)
         silent = self.world.rank > 0
-        self.bar = tqdm(total=last_step, initial=first_step, unit="step", disable=silent, dynamic_ncols=True)
+        self.bar = progress.bar(total=last_step, initial=first_step, disable=silent)
         self.waited_s, self.logged, self.logged_at, self.saved_at = (
             0.0,
             first_step,
