@@ -7,6 +7,7 @@ Out: arguments or a configuration; or a ConfigError of one line.
 
 import argparse
 import difflib
+import importlib.util
 import os
 import re
 from pathlib import Path
@@ -98,6 +99,10 @@ def training(description, argv=None):
             cfg.data.name == "toy"
         ):  # of other data sets the number of videos is known when their lists are read
             fits(cfg, cfg.toy.train, int(os.environ.get("WORLD_SIZE", 1)))
+        if cfg.log.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise ConfigError(
+                "log.tensorboard=true needs the package: pip install tensorboard, or leave it out"
+            )
         check_run_folder(cfg)
     except ConfigError as error:
         config.stop(error)

@@ -9,6 +9,7 @@ import collections
 import contextlib
 import dataclasses
 import errno
+import functools
 import hashlib
 import json
 import math
@@ -174,6 +175,7 @@ class Folder:
                 self.out.mkdir(parents=True, exist_ok=True)
                 self.metrics.touch()
         saved, remark = newest(self.out / "last.pt", owner=self.world.rank == 0)
+        self.resumed_at = 0 if saved is None else saved.get("step", 0)
         if saved is None:
             self.save_settings()  # they mark the folder as this run's
             self.cut_log(0)
@@ -238,6 +240,19 @@ class Folder:
         if self.world.rank == 0 and values:
             with writing(self.metrics), open(self.metrics, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, "epoch": round(epoch, 4), **values}) + "\n")
+            if self.cfg.log.tensorboard:
+                with writing(self.out):
+                    for name, value in {"epoch": epoch, **values}.items():
+                        if isinstance(value, (int, float)):
+                            self.tensorboard.add_scalar(name, value, step)
+                    self.tensorboard.flush()
+
+    @functools.cached_property
+    def tensorboard(self):
+        """A writer of TensorBoard's files, on which the steps that come again after a resume replace the old ones."""
+        from torch.utils.tensorboard import SummaryWriter  # here: an extra, which takes seconds to import
+
+        return SummaryWriter(self.out, purge_step=self.resumed_at + 1)
 
     def draw_curves(self):
         """Curves can be drawn again at any time: where they cannot be written, training goes on."""
