@@ -30,7 +30,7 @@ class Grid(data.Clips):
         needs_s, has_s = self.length_s + (self.clips - 1) * self.step_s, last_s - first_s
         if has_s < needs_s:
             raise data.MediaError(
-                f"too short to shift its sound: {has_s:.2f} s can be used, it needs {needs_s:.2f} s"
+                f"too short to shift its sound: {has_s:.2f} of {needs_s:.2f} s; a lower eval.clips needs less"
             )
         start_s = first_s + (has_s - needs_s) / 2
         return [temporal_tasks.Clip(start_s + k * self.step_s) for k in range(self.clips)]
