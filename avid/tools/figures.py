@@ -174,6 +174,6 @@ def draw_video(axis, table, row, modality, cfg, colour):
     for side in axis.spines.values():
         side.set(color=colour, linewidth=3)
     if modality == "video":
-        axis.imshow(clip["video"][0, :, clip["video"].shape[2] // 2].permute(1, 2, 0))
+        axis.imshow(clip["video"][0, :, clip["video"].shape[2] // 2].permute(1, 2, 0).numpy())
     else:
-        axis.imshow(clip["audio"][0, 0].T, origin="lower", aspect="auto", cmap="magma")
+        axis.imshow(clip["audio"][0, 0].T.numpy(), origin="lower", aspect="auto", cmap="magma")
