@@ -109,7 +109,7 @@ def confusions(counts, temporal, path):
     """Confusion matrices of the temporal tasks, {task: C×C counts, rows: the truth}, a panel a task."""
     columns = min(len(counts), 4)
     rows = -(-len(counts) // columns)
-    size = (WIDTH * max(columns, 2) / 4, 2.45 * rows + 0.35)
+    size = (WIDTH * max(columns, 2) / 4, 2.55 * rows + 0.35)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat:
         axis.set_axis_off()
@@ -124,7 +124,7 @@ def confusions(counts, temporal, path):
         axis.set_xticks(range(len(n)), ticks, rotation=30, ha="right", fontsize=7)
         axis.set_yticks(range(len(n)), ticks, fontsize=7)
         right = n.trace() / max(n.sum(), 1)
-        axis.set_title(f"{task}: {right:.0%} (chance {1 / len(n):.0%})", fontsize=8)
+        axis.set_title(f"{task}\n{right:.0%}, chance {1 / len(n):.0%}", fontsize=8)
     what = "confusion matrix" if len(counts) == 1 else "confusion matrices"
     figure.suptitle(f"{what} of held-out clips: rows the truth, columns the answer", fontsize=9)
     write(figure, path, dpi=150)
