@@ -1,27 +1,39 @@
 """What the features find: the nearest videos by picture, by sound, and from one to the other.
 
-    python eval_retrieval.py --ckpt runs/toy/last.pt                  what it finds, with a contact sheet each
-    python eval_retrieval.py --ckpt random --task cross               the floor: an untrained network
+    python eval_retrieval.py --ckpt runs/toy/last.pt                 what it finds, with a contact sheet each
+    python eval_retrieval.py --ckpt random --task cross              the floor: an untrained network
+    python eval_retrieval.py --ckpt runs/toy/last.pt --task sync
     python eval_retrieval.py --ckpt runs/toy/last.pt --task fingerprint
 
-video, audio   evaluation videos query the training videos by their features: is one of the k nearest of the query's class?
-cross          among the evaluation videos, by embeddings: does a picture find its own sound, or one of its class, and the
-               other way?
-fingerprint    distorted copies of the evaluation videos, each of 13 distortions at 3 strengths: does a copy find its original?
-               only where asked for: it reads the files some 40 times
+video, audio   evaluation videos query the training videos by their features: is one of the k nearest of the
+               query's class?
+cross          among the evaluation videos, by embeddings: does a picture find its own sound, or one of its
+               class, and the other way?
+sync           the sound of the evaluation videos is shifted by −2 … 2 s: which shift does the network prefer?
+               only where asked for
+fingerprint    distorted copies of the evaluation videos, each of 13 distortions at 3 strengths: does a copy
+               find its original? only where asked for: it reads the files some 40 times
+
+Each is judged on all files that have what it needs. Printed, and written as JSON beside the checkpoint: R@k,
+the share of queries with a match among the k nearest, in percent, with chance beside it; and a picture.
+docs/evaluate.md says more.
 """
 
 from avid import cli, config
 
-TASKS = ("video", "audio", "cross", "fingerprint")
+TASKS = ("video", "audio", "cross", "sync", "fingerprint")
 
 
 def command_line(argv=None):
     arguments = cli.evaluation_parser(__doc__)
-    arguments.add_argument(
-        "--task", choices=TASKS, help="default: all that the data set allows but fingerprint"
-    )
-    return cli.evaluation(arguments, argv)
+    what = "see above; default: video, audio and cross, as far as the data set has them"
+    arguments.add_argument("--task", choices=TASKS, help=what)
+    what = "of sync: seconds between two shifts (default: half of the shorter clip, at most 0.5)"
+    arguments.add_argument("--step", type=float, metavar="S", help=what)
+    given = cli.evaluation(arguments, argv)
+    if given.step is not None and given.task != "sync":
+        config.stop("--step is of --task sync alone; leave it out")
+    return given
 
 
 if __name__ == "__main__":  # before the heavy imports: --help and a wrong argument answer at once
@@ -29,8 +41,8 @@ if __name__ == "__main__":  # before the heavy imports: --help and a wrong argum
 
 import numpy as np
 
-from avid import datasets, evaluation
-from avid.tools import figures, fingerprint
+from avid import data, datasets, evaluation
+from avid.tools import figures, fingerprint, sync
 
 RANKS = (1, 5, 10, 20)
 SHOWN = 6  # queries on a contact sheet, and videos found by each
@@ -39,12 +51,13 @@ SHOWN = 6  # queries on a contact sheet, and videos found by each
 def main(arguments):
     subject = evaluation.subject(arguments)
     held = evaluation.modalities_of(subject.cfg)
-    if arguments.task in ("video", "cross") and "video" not in held:
+    if arguments.task in ("video", "cross", "sync") and "video" not in held:
         config.stop(
             f"--task {arguments.task} needs pictures, and {subject.cfg.data.name} has none; use --task audio"
         )
+    if arguments.task == "sync":
+        sync.steps(subject.cfg, arguments.step)
     tasks = [arguments.task] if arguments.task else [*held] + ["cross"] * (len(held) == 2)
-    modalities = held if arguments.task in (None, "cross", "fingerprint") else (arguments.task,)
     for task in tasks:
         evaluation.result_file(subject, f"retrieval-{task}")
         figures.check_picture(picture(subject, task))
@@ -55,61 +68,94 @@ def main(arguments):
     results = {task: [] for task in tasks}
     for train_table, table in divisions:
         print(f"{train_table.report()}\n{table.report()}")
-        evaluation.calibrate_batch_norm(subject, train_table, modalities)
-        if arguments.task == "fingerprint":
-            results["fingerprint"].append(fingerprint.measure(subject, table, modalities, RANKS))
-            continue
-        found = evaluation.features(subject, table, modalities)
-        for task in tasks:
-            if task == "cross":
-                result = evaluation.cross_modal(found, table.labels[found.index], RANKS)
-                query, key = (found.video_level("embeddings", modality) for modality in ("video", "audio"))
-                gallery, gallery_table = found, table
-            else:
-                gallery, gallery_table = evaluation.features(subject, train_table, modalities), train_table
-                query, key = (part.video_level("features", task) for part in (found, gallery))
-                result = by_class(query, key, table.labels[found.index], train_table.labels[gallery.index])
-            counts = {"videos": len(query), "gallery_videos": len(key), "skipped": len(found.failures)}
-            results[task].append({**counts, **result})
-            if len(results[task]) == 1:
-                draw(
-                    subject, task, found, table, gallery, gallery_table, evaluation.nearest(query, key, SHOWN)
+        for task in list(results):
+            try:
+                evaluation.calibrate_batch_norm(subject, train_table, held if task not in held else (task,))
+                results[task].append(
+                    measure(subject, task, train_table, table, arguments.step, not results[task])
                 )
+            except data.MediaError as error:  # such as a folder of mute videos
+                if len(results) == 1:
+                    raise
+                print(f"no retrieval, {task}: {evaluation.message_of(error)}")
+                del results[task]
 
-    for task in tasks:
-        recalls = [name for name in results[task][0] if "R@" in name]
-        mean = {name: np.mean([result[name] for result in results[task]]).item() for name in recalls}
-        row = {
-            "task": task,
-            "label": subject.cfg.data.label,
-            **results[task][0],
-            **mean,
-            "divisions": results[task],
-        }
-        row = evaluation.write_result(subject, f"retrieval-{task}", row)
-        print(f"{task}: {row['videos']} queries, {row['gallery_videos']} videos to find")
-        if task == "fingerprint":
-            lines = list(fingerprint.rows(row))
-            evaluation.print_table(lines, lines[0])
-            path = picture(subject, task)
-            fingerprint.draw(path, row)
-            print(f"written: {path}")
-        else:
-            evaluation.print_table([{"R@k, %": name, "": row[name]} for name in recalls], ("R@k, %", ""))
+    for task, found in results.items():
+        mean = {name: np.mean([result[name] for result in found]).item() for name in scores(found[0])}
+        row = {"task": task, "label": subject.cfg.data.label, **found[0], **mean, "divisions": found}
+        show(subject, task, evaluation.write_result(subject, f"retrieval-{task}", row))
+
+
+def measure(subject, task, train_table, table, step_s, first):
+    """The result of a task on one division, a flat dict; of the first one, a contact sheet is drawn."""
+    if task == "fingerprint":
+        return fingerprint.measure(subject, table, evaluation.modalities_of(subject.cfg), RANKS)
+    if task == "sync":
+        return sync.measure(subject, table, step_s)
+    gallery_table = table if task == "cross" else train_table
+    if task == "cross":
+        parts = [evaluation.features_of(subject, table, modality) for modality in data.MODALITIES]
+        found = gallery = evaluation.in_common(parts)
+        if not len(found.index):
+            raise data.MediaError(f"no file of {table.name} has both a picture and a sound that can be used")
+        result = cross_modal(found, table.labels[found.index])
+        query, key = (found.video_level("embeddings", modality) for modality in data.MODALITIES)
+    else:
+        found, gallery = (evaluation.features_of(subject, t, task) for t in (table, gallery_table))
+        query, key = (part.video_level("features", task) for part in (found, gallery))
+        result = by_class(query, key, table.labels[found.index], train_table.labels[gallery.index])
+    if first:
+        draw(subject, task, found, table, gallery, gallery_table, evaluation.nearest(query, key, SHOWN))
+    counts = {"videos": len(query), "files": len(table), "gallery_videos": len(key)}
+    return {**counts, "gallery_files": len(gallery_table), "skipped": len(table) - len(query), **result}
+
+
+def by_class(query, key, query_y, key_y):
+    """R@k by class, and chance."""
+    found = evaluation.recall(
+        evaluation.nearest(query, key, max(RANKS)), datasets.same_class(query_y, key_y), RANKS
+    )
+    chance = evaluation.chance(evaluation.matching(query_y, key_y), len(key_y), RANKS)
+    return found | {f"chance {name}": value for name, value in chance.items()}
+
+
+def cross_modal(found, labels):
+    """R@k by instance and by class in both directions, and chance."""
+    result = evaluation.cross_modal(found, labels, RANKS)
+    matching = {"instance": np.ones(len(labels)), "class": evaluation.matching(labels, labels)}
+    for by in ("instance", "class") if evaluation.has_class(labels).all() else ("instance",):
+        chance = evaluation.chance(matching[by], len(labels), RANKS)
+        result |= {f"chance {by} {name}": value for name, value in chance.items()}
+    return result
+
+
+def scores(result):
+    """The numbers of a result that are no counts."""
+    return [name for name, value in result.items() if isinstance(value, float)]
+
+
+def show(subject, task, row):
+    """Print a task's table; the tasks that draw their own picture draw it."""
+    gallery = f", {row['gallery_videos']} videos to find" if "gallery_videos" in row else ""
+    print(f"{task}: {row['videos']} of {row['files']} files{gallery}")
+    path = picture(subject, task)
+    if task in ("fingerprint", "sync"):
+        tool = {"fingerprint": fingerprint, "sync": sync}[task]
+        lines = list(tool.rows(row))
+        tool.draw(path, row)
+        print(f"written: {path}")
+    else:
+        names = [name.removesuffix("R@1") for name in row if name.endswith("R@1")]
+        lines = [
+            {"R@k, %": f"R@{k}", **{name.strip() or "of its class": row[f"{name}R@{k}"] for name in names}}
+            for k in RANKS
+            if f"{names[0]}R@{k}" in row
+        ]
+    evaluation.print_table(lines, lines[0])
 
 
 def picture(subject, task):
     return subject.out / f"retrieval-{task}-{subject.cfg.data.name}.png"
-
-
-def by_class(query, key, query_y, key_y):
-    """R@k by class; chance is what a random order would give for k = 1."""
-    match, everything = datasets.same_class(query_y, key_y), np.arange(len(key_y))
-    chance = 100 * np.mean([match(q, everything).mean() for q in range(len(query_y))]).item()
-    return {
-        **evaluation.recall(evaluation.nearest(query, key, max(RANKS)), match, RANKS),
-        "chance R@1": chance,
-    }
 
 
 def draw(subject, task, found, table, gallery, gallery_table, nearest):

@@ -29,6 +29,7 @@ setup(
         "tqdm>=4.66,<5",
     ],
     extras_require={
+        "tensorboard": ["tensorboard>=2.15,<3"],  # for log.tensorboard=true
         "dev": ["pytest>=8,<10", "hypothesis>=6.100,<7", "ruff>=0.12"],
         "prepare": [
             "imageio-ffmpeg>=0.6,<0.9"

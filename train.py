@@ -239,7 +239,7 @@ def check(network, bank, held_out, cfg, world):
                 f"warning: the {modality} bank has collapsed to one direction (mean cosine {cosine:.3f}); "
                 "try model.head_norm=batch optim.draws=iid, or a lower optim.lr"
             )
-    found = evaluation.extract(network, held_out, cfg, world.device, clips=1)
+    found = evaluation.extract(network, data.Clips(held_out, cfg, training=False, clips=1), world.device)
     results = evaluation.cross_modal(found, held_out.labels[found.index])
     tqdm.write("held out: " + ", ".join(f"{name} {value:.1f}" for name, value in results.items()))
     tqdm.write("bank: " + ", ".join(f"{name} {value:.3f}" for name, value in health.items()))

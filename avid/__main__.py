@@ -14,8 +14,8 @@ import sys
 COMMANDS = {
     "check": "prepare",
     "prepare": "prepare",
-    "weights": "figures",
-    "tasks": "figures",
+    "weights": "show",
+    "tasks": "show",
 }  # their modules in avid.tools
 
 

@@ -7,6 +7,7 @@ Out: arguments or a configuration; or a ConfigError of one line.
 
 import argparse
 import difflib
+import importlib.util
 import os
 import re
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 from . import config, datasets
 from .files import ConfigError, check_folder
 
+EVALUATED = ("seed", "data", "video", "audio", "model", "eval", "finetune", "toy")  # groups of settings
 RUN_FILES = ("config.yaml", "metrics.jsonl", "curves.png", "temporal.png", "trace.json")
 
 
@@ -38,17 +40,27 @@ class Help(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, width=120, max_help_position=30)
 
 
-def parser(description):
-    """A command line of --cfg, --out, --data, --root and key=value; the help lists every setting."""
+def parser(description, evaluation=False):
+    """A command line of --cfg, --out, --data, --root and key=value; the help lists the settings that are used."""
     lines = [
         f"  {key + '=' + str(default).replace(' ', ''):42s} {help}"
         for key, default, help in config.settings()
+        if not evaluation or key.partition(".")[0] in EVALUATED
     ]
-    epilog = "settings (key=default):\n" + "\n".join(lines)
+    title = "settings (key=default; of a checkpoint, its own)" if evaluation else "settings (key=default)"
+    epilog = f"{title}:\n" + "\n".join(lines)
     arguments = CommandLine(description=description, formatter_class=Help, epilog=epilog)
     names = ", ".join(sorted(path.stem for path in config.PACKAGED.glob("*.yaml")))
-    arguments.add_argument("--cfg", metavar="FILE", help=f"a YAML file, or one of {names} (default: toy)")
-    arguments.add_argument("--out", metavar="DIR", help="run folder; the same as out=DIR")
+    default = "the checkpoint's own" if evaluation else "toy"
+    arguments.add_argument(
+        "--cfg", metavar="FILE", help=f"a YAML file, or one of {names} (default: {default})"
+    )
+    what = (
+        "folder of the results (default: the checkpoint's)"
+        if evaluation
+        else "run folder; the same as out=DIR"
+    )
+    arguments.add_argument("--out", metavar="DIR", help=what)
     arguments.add_argument("--data", metavar="NAME", help="the same as data.name=NAME")
     arguments.add_argument("--root", metavar="DIR", help="the same as data.root=DIR")
     arguments.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
@@ -56,9 +68,8 @@ def parser(description):
 
 
 def evaluation_parser(description):
-    """A command line as `parser`'s, with the checkpoint to evaluate and the part of the data to evaluate it
-    on."""
-    arguments = parser(description)
+    """A command line as `parser`'s, with the checkpoint to evaluate and the part of the data to judge it on."""
+    arguments = parser(description, evaluation=True)
     what = "a checkpoint; random: an untrained network"
     arguments.add_argument("--ckpt", required=True, metavar="PATH|random", help=what)
     numbered = ", ".join(name for name, row in datasets.DATA.items() if row.divisions)
@@ -88,6 +99,10 @@ def training(description, argv=None):
             cfg.data.name == "toy"
         ):  # of other data sets the number of videos is known when their lists are read
             fits(cfg, cfg.toy.train, int(os.environ.get("WORLD_SIZE", 1)))
+        if cfg.log.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise ConfigError(
+                "log.tensorboard=true needs the package: pip install tensorboard, or leave it out"
+            )
         check_run_folder(cfg)
     except ConfigError as error:
         config.stop(error)

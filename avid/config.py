@@ -267,6 +267,7 @@ class Log:
     check_epochs: int = setting(5, "epochs between two checks on held-out videos; 0: none", at_least=0)
     check_videos: int = setting(2000, "held-out videos a check looks at, at most", at_least=1)
     checkpoint_minutes: float = setting(10.0, "minutes between two checkpoints within an epoch", at_least=0)
+    tensorboard: bool = setting(False, "also write for TensorBoard what metrics.jsonl gets [C]")
 
 
 @dataclass

@@ -1,11 +1,12 @@
-"""What a network knows: the network to evaluate, features of a data set, a linear probe, ranking.
+"""What a network knows: the network to evaluate, features of a data set, linear classifiers, ranking.
 
 In: a checkpoint and a table of files; or plain arrays.
-Out: features and embeddings, one row a clip or a video; accuracies and recalls as plain numbers.
+Out: features and embeddings, one row a clip or a video; accuracies and recalls as plain numbers, in percent.
 """
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -18,12 +19,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 from tqdm import tqdm
 
-from . import cli, config, data, datasets, distributed, files, models, run, temporal_tasks, toy
+from . import cli, config, data, datasets, distributed, files, models, progress, run, temporal_tasks, toy
+
+# ------------------------------------------------------------------------ the network, its data, plain errors
 
 
 @dataclass
@@ -39,12 +44,12 @@ class Subject:
 
     def describe(self):
         """What every result names: data, split, seed, checkpoint."""
-        data = self.cfg.data
+        source = self.cfg.data
         return {
             "checkpoint": self.name,
             "checkpoint_hash": self.hash,
-            "data": data.name,
-            "split": data.split or datasets.DATA[data.name].evaluation,
+            "data": source.name,
+            "split": source.split or datasets.DATA[source.name].evaluation,
             "seed": self.cfg.seed,
         }
 
@@ -61,7 +66,7 @@ USERS = (
 
 @contextlib.contextmanager
 def plain_errors():
-    """What the user can mend ends the program with one line and exit code 2, Ctrl-C with one and 130, without a traceback."""
+    """What the user can mend ends the program with one line and exit code 2, Ctrl-C with one line and 130."""
     try:
         with distributed.clean_end():
             yield
@@ -69,19 +74,24 @@ def plain_errors():
         print("stopped by Ctrl-C; the same command goes on from what is kept", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
     except USERS as error:
-        message = str(error)
-        if message.startswith("Caught "):  # in a decoding process: the last line is the message
-            message = message.strip().splitlines()[-1].partition(": ")[2]
-        config.stop(message)
+        config.stop(message_of(error))
+
+
+def message_of(error):
+    """What an error says in one line; of one from a decoding process, what stands below its traceback."""
+    message = str(error)
+    if message.startswith("Caught "):
+        message = message.strip().splitlines()[-1].partition(": ")[2]
+    return message
 
 
 def subject(arguments):
-    """The network that a command line (config.evaluation_parser) names. The settings are the checkpoint's, then --cfg's, then the
-    overrides. An untrained network still needs `calibrate_batch_norm`. Raises CheckpointError, ConfigError."""
+    """The network that a command line (cli.evaluation_parser) names. The settings are the checkpoint's, then
+    --cfg's, then the overrides. An untrained network still needs `calibrate_batch_norm`. Raises
+    CheckpointError, ConfigError."""
     state = {} if arguments.ckpt == "random" else run.load_checkpoint(arguments.ckpt)
-    name = arguments.cfg or (
-        None if "config" in state else "avid" if state else "toy"
-    )  # AVID-CMA's hold no settings
+    default = None if "config" in state else "avid" if state else "toy"  # AVID-CMA's hold no settings
+    name = arguments.cfg or default
     if "config" in state:
         try:
             config.load(None, base=state["config"])
@@ -99,14 +109,15 @@ def subject(arguments):
     if state:
         models.load(network, state, arguments.ckpt)
     device = distributed.start().device  # of many processes (--mode finetune): of this rank
-    mark = files.file_hash(arguments.ckpt) if state else f"untrained, seed {cfg.seed}"
-    return Subject(network.to(device).eval(), cfg, device, arguments.ckpt, mark, out)
+    digest = files.file_hash(arguments.ckpt) if state else f"untrained, seed {cfg.seed}"
+    return Subject(network.to(device).eval(), cfg, device, arguments.ckpt, digest, out)
 
 
 def tables(cfg):
-    """The (training, evaluation) tables of every division that data.split asks for; the toy is written where it is not there yet.
+    """The (training, evaluation) tables of every division that data.split asks for.
 
-    Where a data set has no parts of its own, a fifth of each class is held out, by the seed [C]. Raises DataError.
+    The toy is written if need be. Where a data set has no parts of its own, a fifth of each class is held
+    out, by the seed [C]. Raises DataError.
     """
     source = cfg.data
     if source.name == "toy":
@@ -125,7 +136,7 @@ def tables(cfg):
 
 
 def modalities_of(cfg, asked=None):
-    """What the files of the data set hold, or of that what is asked for. Raises ConfigError where they do not."""
+    """The modalities of the data set's files, or the one asked for. Raises ConfigError where they lack it."""
     held = datasets.DATA[cfg.data.name].modalities
     if asked and asked not in held:
         raise config.ConfigError(
@@ -135,34 +146,42 @@ def modalities_of(cfg, asked=None):
 
 
 def labels_of(table, several=False):
-    """The classes of a table's videos, N or, if `several` a video may be, also N×C. Raises DataError where a video has none."""
+    """The classes of a table's videos: N, or N×C where a video may have `several`. DataError where one has none."""
     if table.labels.ndim > 1 and not several:
         raise datasets.DataError(
-            f"{table.name} has several classes a file; this evaluation needs one, use eval_retrieval.py"
+            f"{table.name} has several classes a file; this evaluation needs one, use --mode linear or svm, "
+            "or eval_retrieval.py"
         )
-    without = ~table.labels.any(1) if table.labels.ndim > 1 else table.labels < 0
+    without = ~has_class(table.labels)
     if without.any():
         raise datasets.DataError(
-            f"{table.name}: {without.sum():,} of {len(table):,} files have no class, e.g. {table.paths[without.argmax()]}; give them one, "
-            "or take them off the list"
+            f"{table.name}: {without.sum():,} of {len(table):,} files have no class, e.g. "
+            f"{table.paths[without.argmax()]}; give them one, or take them off the list"
         )
     return table.labels
+
+
+def has_class(labels):
+    """Which videos have a class: labels N (−1: none) or N×C of 0 and 1 → bool N."""
+    return labels.any(1) if labels.ndim > 1 else labels >= 0
 
 
 def hold_out(table, seed):
     """A table that has no parts of its own as (four fifths, a fifth) of each class."""
     rng = np.random.default_rng(seed)
     held = np.zeros(len(table), bool)
-    labels = (
-        table.labels if table.labels.ndim == 1 else np.zeros(len(table))
-    )  # several a file: a fifth of them all
+    several = table.labels.ndim > 1  # classes a file: then a fifth of all files
+    labels = np.zeros(len(table)) if several else table.labels
     for label in np.unique(labels):
-        mine = np.flatnonzero(labels == label)
-        held[rng.permutation(mine)[: max(len(mine) // 5, 1)]] = True
+        alike = np.flatnonzero(labels == label)
+        held[rng.permutation(alike)[: max(len(alike) // 5, 1)]] = True
     parts = datasets.take(table, ~held), datasets.take(table, held)
     for part, name in zip(parts, ("train", "held out"), strict=True):
         part.name = f"{table.name} ({name})"
     return parts
+
+
+# --------------------------------------------------------------------------------------------------- features
 
 
 @dataclass
@@ -179,7 +198,7 @@ class Features:
         return F.normalize(torch.from_numpy(getattr(self, what)[modality]).mean(1), dim=1).numpy()
 
     def save(self, path, **more):
-        """Write index, features_video, embeddings_audio, … and `more` arrays as an .npz, whole or not at all."""
+        """Write index, features_video, embeddings_audio, … and `more` arrays as an .npz."""
         arrays = {
             f"{what}_{modality}": x
             for what in ("features", "embeddings")
@@ -201,44 +220,38 @@ class Features:
         return found
 
 
-def extract(network, table, cfg, device, modalities=data.MODALITIES, clips=None, progress=None):
-    """Features and embeddings of `clips` evenly spaced clips of every video of a table, in the table's order.
-
-    Arguments and errors of `encode`.
-    """
-    return encode(
-        network, data.Clips(table, cfg, training=False, modalities=modalities, clips=clips), device, progress
-    )
-
-
 @torch.inference_mode()
-def encode(network, dataset, device, progress=None):
-    """Features and embeddings of a data.Clips for evaluation, in its order.
+def extract(network, clips, device, title=None):
+    """Features and embeddings of every video of a data.Clips for evaluation, in its order.
 
-    network: models.AudioVisual, left in the mode it came in. progress: title of the bar; None: no bar. Files that cannot be
-    used are left out and listed in `failures`. Raises MediaError where no file can be used.
+    network: models.AudioVisual, left in the mode it came in. title: of the progress bar; None: no bar. Files
+    that cannot be used are left out and listed in `failures`. Raises MediaError where no file can be used.
     """
-    table, cfg, modalities, clips = dataset.table, dataset.cfg, dataset.modalities, dataset.clips
-    batches = data.loader(dataset, cfg.data.workers, batch_size=max(1, cfg.eval.batch_size // clips))
+    cfg, count, modalities = clips.cfg, clips.clips, clips.modalities
+    batches = data.loader(clips, cfg.data.workers, batch_size=max(1, cfg.eval.batch_size // count))
     was_training = network.training
     network.eval()
     index, failures, rows = [], {}, {}
-    for batch in tqdm(batches, desc=progress, unit="batch", disable=progress is None, leave=False):
-        failures.update(batch["failures"])
-        if "index" not in batch:
-            continue
-        n = len(batch["index"])
-        index.append(batch["index"].numpy())
-        batch = data.to_device(batch, device)
-        with run.autocast(cfg.optim.amp, device):
-            encoded = {modality: network.encode(modality, batch[modality]) for modality in modalities}
-        for modality, pair in encoded.items():  # the first copy waits for the device, which is done then
-            for name, x in zip(("embeddings", "features"), pair, strict=True):
-                rows.setdefault((name, modality), []).append(x.float().view(n, clips, -1).cpu().numpy())
+    bar = progress.bar(None, title, len(clips), unit="video", leave=False, disable=title is None)
+    with bar:
+        for batch in batches:
+            failures.update(batch["failures"])
+            bar.update(len(batch["failures"]) + len(batch.get("index", ())))
+            if "index" not in batch:
+                continue
+            n = len(batch["index"])
+            index.append(batch["index"].numpy())
+            batch = data.to_device(batch, device)
+            with run.autocast(cfg.optim.amp, device):
+                encoded = {modality: network.encode(modality, batch[modality]) for modality in modalities}
+            for modality, pair in encoded.items():  # the first copy waits for the device, which is done then
+                for name, x in zip(("embeddings", "features"), pair, strict=True):
+                    rows.setdefault((name, modality), []).append(x.float().view(n, count, -1).cpu().numpy())
     network.train(was_training)
     if not index:
         raise data.MediaError(
-            f"none of the {len(table.paths)} files of {table.name} can be used: {next(iter(failures.values()))}"
+            f"none of the {len(clips):,} files of {clips.table.name} can be used by {'+'.join(modalities)}: "
+            f"{next(iter(failures.values()))}"
         )
     found = Features(np.concatenate(index), failures=failures)
     for (name, modality), parts in rows.items():
@@ -246,41 +259,48 @@ def encode(network, dataset, device, progress=None):
     return found
 
 
-def features(subject, table, modalities=data.MODALITIES):
-    """`extract` with a progress bar, kept."""
-    network, cfg, device = subject.network, subject.cfg, subject.device
-    return kept(
-        subject,
-        table,
-        modalities,
-        lambda: extract(network, table, cfg, device, modalities, progress=table.name),
-    )
+def features(subject, clips, *what, level="clip"):
+    """`extract` with a progress bar, kept in <out>/features/: asked for again, it is read from there.
 
-
-def kept(subject, table, modalities, make, *more):
-    """The Features that make() gives, kept in <out>/features/: the same network on the same files is not asked twice.
-
-    more: numbers and strings that decide what make() gives, besides the settings. A kept file that cannot be read is written anew.
+    clips: data.Clips for evaluation; what: numbers and texts that say how they differ from plain ones of the
+    same settings. level="video": only the features are kept, their mean over a video's clips, of unit length
+    (n×1×F). A kept file that cannot be read is written anew.
     """
-    cfg = subject.cfg
-    content = [
-        subject.hash,
-        str(table.root.resolve()),
-        table.paths,
-        [_state(table.root / path) for path in table.paths],
-    ]
-    content += [table.start_s.tolist(), table.end_s.tolist(), modalities]
-    content += [*more, *(dataclasses.asdict(part) for part in (cfg.video, cfg.audio, cfg.model, cfg.eval))]
+    cfg, table = subject.cfg, clips.table
+    content = [subject.hash, str(table.root.resolve()), table.paths]
+    content += [[_state(table.root / path) for path in table.paths]]
+    content += [table.start_s.tolist(), table.end_s.tolist(), clips.modalities, clips.clips, level, what]
+    content += [dataclasses.asdict(part) for part in (cfg.video, cfg.audio, cfg.model, cfg.eval)]
     path = subject.out / "features" / f"{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]}.npz"
     if path.exists():
         try:
             return Features.load(path)
         except Exception as error:  # a damaged file can fail in any way
             tqdm.write(f"{path} cannot be read and is written anew: {error}")
-    found = make()
+    title = " ".join(map(str, (table.name, *clips.modalities, *what)))
+    found = extract(subject.network, clips, subject.device, title)
     for row, reason in found.failures.items():
         tqdm.write(f"skipped {data.shown(table, row)}: {reason}")
+    if level == "video":
+        means = {modality: found.video_level("features", modality)[:, None] for modality in clips.modalities}
+        found = Features(found.index, means, failures=found.failures)
     found.save(path)
+    return found
+
+
+def features_of(subject, table, modality):
+    """`features` of a table's videos by one modality alone: a mute video counts by its picture."""
+    return features(subject, data.Clips(table, subject.cfg, training=False, modalities=(modality,)))
+
+
+def in_common(parts):
+    """Features of several modalities, read one by one, as one: of the videos that have them all."""
+    index = functools.reduce(np.intersect1d, [part.index for part in parts])
+    found = Features(index, failures={row: why for part in parts for row, why in part.failures.items()})
+    for part in parts:
+        here = np.isin(part.index, index)
+        found.features |= {modality: x[here] for modality, x in part.features.items()}
+        found.embeddings |= {modality: x[here] for modality, x in part.embeddings.items()}
     return found
 
 
@@ -295,28 +315,31 @@ def _state(path):
 
 @torch.no_grad()
 def calibrate_batch_norm(subject, table, modalities=data.MODALITIES):
-    """Set the batch-norm statistics of an untrained network from data: without it features vanish, and the floor looks lower than
-    it is [C]. Nothing happens to a trained network, or to one whose statistics are calibrated."""
+    """Set the batch-norm statistics of an untrained network from data, of each modality by itself: without it
+    features vanish, and the floor looks lower than it is [C]. Nothing happens to a trained network, or to a
+    modality a second time."""
     cfg, network = subject.cfg, subject.network
-    if subject.name != "random" or "calibrated" in subject.hash:
-        return
-    draws = data.BatchSampler(
-        len(table), min(cfg.optim.batch_size, len(table)), "iid", cfg.seed, 0, cfg.eval.calibration_batches
-    )
-    network.train()
-    for batch in data.loader(data.Clips(table, cfg, True, modalities), cfg.data.workers, batch_sampler=draws):
-        batch = data.to_device(batch, subject.device)
-        for modality in modalities:
-            network.encode(modality, batch[modality])
-    network.eval()
-    subject.hash += f", calibrated on {table.name}"
+    for modality in modalities:
+        if subject.name != "random" or f"{modality} calibrated" in subject.hash:
+            continue
+        batch_size, batches = min(cfg.optim.batch_size, len(table)), cfg.eval.calibration_batches
+        draws = data.BatchSampler(len(table), batch_size, "iid", cfg.seed, 0, batches)
+        clips = data.Clips(table, cfg, training=True, modalities=(modality,))
+        try:
+            network.train()
+            for batch in data.loader(clips, cfg.data.workers, batch_sampler=draws):
+                network.encode(modality, data.to_device(batch, subject.device)[modality])
+        finally:
+            network.eval()
+        subject.hash += f", {modality} calibrated on {table.name}"
 
 
 @torch.no_grad()
 def confusions(network, table, cfg, device, draws=2):
-    """How a network answers the temporal tasks on clips drawn from a table as for training, `draws` times a video by the seed.
+    """Confusion matrices of the temporal tasks on a table's videos: {task: C×C counts, row truth, column answer}.
 
-    → {task: C×C counts, row: the truth, column: the answer}. Files that cannot be used are replaced by others, as in training.
+    The clips are drawn as for training, `draws` times a video by the seed. Files that cannot be used are
+    replaced by others, as in training.
     """
     keys = [(index, (5, draw, index)) for draw in range(draws) for index in range(len(table))]
     batches = [keys[i : i + cfg.eval.batch_size] for i in range(0, len(keys), cfg.eval.batch_size)]
@@ -338,6 +361,8 @@ def confusions(network, table, cfg, device, draws=2):
     return {task: count.numpy() for task, count in counts.items()}
 
 
+# ------------------------------------------------------------------------------------------------ classifiers
+
 CLASSIFIERS = {  # of standardised features; C is the inverse of the L2 penalty
     "linear": lambda C: LogisticRegression(C=C, max_iter=1000),
     "svm": lambda C: LinearSVC(C=C),
@@ -348,46 +373,56 @@ STRENGTHS = {"linear": (0.01, 0.1, 1.0, 10.0), "svm": (1e-4, 1e-3, 1e-2, 0.1, 1.
 def linear_probe(train_x, train_y, test_x, test_y, seed, classifier="linear", C=None):
     """A linear classifier on frozen, standardised features (docs/method.md section 10).
 
-    train_x n×K×F, train_y n; test_x m×K×F, test_y m; classifier: linear (multinomial logistic regression) or svm (one against
-    the rest). Every clip of a training video is a sample. C: None, the best of STRENGTHS on a fifth of the training videos.
-    → {top1, top5: of videos, the clips' softmax or margins averaged; clip_top1: of clips, in percent; C}
+    train_x n×K×F, train_y n, or n×C of 0 and 1 where a video has several classes; test_x m×K×F, test_y
+    likewise. classifier: linear (multinomial logistic regression; of several classes a video, one logistic
+    regression a class) or svm (one against the rest). Every clip of a training video is a sample. C: None,
+    the best of STRENGTHS on a fifth of the training videos.
+    → `accuracies`, or `precisions` where a video has several classes, of softmax or margins averaged over
+    clips; and C. Raises DataError where there are too few training videos.
     """
+    several = train_y.ndim > 1
+    score, best = (precisions, "mAP") if several else (accuracies, "top1")
 
     def fit(rows, C):
-        x = train_x[rows].reshape(-1, train_x.shape[-1])
-        return make_pipeline(StandardScaler(), CLASSIFIERS[classifier](C)).fit(
-            x, np.repeat(train_y[rows], train_x.shape[1])
-        )
+        """The classifier, and the classes that it knows."""
+        x, y = train_x[rows].reshape(-1, train_x.shape[-1]), train_y[rows]
+        model, classes = CLASSIFIERS[classifier](C), np.unique(y)
+        if several:
+            classes = np.flatnonzero(y.any(0) & ~y.all(0))
+            model, y = OneVsRestClassifier(model), y[:, classes]
+        return make_pipeline(StandardScaler(), model).fit(x, np.repeat(y, train_x.shape[1], axis=0)), classes
 
     def scores(fitted, x):
         """m×K×classes."""
         flat = x.reshape(-1, x.shape[-1])
         values = fitted.predict_proba(flat) if classifier == "linear" else fitted.decision_function(flat)
-        if values.ndim == 1:  # margins of two classes
-            values = np.stack([-values, values], 1)
+        if values.ndim == 1:  # margins of two classes; of several classes a video, of the only one
+            values = values[:, None] if several else np.stack([-values, values], 1)
         return values.reshape(*x.shape[:2], -1)
 
-    everyone = np.random.default_rng(seed).permutation(len(train_x))
+    order = np.random.default_rng(seed).permutation(len(train_x))
     if C is None:
-        held, kept = np.split(everyone, [len(everyone) // 5])
-        if not len(held) or len(np.unique(train_y[kept])) < 2:
+        held, rest = np.split(order, [len(order) // 5])
+        if not len(held) or len(np.unique(train_y[rest], axis=0)) < 2:
             raise datasets.DataError(
                 f"{len(train_y)} training videos are too few to choose C; use more, of two classes or more"
             )
 
-        def held_out_accuracy(C):
-            fitted = fit(kept, C)
-            return accuracies(scores(fitted, train_x[held]), train_y[held], fitted.classes_)["top1"]
+        def held_out_score(C):
+            fitted, classes = fit(rest, C)
+            return score(scores(fitted, train_x[held]), train_y[held], classes)[best]
 
-        C = max(STRENGTHS[classifier], key=held_out_accuracy)
-    fitted = fit(everyone, C)
-    return {**accuracies(scores(fitted, test_x), test_y, fitted.classes_), "C": C}
+        C = max(STRENGTHS[classifier], key=held_out_score)
+    fitted, classes = fit(order, C)
+    return {**score(scores(fitted, test_x), test_y, classes), "C": C}
 
 
 def few_shot(train_x, train_y, test_x, test_y, seed, shots=(1, 5, 20), draws=20):
-    """A linear SVM from a few labelled videos a class, all clips of each: {"k-shot top1": mean, "k-shot std": over the draws}, percent.
+    """A linear SVM from k labelled videos a class, all clips of each: {"k-shot top1": mean, "k-shot std":
+    over the draws}.
 
-    Arguments as linear_probe's. Of a class with fewer videos, all are taken. The SVM's C is 1e-3 [C]: nothing is left to choose it on.
+    Arguments as linear_probe's; percent. Of a class with fewer videos, all are taken. The SVM's C is 1e-3
+    [C]: nothing is left to choose it on.
     """
     results = {}
     for k in shots:
@@ -401,7 +436,8 @@ def few_shot(train_x, train_y, test_x, test_y, seed, shots=(1, 5, 20), draws=20)
 
 
 def accuracies(scores, labels, classes):
-    """Scores n×K×classes of K clips a video, labels n → top1, top5 of videos (scores averaged over clips) and clip_top1, in percent."""
+    """Scores n×K×classes of K clips a video, labels n → top1, top5 of videos, from scores averaged over
+    clips, and clip_top1."""
     video = scores.mean(1)  # n×classes
     ranked = classes[np.argsort(-video, axis=1, kind="stable")]  # n×classes
     hits = ranked == labels[:, None]
@@ -413,68 +449,125 @@ def accuracies(scores, labels, classes):
     }
 
 
-def nearest(queries, gallery, k, exclude=None, rows=1024, columns=16384):
-    """The k most similar rows of the gallery for each query, best first, without a matrix of all similarities.
+def precisions(scores, labels, classes):
+    """Scores n×K×classes of K clips a video, labels n×C of 0 and 1, classes: which columns of them the scores
+    are for.
 
-    queries q×D, gallery g×D, unit rows → positions q×k int64. exclude: q positions that do not count (the query itself), or None.
-    rows×columns similarities are held at a time.
+    → mAP, the mean over classes of the average precision of ranking the videos by a class's score, averaged
+    over clips; AUC, the mean area under the ROC curve; chance mAP, of a random ranking: the mean share of a
+    class's videos; classes, how many there are: of the scored ones those that some videos have and others
+    lack. Raises DataError where there is none.
+    """
+    truth, video = labels[:, classes], scores.mean(1)  # n×classes
+    there = truth.any(0) & ~truth.all(0)
+    if not there.any():
+        raise datasets.DataError(
+            "no class that some of the evaluated videos have and others lack was trained"
+        )
+    pairs = [(truth[:, c], video[:, c]) for c in np.flatnonzero(there)]
+    return {
+        "mAP": 100 * float(np.mean([average_precision_score(*pair) for pair in pairs])),
+        "AUC": 100 * float(np.mean([roc_auc_score(*pair) for pair in pairs])),
+        "chance mAP": 100 * truth[:, there].mean().item(),
+        "classes": len(pairs),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- ranking
+
+
+def nearest(queries, gallery, k, exclude=None, rows=1024, columns=16384):
+    """The k most similar rows of the gallery for each query, best first, without a matrix of all
+    similarities.
+
+    queries q×D, gallery g×D, unit rows → positions q×k int64. exclude: q positions that do not count (the
+    query itself), or None. rows×columns similarities are held at a time.
     """
     queries, gallery = torch.as_tensor(queries), torch.as_tensor(gallery)
     k = min(k, len(gallery) - (exclude is not None))
     found = torch.empty(len(queries), k, dtype=torch.long)
     for start in range(0, len(queries), rows):
-        mine = slice(start, start + rows)
-        some = queries[mine]
+        some = queries[start : start + rows]
         best = torch.full((len(some), 0), -torch.inf)
         where = torch.zeros(len(some), 0, dtype=torch.long)
         for begin in range(0, len(gallery), columns):
             similarity = some @ gallery[begin : begin + columns].T  # rows×columns
             if exclude is not None:
-                own = torch.as_tensor(exclude)[mine] - begin
+                own = torch.as_tensor(exclude)[start : start + rows] - begin
                 inside = (own >= 0) & (own < similarity.shape[1])
                 similarity[inside.nonzero()[:, 0], own[inside]] = -torch.inf
             top, position = similarity.topk(min(k, similarity.shape[1]))
             best, where = torch.cat([best, top], 1), torch.cat([where, position + begin], 1)
             best, order = best.topk(min(k, best.shape[1]))
             where = where.gather(1, order)
-        found[mine] = where
+        found[start : start + rows] = where
     return found.numpy()
 
 
 def recall(found, matches, ks=(1, 5, 10, 20)):
-    """R@k in percent: the share of queries with a match among the k nearest. found q×k positions; matches(q, found) → bool q×k."""
+    """R@k in percent: the share of queries with a match among the k nearest.
+
+    found q×k positions; matches(q, found) → bool q×k.
+    """
     hits = matches(np.arange(len(found))[:, None], found)  # q×k
     return {f"R@{k}": 100 * hits[:, :k].any(1).mean().item() for k in ks if k <= found.shape[1]}
 
 
-def cross_modal(found, labels=None, ks=(1, 5)):
-    """Retrieval between picture and sound of the same videos: instance and, where all have a class, class R@k, both directions.
+def chance(matching, gallery, ks=(1, 5, 10, 20)):
+    """R@k in percent of ranking the gallery at random, as {"R@1": …}.
 
-    found: Features with embeddings of both modalities; labels: n (−1: none), or n×C, of which a match shares one.
+    matching: q, how many videos of the gallery match each query; gallery: how many there are. None of the
+    first k matches with the probability Π_{i<k} (gallery − matching − i) / (gallery − i).
     """
-    video, audio = found.video_level("embeddings", "video"), found.video_level("embeddings", "audio")
-    results = {}
-    classes = labels is not None and (labels.any(1) if labels.ndim > 1 else labels >= 0).all()
-    for name, query, gallery in (("v→a", video, audio), ("a→v", audio, video)):
-        ranked = nearest(query, gallery, max(ks))
-        results |= {f"{name} instance {k}": v for k, v in recall(ranked, lambda q, f: q == f, ks).items()}
-        if classes:
-            results |= {
-                f"{name} class {k}": v
-                for k, v in recall(ranked, datasets.same_class(labels, labels), ks).items()
-            }
+    matching, misses, results = np.asarray(matching), 1.0, {}
+    for i in range(min(max(ks), gallery)):
+        misses = misses * np.clip(gallery - matching - i, 0, None) / (gallery - i)  # q
+        if i + 1 in ks:
+            results[f"R@{i + 1}"] = 100 * float(np.mean(1 - misses))
     return results
 
 
+def matching(query, gallery):
+    """How many videos of the gallery share a class with each query: q. Labels as of datasets.same_class."""
+    if query.ndim > 1:
+        of_class = np.ascontiguousarray(gallery.T, dtype=bool)  # C×g
+        return np.array([of_class[classes > 0].any(0).sum() for classes in query])
+    counts = np.bincount(gallery[gallery >= 0], minlength=query.max(initial=0) + 1)
+    return np.where(query >= 0, counts[query], 0)
+
+
+def cross_modal(found, labels=None, ks=(1, 5)):
+    """Retrieval between picture and sound of the same videos, both directions: R@k by instance and, where all
+    have one, by class.
+
+    found: Features with embeddings of both modalities; labels: n (−1: none), or n×C, of which a match shares
+    one.
+    """
+    video, audio = found.video_level("embeddings", "video"), found.video_level("embeddings", "audio")
+    matches = {"instance": np.equal}
+    if labels is not None and has_class(labels).all():
+        matches["class"] = datasets.same_class(labels, labels)
+    results = {}
+    for name, query, gallery in (("v→a", video, audio), ("a→v", audio, video)):
+        ranked = nearest(query, gallery, max(ks))
+        for by, match in matches.items():
+            results |= {f"{name} {by} {k}": value for k, value in recall(ranked, match, ks).items()}
+    return results
+
+
+# ---------------------------------------------------------------------------------------------------- results
+
+
 def result_file(subject, name):
-    """<out>/<name>-<data>-<split>.json. Raises ConfigError where something else than an earlier result is there."""
+    """<out>/<name>-<data>-<split>.json. Raises ConfigError where something else than an earlier result is
+    there."""
     measured = subject.describe()
     path = subject.out / f"{name}-{measured['data']}-{measured['split']}.json"
     try:
-        ours = not path.exists() or measured.keys() <= json.loads(path.read_bytes()).keys()
+        usable = not path.exists() or measured.keys() <= json.loads(path.read_bytes()).keys()
     except (OSError, ValueError, AttributeError):  # a folder, no JSON, no dict
-        ours = False
-    if not ours:
+        usable = False
+    if not usable:
         raise config.ConfigError(
             f"{path} is no result of an evaluation; move it away, or choose another --out"
         )
@@ -482,7 +575,8 @@ def result_file(subject, name):
 
 
 def write_result(subject, name, result):
-    """Write `result_file`, whole or not at all: what was measured, and the result; returns both as one dict."""
+    """Write `result_file`, whole or not at all: what was measured, and the result; returns both as one
+    dict."""
     result, path = {**subject.describe(), **result}, result_file(subject, name)
     with files.replacing(path) as file:
         file.write(json.dumps(result, indent=2, ensure_ascii=False) + "\n")

@@ -126,14 +126,15 @@ def dropout(p, shape, seed, step):
 @torch.no_grad()
 def test(network, linear, table, modality, cfg, world):
     """Accuracies on evenly spaced clips of a table's videos, of which each rank reads its share."""
-    mine = datasets.take(table, slice(world.rank, None, world.size))
+    local = datasets.take(table, slice(world.rank, None, world.size))
     title = f"testing {modality}" if world.rank == 0 else None
-    found = evaluation.extract(network, mine, cfg, world.device, (modality,), progress=title)
+    clips = data.Clips(local, cfg, training=False, modalities=(modality,))
+    found = evaluation.extract(network, clips, world.device, title)
     for row, reason in found.failures.items():
-        tqdm.write(f"skipped {data.shown(mine, row)}: {reason}")
+        tqdm.write(f"skipped {data.shown(local, row)}: {reason}")
     features = torch.from_numpy(found.features[modality]).to(world.device)  # m×K×8·width
     scores = linear(features).softmax(2).cpu().numpy()  # m×K×C
-    shares = distributed.gather_objects((scores, mine.labels[found.index], len(found.failures)))
+    shares = distributed.gather_objects((scores, local.labels[found.index], len(found.failures)))
     scores, labels, failed = zip(*shares, strict=True)
     accuracies = evaluation.accuracies(
         np.concatenate(scores), np.concatenate(labels), np.arange(len(table.classes))

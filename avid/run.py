@@ -10,6 +10,7 @@ import collections
 import contextlib
 import dataclasses
 import errno
+import functools
 import hashlib
 import json
 import math
@@ -23,7 +24,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import config, distributed, files
+from . import config, distributed, files, progress
 from .files import ConfigError
 from .tools import figures
 
@@ -181,6 +182,7 @@ class Checkpoint:
         self.facts, self.state = facts, state
         self.lock()
         saved, remark = newest(self.path, owner=self.world.rank == 0)
+        self.resumed_at = 0 if saved is None else saved.get("step", 0)
         if saved is None:
             self.cut_log(0)
             return 0
@@ -243,6 +245,19 @@ class Checkpoint:
         if self.world.rank == 0 and values:
             with writing(self.metrics), open(self.metrics, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, "epoch": round(epoch, 4), **values}) + "\n")
+            if self.cfg.log.tensorboard:
+                with writing(self.out):
+                    for name, value in {"epoch": epoch, **values}.items():
+                        if isinstance(value, (int, float)):
+                            self.tensorboard.add_scalar(name, value, step)
+                    self.tensorboard.flush()
+
+    @functools.cached_property
+    def tensorboard(self):
+        """A writer of TensorBoard's files, on which the steps that come again after a resume replace the old ones."""
+        from torch.utils.tensorboard import SummaryWriter  # here: an extra, which takes seconds to import
+
+        return SummaryWriter(self.out, purge_step=self.resumed_at + 1)
 
 
 class Folder(Checkpoint):
@@ -436,9 +451,8 @@ class Watch:
         self.last_step, self.epoch_steps, self.clips = steps.stop, epoch_steps, clips
         self.stop, self.lagged, self.bad_in_a_row = distributed.StopSignal(), LaggedNumbers(), 0
         self.profiler = profiler(kept)
-        first = self.world.rank == 0
-        shown = {"initial": steps.start, "unit": "step", "disable": not first, "dynamic_ncols": True}
-        self.bar = tqdm(desc=title, total=steps.stop, **shown)
+        silent = self.world.rank > 0
+        self.bar = progress.bar(None, title, steps.stop, steps.start, disable=silent)
         self.waited_s, self.logged = 0.0, steps.start
         self.logged_at = self.saved_at = time.perf_counter()
         if self.check_is_due(steps.start):  # a run that was stopped during a check repeats the check

@@ -24,9 +24,9 @@ from typing import NamedTuple
 
 import av
 import numpy as np
-from tqdm import tqdm
 
 from .config import ConfigError
+from .progress import bar as progress_bar
 
 WORLD = 5  # counts the changes of what this file draws: each makes a new folder
 TEMPO = {
@@ -498,13 +498,8 @@ def _write_all(folder, toy, seed, workers, progress):
     for split in ("train", "test"):
         (folder / split).mkdir(parents=True, exist_ok=True)
     todo = [row for row in rows if not (folder / row["path"]).exists()]
-    bar = tqdm(
-        total=len(rows),
-        initial=len(rows) - len(todo),
-        desc=f"writing {folder}",
-        unit="video",
-        disable=not progress,
-    )
+    there = len(rows) - len(todo)
+    bar = progress_bar(None, f"writing {folder}", len(rows), there, unit="video", disable=not progress)
     with bar:
         if workers <= 1:
             for row in todo:

@@ -34,16 +34,15 @@ import subprocess
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from avid import temporal_tasks, toy
+from avid import progress, temporal_tasks, toy
 
 DRAWS = 2  # evaluation.confusions asks about every held-out video so often
 
 
 def write(root, world, count=300):
     """Still videos below root/train and root/test: one of the toy's frames, and white noise."""
-    for i in tqdm(range(count), desc=f"writing {root}", unit="video"):
+    for i in progress.bar(range(count), f"writing {root}", unit="video"):
         path = root / ("test" if i % 3 == 0 else "train") / f"{i:05d}.mp4"
         if path.exists():
             continue

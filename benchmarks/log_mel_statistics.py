@@ -29,16 +29,15 @@ if __name__ == "__main__":  # before the heavy imports: --help answers at once
     arguments = command_line()
 
 import numpy as np
-from tqdm import tqdm
 
-from avid import evaluation
+from avid import evaluation, progress
 from avid.media import Media, spectrogram
 
 
 def statistics(table, audio):
     """n×1×2·bins: mean and standard deviation of each band of the whole file."""
     rows = []
-    for path in tqdm(table.paths, desc=table.name, unit="file", leave=False):
+    for path in progress.bar(table.paths, table.name, unit="file", leave=False):
         with Media(table.root / path, ("audio",)) as media:
             audio.seconds = media.last_s - media.first_s - audio.n_fft / audio.rate_hz
             image = spectrogram(media, media.first_s + audio.n_fft / 2 / audio.rate_hz, audio)[

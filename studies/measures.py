@@ -13,7 +13,18 @@ import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
 
-from avid import datasets, distributed, evaluation, losses, memory_bank, models, run, temporal_tasks, toy
+from avid import (
+    data,
+    datasets,
+    distributed,
+    evaluation,
+    losses,
+    memory_bank,
+    models,
+    run,
+    temporal_tasks,
+    toy,
+)
 
 ESTIMATORS = ("bootstrap", "swapped", "neighbor", "cycle")
 SOUNDS = [*toy.KINDS, "music", "noise"]  # what a toy's sound can be
@@ -55,7 +66,8 @@ def features(network, cfg):
     """Features of the clean world's (training, evaluation) videos, and their tables."""
     device = distributed.start().device
     both = tables(clean(cfg))
-    return [evaluation.extract(network, table, cfg, device) for table in both], both
+    clips = [data.Clips(table, cfg, training=False) for table in both]
+    return [evaluation.extract(network, part, device) for part in clips], both
 
 
 def knowledge(network, cfg, labels=("label",)):

@@ -44,7 +44,7 @@ import json
 import numpy as np
 
 import eval_linear
-from avid import datasets, evaluation, media
+from avid import data, datasets, evaluation, media
 
 from . import both, figures, measures, robust, temporal
 
@@ -151,9 +151,9 @@ def sheet(path, parts, out, query, space):
     cfg = config.load(str(out / "config.yaml"), ["data.workers=0", f"out={out}"])
     network, _ = measures.trained(cfg)
     device = next(network.parameters()).device
-    found = evaluation.extract(
-        network, parts, cfg, device, modalities=tuple(dict.fromkeys((query, "audio"))), clips=1
-    )
+    modalities = tuple(dict.fromkeys((query, "audio")))
+    clips = data.Clips(parts, cfg, training=False, modalities=modalities, clips=1)
+    found = evaluation.extract(network, clips, device)
     print(f"written: {figures.neighbours(path, found, parts, cfg, query=query, space=space)}")
 
 

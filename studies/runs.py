@@ -26,9 +26,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
-from avid import config, processes, toy
+from avid import config, processes, progress, toy
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
@@ -176,7 +174,7 @@ def perform(study, runs, path, folder, arguments):
         with contextlib.closing(
             processes.outcomes(one, tasks, arguments.jobs, limit_s=float("inf"))
         ) as outcomes:
-            for (_, _, _, cfg), row in tqdm(outcomes, total=len(tasks), desc=study.name, unit="run"):
+            for (_, _, _, cfg), row in progress.bar(outcomes, study.name, len(tasks), unit="run"):
                 if isinstance(row, processes.Crash):
                     config.stop(
                         f"{cfg.out}: {row.reason}; see its log.txt; the same command goes on from here"

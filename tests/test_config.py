@@ -301,3 +301,75 @@ def test_train_answers_a_mistake_at_once():
     assert "error: unknown setting optim.lrr; did you mean optim.lr?" in done.stderr
     assert "Traceback" not in done.stderr
     assert not re.search(r"\| +torch\b", done.stderr)
+
+
+def test_train_takes_data_and_root_like_the_evaluations(tmp_path):
+    """They are the same as data.name and data.root; what is given as key=value has the last word."""
+    given = ["--data", "manifest", "--root", "my videos", "--out", str(tmp_path)]
+    cfg = cli.training("", given)
+    assert (cfg.data.name, cfg.data.root) == ("manifest", "my videos")
+    assert cli.training("", [*given, "data.root=others"]).data.root == "others"
+    arguments = cli.evaluation_parser("").parse_args(["--ckpt", "random", *given, "--split", "val"])
+    assert cli.overrides(arguments) == ["data.name=manifest", "data.root=my videos", "data.split=val"]
+
+
+@pytest.mark.parametrize(
+    ("option", "meant"),
+    [("--config", "--cfg"), ("--chkpt", "--ckpt"), ("--rot", "--root"), ("--checkpoint", None)],
+)
+def test_an_option_that_there_is_not_names_the_one_that_is_meant(capsys, option, meant):
+    for parse in (cli.training, lambda _, argv: cli.evaluation(cli.evaluation_parser(""), argv)):
+        if meant == "--ckpt" and parse is cli.training:
+            continue
+        with pytest.raises(SystemExit) as ended:
+            parse("", ["--ckpt", "random"] * (parse is not cli.training) + [option, "x"])
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert ended.value.code == 2 and f"unrecognized arguments: {option}" in last
+        assert last.endswith(f"; did you mean {meant}?") if meant else "did you mean" not in last
+
+
+@pytest.mark.parametrize("script", ["eval_linear.py", "eval_retrieval.py"])
+def test_a_wrong_checkpoint_is_answered_at_once(script, tmp_path):
+    """Without importing torch, which takes seconds."""
+    command = [sys.executable, "-X", "importtime", str(Path(__file__).parents[1] / script)]
+    missing = tmp_path / "nowhere" / "last.pt"
+    for path, said in (
+        (missing, f"error: no checkpoint {missing}"),
+        (tmp_path, f"error: cannot read the checkpoint {tmp_path}: Is a directory"),
+    ):
+        done = subprocess.run([*command, "--ckpt", str(path)], capture_output=True, text=True)
+        assert done.returncode == 2 and said in done.stderr.splitlines()
+        assert not re.search(r"\| +(torch|sklearn|matplotlib)\b", done.stderr)
+
+
+def test_the_step_of_sync_is_not_taken_by_other_tasks(capsys):
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    import eval_retrieval
+
+    with pytest.raises(SystemExit) as ended:
+        eval_retrieval.command_line(["--ckpt", "random", "--step", "0.5"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: --step is of --task sync alone; leave it out\n"
+    assert eval_retrieval.command_line("--ckpt random --task sync --step 0.5".split()).step == 0.5
+
+
+def test_help_of_an_evaluation_lists_what_it_uses(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.evaluation(cli.evaluation_parser("What it does."), ["-h"])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0 and "What it does." in text
+    assert "(default: the checkpoint's own)" in text and "(default: the checkpoint's)" in text
+    listed = {line.split("=")[0].strip() for line in text.splitlines() if re.match(r"  [a-z_.]+=", line)}
+    assert {
+        "seed",
+        "data.name",
+        "data.label",
+        "eval.clips",
+        "finetune.lr",
+        "video.frames",
+        "toy.test",
+    } <= listed
+    assert not any(
+        key.startswith(("optim.", "loss.", "weights.", "bank.", "log.", "contrast.")) for key in listed
+    )
+    assert listed <= SETTINGS.keys()

@@ -1,14 +1,21 @@
-"""Ranking and linear classifiers against references made another way; what is held out; what is kept."""
+"""Ranking and linear classifiers against references made another way; what is held out; what is kept; who is judged."""
 
+import itertools
 import json
 import resource
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import tone, write_media
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import eval_linear
+import eval_retrieval
 from avid import config, datasets, evaluation
+from avid.media import MediaError
 
 
 def unit(rows, dim, seed=0):
@@ -191,3 +198,217 @@ def test_unit_length_at_video_level():
         np.arange(3), {}, {"audio": np.random.default_rng(0).standard_normal((3, 4, 5)).astype(np.float32)}
     )
     np.testing.assert_allclose(np.linalg.norm(found.video_level("embeddings", "audio"), axis=1), 1, rtol=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------------------- chance
+
+
+def test_chance_is_that_of_all_orders():
+    """Of a gallery of six: the share of its orders with a match among the first k, for 0, 1, 2 and 6 matches."""
+    matching, ks = [0, 1, 2, 6], (1, 2, 5, 6)
+    result = evaluation.chance(matching, 6, (*ks, 7))
+    assert list(result) == [f"R@{k}" for k in ks]
+    for k in ks:
+        firsts = list(itertools.combinations(range(6), k))  # the videos below m match
+        shares = [np.mean([min(first) < m for first in firsts]) for m in matching]
+        assert result[f"R@{k}"] == pytest.approx(100 * np.mean(shares))
+
+
+def test_chance_is_what_random_features_get():
+    rng, n = np.random.default_rng(0), 400
+    labels = rng.integers(7, size=n)
+    found = evaluation.nearest(unit(n, 8), unit(n, 8, seed=1), 20)
+    by_class = evaluation.recall(found, datasets.same_class(labels, labels), (1, 5, 20))
+    expected = evaluation.chance(evaluation.matching(labels, labels), n, (1, 5, 20))
+    assert by_class == pytest.approx(expected, abs=7)
+
+
+def test_matching_counts_videos_that_share_a_class():
+    query, gallery = np.array([0, 3, 1, -1]), np.array([1, 1, 0, -1, 2])
+    assert evaluation.matching(query, gallery).tolist() == [1, 0, 2, 0]
+    rng = np.random.default_rng(0)
+    for q, g in (
+        (rng.integers(-1, 4, 30), rng.integers(-1, 4, 40)),
+        (rng.random((9, 5)) < 0.3, rng.random((8, 5)) < 0.3),
+    ):
+        q, g = (
+            q.astype(np.int64 if q.ndim == 1 else np.uint8),
+            g.astype(np.int64 if g.ndim == 1 else np.uint8),
+        )
+        match = datasets.same_class(q, g)
+        counts = [match(i, np.arange(len(g))).sum() for i in range(len(q))]
+        assert evaluation.matching(q, g).tolist() == counts
+
+
+# ---------------------------------------------------------------------------------------------- several classes a video
+
+
+def average_precision(truth, score):
+    """The mean, over the videos of the class, of the share of the class among those ranked as high or higher."""
+    ranked = sorted(range(len(score)), key=lambda i: -score[i])
+    places = [place for place, i in enumerate(ranked, 1) if truth[i]]
+    return np.mean([n / place for n, place in enumerate(places, 1)])
+
+
+def area_under_roc(truth, score):
+    """How often a video of the class has a higher score than one of another."""
+    pairs = [
+        (score[i], score[j])
+        for i in range(len(score))
+        for j in range(len(score))
+        if truth[i] and not truth[j]
+    ]
+    return np.mean([(a > b) + (a == b) / 2 for a, b in pairs])
+
+
+def test_precisions_are_those_of_the_definition():
+    rng = np.random.default_rng(0)
+    scores, labels = rng.standard_normal((25, 3, 4)), (rng.random((25, 6)) < 0.4).astype(np.uint8)
+    labels[:, 2], labels[:, 5] = 0, 1  # nobody has it, everybody has it: neither can be ranked
+    classes = np.array([0, 2, 4, 5])
+    result = evaluation.precisions(scores, labels, classes)
+    video = scores.mean(1)
+    pairs = [(labels[:, 0], video[:, 0]), (labels[:, 4], video[:, 2])]
+    assert result["mAP"] == pytest.approx(100 * np.mean([average_precision(*pair) for pair in pairs]))
+    assert result["AUC"] == pytest.approx(100 * np.mean([area_under_roc(*pair) for pair in pairs]))
+    assert result["chance mAP"] == pytest.approx(100 * labels[:, [0, 4]].mean())
+    assert result["classes"] == 2
+    with pytest.raises(datasets.DataError, match="no class that some of the evaluated videos have"):
+        evaluation.precisions(scores[:, :, 1:2], labels, classes[1:2])
+
+
+@pytest.mark.parametrize("classifier", ["linear", "svm"])
+def test_a_linear_classifier_learns_several_classes_a_video(classifier):
+    """Two of four directions are switched on in each video; one class is in no training video, another in all."""
+
+    def videos(n, seed):
+        rng = np.random.default_rng(seed)
+        y = np.zeros((n, 6), np.uint8)
+        for row in y:
+            row[rng.permutation(4)[:2]] = 1
+        y[:, 4] = 1
+        noise = rng.standard_normal((n, 2, 4)) + rng.standard_normal((n, 1, 4))
+        return (3 * y[:, None, :4] + noise).astype(np.float32), y
+
+    (train_x, train_y), (test_x, test_y) = videos(80, 0), videos(40, 1)
+    test_y[0, 5] = 1
+    result = evaluation.linear_probe(train_x, train_y, test_x, test_y, 0, classifier)
+    assert result["mAP"] > 90 and result["AUC"] > 90 and result["classes"] == 4
+    assert result["chance mAP"] == pytest.approx(50)
+    noise = np.random.default_rng(0).standard_normal(test_x.shape).astype(np.float32)
+    assert 30 < evaluation.linear_probe(train_x, train_y, noise, test_y, 0, classifier)["AUC"] < 70
+
+
+# ------------------------------------------------------------------------------------- who is judged, of all that there are
+
+TINY = (
+    "video.size=32 video.frames=2 audio.seconds=0.5 audio.rate_hz=16000 audio.mels=16 model.width=4 model.depth=1 "
+    "model.embedding=8 eval.clips=1 eval.calibration_batches=1 optim.batch_size=4 data.workers=0"
+).split()
+
+
+@pytest.fixture(scope="module")
+def half_mute(tmp_path_factory):
+    """train/ and test/ of two classes, 4 and 2 videos each, of which every other one has no sound."""
+    root = tmp_path_factory.mktemp("half")
+    for part, n in (("train", 4), ("test", 2)):
+        for label, hz in (("low", 300), ("high", 3000)):
+            for i in range(n):
+                wave = tone(hz, 1, 16000) if i % 2 else None
+                write_media(root / part / label / f"{i}.mp4", np.arange(25) / 25, wave, 16000, size=32)
+    return root
+
+
+def evaluate(script, root, out, *more):
+    """What an evaluation of an untrained network writes: {name of the JSON: content}."""
+    argv = ["--ckpt", "random", "--data", "folder", "--root", str(root), "--out", str(out), *TINY, *more]
+    script.main(script.command_line(argv))
+    return {path.stem.rpartition("-folder")[0]: json.loads(path.read_text()) for path in out.glob("*.json")}
+
+
+def test_a_mute_video_counts_by_its_picture(half_mute, tmp_path, capsys):
+    results = evaluate(
+        eval_linear, half_mute, tmp_path, "--mode", "fewshot", "--save", str(tmp_path / "f.npz")
+    )
+    counts = ("train_videos", "train_files", "videos", "files", "skipped")
+    assert [results["fewshot-video"][key] for key in counts] == [8, 8, 4, 4, 0]
+    assert [results["fewshot-audio"][key] for key in counts] == [4, 8, 2, 4, 6]
+    shown = [line.split() for line in capsys.readouterr().out.splitlines() if " of " in line]
+    assert [line[:8] for line in shown] == [
+        "video label 8 of 8 4 of 4".split(), "audio label 4 of 8 2 of 4".split()
+    ]  # fmt: skip
+    with np.load(tmp_path / "f.npz") as saved:  # all videos; what a video lacks is not a number
+        assert saved["index"].tolist() == [0, 1, 2, 3] and len(saved["labels"]) == len(saved["paths"]) == 4
+        assert np.isfinite(saved["features_video"]).all()
+        heard = np.isfinite(saved["embeddings_audio"]).all((1, 2))
+        assert heard.tolist() == [path.endswith("1.mp4") for path in saved["paths"]]
+
+
+def test_each_way_of_retrieval_takes_all_files_that_it_can(half_mute, tmp_path, capsys):
+    results = evaluate(eval_retrieval, half_mute, tmp_path)
+    counts = ("videos", "files", "gallery_videos", "gallery_files", "skipped")
+    assert [results["retrieval-video"][key] for key in counts] == [4, 4, 8, 8, 0]
+    assert [results["retrieval-audio"][key] for key in counts] == [2, 4, 4, 8, 2]
+    assert [results["retrieval-cross"][key] for key in counts] == [2, 4, 2, 4, 2]
+    assert results["retrieval-video"]["chance R@1"] == results["retrieval-audio"]["chance R@1"] == 50
+    assert results["retrieval-video"]["chance R@5"] == 100
+    assert (
+        results["retrieval-cross"]["chance instance R@1"]
+        == results["retrieval-cross"]["chance class R@1"]
+        == 50
+    )
+    said = capsys.readouterr().out
+    assert "audio: 2 of 4 files, 4 videos to find" in said and said.count("chance") == 4
+
+
+def test_where_no_file_has_sound_the_picture_is_judged_alone(half_mute, tmp_path, capsys):
+    for path in half_mute.rglob("[02].mp4"):
+        link = tmp_path / "mute" / path.relative_to(half_mute)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path)
+    results = evaluate(eval_linear, tmp_path / "mute", tmp_path / "out", "--mode", "fewshot")
+    assert results.keys() == {"fewshot-video"} and results["fewshot-video"]["videos"] == 2
+    assert "not judged by audio: " in capsys.readouterr().out
+    results = evaluate(eval_retrieval, tmp_path / "mute", tmp_path / "out")
+    assert results.keys() == {"fewshot-video", "retrieval-video"}
+    with pytest.raises(MediaError, match="no sound"):  # where it is asked for
+        evaluate(eval_linear, tmp_path / "mute", tmp_path / "out", "--modality", "audio")
+
+
+def test_several_classes_a_file_are_scored_by_precision(half_mute, tmp_path, capsys):
+    """AudioSet's layout: each file has the class of its pitch, and some another one."""
+    root = tmp_path / "audioset"
+    (root / "balanced_train_segments").mkdir(parents=True)
+    names = {"/m/1": "low", "/m/2": "high", "/m/3": "third"}
+    rows = ["index,mid,display_name", *(f"{n},{mid},{name}" for n, (mid, name) in enumerate(names.items()))]
+    (root / "class_labels_indices.csv").write_text("\n".join(rows))
+    for part, name in (("train", "balanced_train"), ("test", "eval")):
+        lines = ["# Segments", "# num", "# YTID, start_seconds, end_seconds, positive_labels"]
+        for label, mid in (("low", "/m/1"), ("high", "/m/2")):
+            for n, path in enumerate(sorted((half_mute / part / label).glob("[13].mp4")) * 3):
+                stem = f"{part}_{label}_{n}"
+                (root / "balanced_train_segments" / f"{stem}.mp4").symlink_to(path)
+                lines.append(
+                    f'{stem}, 0.000, 1.000, "{mid},/m/3"' if n % 2 else f'{stem}, 0.000, 1.000, "{mid}"'
+                )
+        (root / f"{name}_segments.csv").write_text("\n".join(lines))
+    (root / "eval_segments").symlink_to(root / "balanced_train_segments")
+    argv = [
+        "--ckpt",
+        "random",
+        "--data",
+        "audioset",
+        "--root",
+        str(root),
+        "--out",
+        str(tmp_path / "out"),
+        *TINY,
+    ]
+    eval_linear.main(eval_linear.command_line([*argv, "--modality", "audio"]))
+    result = json.loads((tmp_path / "out" / "linear-audio-audioset-test.json").read_text())
+    assert result["videos"] == 6 and result["classes"] == 3
+    assert 0 < result["chance mAP"] < 100 and 0 <= result["AUC"] <= 100 and 0 < result["mAP"] <= 100
+    assert "chance mAP" in capsys.readouterr().out
+    for mode in ("fewshot", "finetune"):
+        with pytest.raises(datasets.DataError, match=r"several classes a file; .* use --mode linear or svm"):
+            eval_linear.main(eval_linear.command_line([*argv, "--mode", mode]))

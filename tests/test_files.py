@@ -231,7 +231,8 @@ def test_a_training_and_its_evaluation_survive_a_decoder_that_dies(tmp_path, mon
     assert max(line["step"] for line in lines) == 8
     assert max(line.get("bad_files", 0) for line in lines) == 1
     network = models.AudioVisual(cfg.model)
-    found = evaluation.extract(network, folder_table(tmp_path / "videos"), cfg, torch.device("cpu"))
+    clips = data.Clips(folder_table(tmp_path / "videos"), cfg, training=False)
+    found = evaluation.extract(network, clips, torch.device("cpu"))
     assert found.failures == {9: DIED}
     assert found.index.tolist() == list(range(9))
 
@@ -349,7 +350,7 @@ def test_silence_black_frames_and_constant_sound_give_finite_numbers(tmp_path, k
     def assert_finite_features():
         for training in (True, False):
             network.train(training)
-            found = evaluation.extract(network, table, cfg, torch.device("cpu"))
+            found = evaluation.extract(network, data.Clips(table, cfg, training=False), torch.device("cpu"))
             assert found.index.tolist() == list(range(8))
             for arrays in (found.features, found.embeddings):
                 assert all(np.isfinite(array).all() for array in arrays.values())

@@ -1,26 +1,29 @@
 """Fingerprinting: does a distorted copy of a video find its original? docs/method.md section 10.
 
-In: a network, and the table of videos that are both the gallery and, distorted, the queries.
-Out: R@k of the copies by their picture, by their sound and by both, as one flat dict; a picture of R@1 against strength.
+In: a network, and the table of videos that are both the gallery and, distorted, the queries. Out: R@k of the
+copies by their picture, by their sound and by both, as one flat dict; a picture of R@1 against strength.
 """
 
 import copy
 import dataclasses
-import functools
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from avid import config, data, datasets, evaluation, temporal_tasks
+from avid import config, data, datasets, evaluation, progress, temporal_tasks
 from avid.media import spectrogram
 
 from .distortions import DISTORTIONS, Distortion
 from .figures import plt, write
 
+
+def unchanged(clip, *_):
+    return clip
+
+
 SPEED = Distortion(
-    "both", (1.25, 1.5, 2.0), "times as fast, same pitch", lambda clip, *_: clip
-)  # the rest: Copies.evenly
+    "both", (1.25, 1.5, 2.0), "times as fast, same pitch", unchanged
+)  # Copies.evenly does the rest
 PROTOCOL = {**DISTORTIONS, "speed": SPEED}
 COLOURS = {"video": "tab:blue", "audio": "tab:orange", "joint": "black"}
 
@@ -55,58 +58,60 @@ class Copies(data.Clips):
 
 
 def measure(subject, table, modalities, ks):
-    """R@k, percent, of every distortion at every strength: {"crop 0.9 joint instance R@1": …}, by class where all have one.
+    """R@k, percent, of every distortion at every strength: {"crop 0.9 joint instance R@1": …}, by class where
+    all have one.
 
-    subject: evaluation.Subject; table: datasets.Table. The gallery is the n videos that can be read, the queries their copies. A
-    distortion of one modality leaves the other as it is; joint features are both, of unit length each, one behind the other [C].
-    Besides: videos and gallery_videos, n; skipped: videos that cannot be read; unread_copies: of a video, distortion and strength.
-    Features of the copies are kept, so that an interrupted measurement goes on. Raises ConfigError, MediaError.
+    subject: evaluation.Subject; table: datasets.Table. The gallery is the n videos that can be read, the
+    queries their copies. A distortion of one modality leaves the other as it is; joint features are both, of
+    unit length each, one behind the other [C]. Besides: "chance instance R@1", …; videos and gallery_videos,
+    n; files, of how many; skipped: videos that cannot be read; unread_copies: of a video, distortion and
+    strength. Features of the copies are kept, so that an interrupted measurement goes on. Raises ConfigError,
+    MediaError.
     """
     if "audio" in modalities:
         check(subject.cfg.audio)
-    clean = {modality: evaluation.features(subject, table, (modality,)) for modality in modalities}
-    index = functools.reduce(np.intersect1d, [found.index for found in clean.values()])  # n
-    if not len(index):
+    clean = evaluation.in_common(
+        [evaluation.features_of(subject, table, modality) for modality in modalities]
+    )
+    n = len(clean.index)
+    if not n:
         raise data.MediaError(f"no file of {table.name} has both a picture and a sound that can be used")
-    gallery = {
-        m: found.video_level("features", m)[np.isin(found.index, index)] for m, found in clean.items()
-    }  # n×F each
-    originals = datasets.take(table, index)
-    matches, labels = {"instance": np.equal}, originals.labels
-    if (labels.any(1) if labels.ndim > 1 else labels >= 0).all():
+    gallery = {modality: clean.video_level("features", modality) for modality in modalities}  # n×F each
+    originals = datasets.take(table, clean.index)
+    matches, matching, labels = {"instance": np.equal}, {"instance": np.ones(n)}, originals.labels
+    if evaluation.has_class(labels).all():
         matches["class"] = datasets.same_class(labels, labels)
+        matching["class"] = evaluation.matching(labels, labels)
 
     recalls, unread = {}, 0
     kinds = {name: kind for name, kind in PROTOCOL.items() if kind.modality in (*modalities, "both")}
-    for name, strength in (
-        bar := tqdm([(name, s) for name, kind in kinds.items() for s in kind.strengths], leave=False)
-    ):
-        bar.set_description(f"{name} {strength:g}")
+    copies = [(name, strength) for name, kind in kinds.items() for strength in kind.strengths]
+    for name, strength in progress.bar(copies, "fingerprinting", unit="distortion", leave=False):
         query = dict(gallery)
         for modality in modalities if name == "speed" else (kinds[name].modality,):
-            query[modality] = encode(subject, originals, modality, name, strength)
-        read = np.flatnonzero(
-            np.isfinite(np.hstack([*query.values()])).all(1)
-        )  # places in the gallery of the copies to be had
+            query[modality] = copy_features(subject, originals, modality, name, strength)
+        # the copies that could be read, by their position in the gallery
+        read = np.flatnonzero(np.isfinite(np.hstack([*query.values()])).all(1))
         if not len(read):
             raise data.MediaError(f"none of the copies of {table.name} can be used: {name} {strength:g}")
-        unread += len(originals) - len(read)
+        unread += n - len(read)
         query, key = with_joint(query), with_joint(gallery)
         for what in key:
             found = evaluation.nearest(query[what][read], key[what], max(ks))
             for by, match in matches.items():
                 recall = evaluation.recall(found, lambda q, f, read=read, match=match: match(read[q], f), ks)
                 recalls |= {f"{name} {strength:g} {what} {by} {k}": value for k, value in recall.items()}
-    counts = {
-        "videos": len(originals),
-        "gallery_videos": len(originals),
-        "skipped": len(table) - len(originals),
+    counts = {"videos": n, "gallery_videos": n, "files": len(table), "skipped": len(table) - n}
+    random = {
+        f"chance {by} {k}": value
+        for by, count in matching.items()
+        for k, value in evaluation.chance(count, n, ks).items()
     }
-    return {**counts, "unread_copies": unread, **recalls}
+    return {**counts, "unread_copies": unread, **random, **recalls}
 
 
 def check(audio):
-    """Whether every distortion can be had of such sounds (config.Audio). Raises ConfigError."""
+    """Raise ConfigError where a distortion cannot be made of such sounds (config.Audio)."""
     for kind in DISTORTIONS.values():
         for strength in kind.strengths if kind.modality == "audio" else ():
             try:
@@ -117,16 +122,11 @@ def check(audio):
                 ) from None
 
 
-def encode(subject, table, modality, name, strength):
-    """Features of a table's copies, the mean over their clips, kept: n×F float32, unit rows; NaN where a copy cannot be read."""
-
-    def make():
-        copies = Copies(table, subject.cfg, modality, name, strength)
-        found = evaluation.encode(subject.network, copies, subject.device)
-        whole = found.video_level("features", modality)[:, None]  # n×1×F: a clip's worth of disk
-        return evaluation.Features(found.index, {modality: whole}, failures=found.failures)
-
-    found = evaluation.kept(subject, table, (modality,), make, name, strength, subject.cfg.seed)
+def copy_features(subject, table, modality, name, strength):
+    """Features of a table's copies, the mean over their clips, kept: n×F float32, unit rows; NaN where one
+    cannot be read."""
+    copies = Copies(table, subject.cfg, modality, name, strength)
+    found = evaluation.features(subject, copies, name, strength, subject.cfg.seed, level="video")
     features = np.full((len(table), found.features[modality].shape[-1]), np.nan, np.float32)
     features[found.index] = found.features[modality][:, 0]
     return features
@@ -138,23 +138,23 @@ def with_joint(features):
 
 
 def rows(result):
-    """R@1 of `measure`'s result as rows of a table, one a distortion and strength."""
+    """R@1 of `measure`'s result as rows of a table, one a distortion and strength; chance comes first."""
+    whats = [what for what in COLOURS if any(f" {what} instance" in key for key in result)]
+    bys = [by for by in ("instance", "class") if f"chance {by} R@1" in result]
+    chance = {f"{what} {by}": result[f"chance {by} R@1"] for what in whats for by in bys}
+    yield {"R@1, %": "chance", "strength": "", **chance}
     for name, kind in PROTOCOL.items():
         for strength in kind.strengths:
-            at = f"{name} {strength:g} "
-            recalls = {
-                key[len(at) : -len(" R@1")]: x
-                for key, x in result.items()
-                if key.startswith(at) and key.endswith(" R@1")
-            }
-            if recalls:
+            if f"{name} {strength:g} {whats[0]} instance R@1" in result:
+                recalls = {key: result[f"{name} {strength:g} {key} R@1"] for key in chance}
                 yield {"R@1, %": name, "strength": f"{strength:g}", **recalls}
 
 
 def draw(path, result):
-    """A panel a distortion, R@1 by instance against strength: distortions of the picture above, those of the sound below."""
+    """A panel a distortion, R@1 by instance against strength: distortions of the picture above, of the sound
+    below."""
     panels = {}
-    for row in rows(result):
+    for row in list(rows(result))[1:]:
         panels.setdefault(row["R@1, %"], []).append(row)
     lines = [[name for name in panels if PROTOCOL[name].modality == modality] for modality in data.MODALITIES]
     lines = [line for line in lines if line]
@@ -181,6 +181,7 @@ def draw(path, result):
                 axis.plot(
                     values, ":" if as_it_was else "o-", color=colour, label=what, markersize=4, linewidth=1.3
                 )
+        axis.axhline(result["chance instance R@1"], color="grey", linestyle="--", linewidth=1, label="chance")
         axis.set_xticks(range(len(panels[name])), [row["strength"] for row in panels[name]], fontsize=8)
         axis.set(ylim=(-4, 104), xlim=(-0.3, len(panels[name]) - 0.7))
         axis.set_title(name.replace("_", "-"), fontsize=10)
@@ -192,7 +193,7 @@ def draw(path, result):
         "title": "dotted: not distorted" if len(lines) > 1 else None,
         "title_fontsize": 8,
         "fontsize": 9,
-        "ncols": 3,
+        "ncols": 4,
     }
     figure.legend(handles=places["speed"].get_lines(), loc="outside upper center", **legend)
     write(figure, path)

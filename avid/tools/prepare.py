@@ -20,9 +20,8 @@ from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
-from avid import cli, config, datasets, processes
+from avid import cli, config, datasets, processes, progress
 from avid.datasets import MEDIA, DataError
 from avid.files import check_folder
 from avid.processes import Crash
@@ -58,7 +57,7 @@ def check(table, modalities, out, workers):
     if rows:
         print(f"{len(rows):,} of them were read before, see {out}; delete it to read them again")
     tasks = [(str(table.root), table.paths[i], table.start_s[i], table.end_s[i], modalities) for i in todo]
-    bar = tqdm(total=len(table), initial=len(rows), desc="reading", unit="file", dynamic_ncols=True)
+    bar = progress.bar(desc="reading", total=len(table), initial=len(rows), unit="file")
     with bar, open(out, "a", newline="", encoding="utf-8", errors="surrogateescape") as file:
         lines = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
         if not file.tell():
@@ -220,7 +219,7 @@ def prepare(src, dst, small, workers):
         folder.mkdir(parents=True, exist_ok=True)
 
     done, mute, before, after, log = 0, 0, 0, 0, dst / "failures.csv"
-    bar = tqdm(total=len(first), initial=len(there), desc="preparing", unit="file", dynamic_ncols=True)
+    bar = progress.bar(desc="preparing", total=len(first), initial=len(there), unit="file")
     with bar, open(log, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         lines = csv.writer(file, lineterminator="\n")
         lines.writerows([("path", "reason"), *failures])
