@@ -205,7 +205,12 @@ def videos(cfg, world):
     distributed.say(world, train_table.report())
     if not cfg.log.check_epochs:
         return train_table, None
-    held_out = datasets.load(source, datasets.DATA[source.name].evaluation)
+    held_out = datasets.held_out(source, train_table)
+    if held_out is None:
+        distributed.say(
+            world, "nothing is held out: checks tell of the bank alone; a folder may have train/ and test/"
+        )
+        return train_table, None
     distributed.say(world, f"{held_out.report()}, for the checks (log.check_epochs=0: none)")
     few = np.linspace(0, len(held_out) - 1, min(len(held_out), cfg.log.check_videos)).astype(int)
     return train_table, datasets.take(held_out, few)
@@ -239,10 +244,12 @@ def check(network, bank, held_out, cfg, world):
                 f"warning: the {modality} bank has collapsed to one direction (mean cosine {cosine:.3f}); "
                 "try model.head_norm=batch optim.draws=iid, or a lower optim.lr"
             )
+    tqdm.write("bank: " + ", ".join(f"{name} {value:.3f}" for name, value in health.items()))
+    if held_out is None:
+        return health
     found = evaluation.extract(network, data.Clips(held_out, cfg, training=False, clips=1), world.device)
     results = evaluation.cross_modal(found, held_out.labels[found.index])
     tqdm.write("held out: " + ", ".join(f"{name} {value:.1f}" for name, value in results.items()))
-    tqdm.write("bank: " + ", ".join(f"{name} {value:.3f}" for name, value in health.items()))
     if network.temporal.heads:
         confusion = evaluation.confusions(network, held_out, cfg, world.device)
         right = {task: n.trace().item() / max(n.sum().item(), 1) for task, n in confusion.items()}

@@ -22,14 +22,6 @@ from . import datasets, files
 from .files import ConfigError
 
 PACKAGED = Path(__file__).parent / "configs"
-TOY_LABELS = (
-    "label",
-    "motion",
-    "tempo",
-    "faulty",
-    "sound",
-    "pitch_hz",
-)  # columns of the toy's manifest that can be the class
 RENAMED = {"eval.settle_batches": "eval.calibration_batches"}  # settings of earlier versions
 WRITTEN = "# settings of a run, written by train.py; the run folder is known by this line\n"
 
@@ -475,14 +467,13 @@ def _check(cfg):
     data, video, audio, bank = cfg.data, cfg.video, cfg.audio, cfg.bank
     if {"/", "\\"} & set(data.split):
         wrong("data.split", "a name without / and \\, it becomes part of file names")
-    if data.name == "toy":
-        for key, choices in {
-            "data.split": ("", "train", "test", "all"),
-            "data.label": TOY_LABELS,
-            "data.subset": ("",),
-        }.items():
-            if value(key) not in choices:
-                wrong(key, "one of " + ", ".join(name or "nothing" for name in choices))
+    row = datasets.DATA[data.name]
+    for key, choices in {"data.split": row.splits, "data.label": row.labels}.items():
+        if choices and value(key) not in (choices if key == "data.label" else ("", *choices)):
+            among = choices if key == "data.label" else ("nothing", *choices)
+            wrong(key, f"one of {', '.join(among)}")
+    if row.written and data.subset:
+        wrong("data.subset", "one of nothing")
     for key in ("video.crop_area", "video.crop_ratio"):
         if len(value(key)) != 2 or value(key)[0] > value(key)[1]:
             wrong(key, "[least, largest]")

@@ -18,6 +18,7 @@ import atexit
 import csv
 import functools
 import multiprocessing
+import re
 import signal
 import weakref
 from collections import Counter, deque
@@ -37,6 +38,13 @@ PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in grey [ITU-R BT.601]
 DB_MEAN, DB_STD = -50.0, 20.0  # a log spectrogram's usual level and spread [C]
 OF_A_STEP = 3  # what begins the draws of a training step: (3, step, place in the global batch)
+EXHAUSTED = re.compile(  # what torch and the system say where decoding processes cannot hand over their batches
+    "No space left on device|Too many open files|Cannot allocate memory|received 0 items of ancdata|[Uu]nable to .*shared memory"
+)
+REMEDY = (
+    "decoding processes hand batches over in /dev/shm and by open files, and one of them is exhausted (df -h /dev/shm, ulimit -n); "
+    "lower data.workers or optim.batch_size, or allow more: docker run --shm-size=8g, ulimit -n 4096"
+)
 TRIES = 20  # files a sample tries before it gives up
 DEATHS = 2  # of decoding processes on a file before it is given up; the first may be a disk's or the memory's fault
 torch.utils.data._utils.signal_handling._SIGCHLD_handler_set = (
@@ -297,37 +305,38 @@ class Loader:
                 yield batch
 
         while True:
-            reading = self.clips.reading = (
-                torch.full((self.workers,), -1).share_memory_() if self.workers else None
-            )
-            ahead = self.start(keys())
-            decoding = ahead._workers if self.workers else []
-            DECODING.update(decoding)
+            ahead, decoding = None, []
             try:
+                reading = torch.full((self.workers,), -1).share_memory_() if self.workers else None
+                self.clips.reading = reading
+                ahead = self.start(keys())
+                decoding = ahead._workers if self.workers else []
+                DECODING.update(decoding)
                 for batch in ahead:
                     begun.popleft()
                     yield batch
                     idle_deaths = 0
                 return
-            except (RuntimeError, OSError, EOFError):  # torch's, or of the pipe
+            except (RuntimeError, OSError, EOFError) as error:  # torch's, or of the pipe
                 wait([process.sentinel for process in decoding], timeout=1.0)
                 ended = {
                     n: process.exitcode for n, process in enumerate(decoding) if process.exitcode is not None
                 }
+                if not ended and (isinstance(error, EOFError) or EXHAUSTED.search(str(error))):
+                    reason = EXHAUSTED.search(str(error) or "Too many open files")[0]
+                    raise ConfigError(f"{reason}: {REMEDY}") from None
                 if not ended:
                     raise
                 for n, code in ended.items():
                     self.blame(int(reading[n]), code)
                 idle_deaths = 0 if any(reading[n] >= 0 for n in ended) else idle_deaths + 1
                 if idle_deaths == 3:
-                    raise ConfigError(
-                        "decoding processes die between files, as where memory or /dev/shm is full: lower data.workers or optim.batch_size"
-                    ) from None
+                    raise ConfigError(f"decoding processes die between files: {REMEDY}") from None
             finally:
                 for n, process in enumerate(decoding):
                     if process.is_alive() and reading[n] >= 0:  # in a decoder that may never return
                         process.kill()
-                if self.workers:
+                if self.workers and ahead is not None:
                     ahead._shutdown_workers()  # now, though an exception may keep them
 
     def start(self, keys):
@@ -365,7 +374,7 @@ class Loader:
 
 def shown(table, index):
     """The path of a file in one line that any terminal takes."""
-    path = str(table.root / table.paths[index])
+    path = str(table.root / table.name_of(index))
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in path)
 
 
@@ -406,7 +415,7 @@ class BadFiles:
                 lines.writerows(
                     [
                         ("path", "reason"),
-                        *((self.table.paths[i], self.reasons[i]) for i in sorted(self.reasons)),
+                        *((self.table.name_of(i), self.reasons[i]) for i in sorted(self.reasons)),
                     ]
                 )
             tqdm.write(f"{len(self.reasons)} files could not be used and were replaced by others: {path}")

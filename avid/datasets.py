@@ -1,24 +1,41 @@
 """Where the videos are: one short reader per benchmark layout, all giving the same table.
 
 In: a `config.Data` (name, root, label, subset) and the split to read. Nothing is decoded.
-Out: a `Table` of paths, labels and classes, and of what the lists name and the disk lacks.
+Out: a `Table` of instances, each a file and the part of it to use, with labels and classes, and of what the lists
+name and the disk lacks.
+
+Lists are read a few thousand lines at a time, and column by column: 2 million lines take seconds.
 """
 
+import contextlib
 import csv
+import functools
+import gc
+import hashlib
 import inspect
+import itertools
+import json
 import math
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
 import numpy as np
 
-MEDIA = ".mp4 .mkv .webm .avi .mov .m4v .mpg .mpeg .wmv .flv .3gp .wav .flac .ogg .opus .mp3 .m4a .aac .wma".split()
-SPELLED = {"validate": "val", "validation": "val"}  # other names of a split
-PARTS = {"train", "val", "test", *SPELLED}
+MEDIA = ".mp4 .mkv .webm .avi .mov .m4v .mpg .mpeg .wmv .flv .3gp".split()
+MEDIA += ".wav .flac .ogg .opus .mp3 .m4a .aac .wma".split()
+SPELLINGS = {
+    "train": ("training",),
+    "val": ("valid", "validate", "validation"),
+    "test": ("testing", "eval", "evaluation"),
+}
+SPELLED = {other: split for split, others in SPELLINGS.items() for other in others}  # other names of a split
+PARTS = sorted({*SPELLINGS, *SPELLED})
+PART = re.compile(rf"({'|'.join(PARTS)})([ _-]?(set|split|\d+\w*))?", re.IGNORECASE)  # name of a folder
+PIECE = 1 << 17  # characters of a list, or rows, at a time
 
 
 class DataError(Exception):
@@ -29,22 +46,84 @@ class Misplaced(DataError):
     """A list or the files are not where the layout has them; `load` adds the layout."""
 
 
-class Row(NamedTuple):  # what one line of a list says about one file
-    at: tuple  # the list's path and the line
-    file: str  # as `on_disk` names it, see _table
-    label: str | tuple = ""  # empty: unlabelled; a tuple where a file has several (AudioSet)
-    split: str = ""  # empty: belongs to every split
-    fold: int = 0
-    start_s: float = 0.0
-    end_s: float = np.inf
-    columns: dict = {}  # noqa: RUF012 (nobody writes to it)
+class NoSplit(Misplaced):
+    """The data set is there, but not this split of it."""
+
+
+class Codes(dict):
+    """{word: code}, the next one for a word that is new: a column of which few differ is kept as numbers."""
+
+    def __missing__(self, word):
+        return self.setdefault(word, len(self))
+
+
+class Rows:
+    """What lists say about their files: n rows, a column each, filled piece by piece.
+
+    on_disk: {file as rows name it: path relative to root}.
+    """
+
+    def __init__(self, on_disk):
+        self.on_disk = on_disk
+        self.paths, self.missing = [], {}  # n, None where the file is not on disk; {row: file} of those
+        self.labels, self.splits = Codes(), Codes()  # split "": belongs to every split
+        self.numbers = {"label": [], "split": [], "start_s": [], "end_s": [], "fold": []}  # n each, in pieces
+        self.columns = {}  # {name: n texts}
+        self.lists = []  # (path of the list, the rows' lines in it), in pieces
+
+    def add(self, path, lines, files, label="", split="", start_s=0.0, end_s=np.inf, fold=0, columns=None):
+        """Rows of one list; what all of them share is given once."""
+        n, before = len(files), len(self.paths)
+        found = [*map(self.on_disk.get, files)]
+        if None in found:
+            self.missing |= {before + k: file for k, file in enumerate(files) if found[k] is None}
+        self.paths += found
+        self.lists.append((path, lines))
+        for name, words, codes in (("label", label, self.labels), ("split", split, self.splits)):
+            shared = isinstance(words, str)
+            numbers = codes[words] if shared else np.fromiter(map(codes.__getitem__, words), np.int32, n)
+            self.numbers[name].append(np.broadcast_to(np.int32(numbers), n))
+        for name, values in (("start_s", start_s), ("end_s", end_s), ("fold", fold)):
+            self.numbers[name].append(np.broadcast_to(values, n))
+        for name, values in (columns or {}).items():
+            shared = {}  # of equal texts one is kept
+            self.columns.setdefault(name, []).extend(map(shared.setdefault, values, values))
+
+    def column(self, name):
+        """Codes of label and split, start_s, end_s, fold of all rows (n,)."""
+        return np.concatenate(self.numbers[name])
+
+    def at(self, row):
+        """(path, line) of a row."""
+        for path, lines in self.lists:
+            if row < len(lines):
+                return path, int(lines[row])
+            row -= len(lines)
+
+    def file(self, row):
+        """How a row names its file."""
+        if row in self.missing:
+            return self.missing[row]
+        return next(file for file, path in self.on_disk.items() if path is self.paths[row])
+
+    def again(self):
+        """[(a row whose instance an earlier one has, the first that has it)]."""
+        files = np.fromiter(map(id, self.paths), np.int64, len(self.paths))  # a file is one object
+        files[list(self.missing)] = -1 - np.array([*map(Codes().__getitem__, self.missing.values())])
+        if len(np.unique(files)) == len(files):
+            return []
+        first, times = {}, (self.column(name).tolist() for name in ("start_s", "end_s"))
+        instances = enumerate(zip(files.tolist(), *times, strict=True))
+        return [(row, before) for row, key in instances if (before := first.setdefault(key, row)) != row]
 
 
 @dataclass
 class Table:
+    """N instances: an instance is a file and the part of it to use."""
+
     name: str  # data set and split
     root: Path
-    paths: list[str]  # N, relative to root, '/'-separated, no two alike
+    paths: list[str]  # N, relative to root, '/'-separated; a file may give several instances
     labels: np.ndarray  # N int64, −1: unlabelled; AudioSet: N×C uint8, 1: the class is present
     classes: list[str]  # C, sorted, the same for every split
     start_s: np.ndarray  # N float64, the part of the file to use
@@ -52,51 +131,156 @@ class Table:
     fold: np.ndarray  # N int64, the official fold from 1 on (ESC-50); 0: none
     columns: dict[str, list[str]]  # the list's other columns, N each
     missing: list[str]  # listed, not on disk
+    notes: list[str] = field(default_factory=list)  # what else its report says
 
     def __len__(self):
         return len(self.paths)
 
+    def name_of(self, row):
+        """How reports name an instance."""
+        return instance_name(self.paths[row], self.start_s[row], self.end_s[row])
+
     def report(self):
         """One line: how much there is, how much is missing and, for example, what."""
-        text = f"{self.name}: {len(self):,} files, {len(self.classes) or 'no'} classes"
-        lacking = (
-            f"; {len(self.missing):,} more are listed and not on disk, e.g. {', '.join(self.missing[:3])}"
-        )
-        return text + lacking if self.missing else text
+        what = f"{len(self):,} files"
+        if np.any(self.start_s > 0) or np.any(self.end_s < np.inf):
+            what = f"{len(self):,} clips of {len(set(self.paths)):,} files"
+        notes = list(self.notes)
+        if self.missing:
+            some = ", ".join(self.missing[:3])
+            notes.insert(0, f"{len(self.missing):,} more are listed and not on disk, e.g. {some}")
+        return "; ".join([f"{self.name}: {what}, {len(self.classes) or 'no'} classes", *notes])
+
+
+def instance_name(path, start_s=0.0, end_s=np.inf):
+    """How reports name an instance: a.mp4, or a.mp4 [12.0-22.0 s] where it is a part of the file."""
+    if start_s == 0 and end_s == np.inf:
+        return path
+    end = "end" if end_s == np.inf else f"{round(float(end_s), 3)} s"
+    return f"{path} [{round(float(start_s), 3)}-{end}]"
 
 
 def load(data, split):
     """The table of `split` of the data set that `data`, a `config.Data`, names.
 
-    split: train, val or test as far as the data set has them, or all. UCF101, HMDB51 and ESC-50 number theirs (train2;
-    without a number the first). The toy's data.root is the folder that `toy.write` returned. Raises DataError.
+    split: train, val or test as far as the data set has them, or all. UCF101, HMDB51 and ESC-50 number theirs
+    (train2; without a number the first). The toy's data.root is the folder that `toy.write` returned. Raises
+    DataError.
     """
     row, root = DATA[data.name], Path(data.root).expanduser()
-    if data.subset not in ("", "esc10") or (data.subset and row.reader is not esc50):
-        raise DataError(
-            f"data.subset={data.subset}: {data.name} has none of that name; esc10 of esc50 is the only one"
-        )
+    if data.subset not in ("", *row.subsets):
+        there = ", ".join(f"{subset} of {name}" for name, other in DATA.items() for subset in other.subsets)
+        raise DataError(f"data.subset={data.subset}: {data.name} has none of that name; there is {there}")
     try:
-        return row.reader(root, split, **row.options(data))
+        with _no_collection():
+            return row.reader(root, split, **row.options(data))
     except (Misplaced, OSError) as error:
-        raise DataError(
-            f"{error}\nexpected, with root = data.root = {root}:\n{inspect.getdoc(row.reader)}"
-        ) from None
+        layout = f"expected, with root = data.root = {root}:\n{inspect.getdoc(row.reader)}"
+        raise (NoSplit if isinstance(error, NoSplit) else DataError)(f"{error}\n{layout}") from None
+
+
+@contextlib.contextmanager
+def _no_collection():
+    """Within, Python does not look for cycles: rows have none, and looking at millions takes a third of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def take(table, positions):
     """The rows at `positions` (indices or a mask), in that order; the classes keep their numbers."""
     at = np.arange(len(table))[positions]
     arrays = {key: getattr(table, key)[at] for key in ("labels", "start_s", "end_s", "fold")}
+    at = at.tolist()
     columns = {key: [values[i] for i in at] for key, values in table.columns.items()}
-    return replace(table, paths=[table.paths[i] for i in at], columns=columns, missing=[], **arrays)
+    paths = [table.paths[i] for i in at]
+    return replace(table, paths=paths, columns=columns, missing=[], notes=[], **arrays)
+
+
+def table_hash(table):
+    """12 hex digits that name the instances and their order: of the JSON of [paths, start_s, end_s]."""
+    digest = hashlib.sha256(b"[")
+    for k, column in enumerate((table.paths, table.start_s, table.end_s)):
+        digest.update(b", [" if k else b"[")
+        for begin in range(0, len(column), PIECE):
+            some = column[begin : begin + PIECE]
+            text = json.dumps(some if isinstance(some, list) else some.tolist())[1:-1]
+            digest.update((f", {text}" if begin else text).encode())
+        digest.update(b"]")
+    digest.update(b"]")
+    return digest.hexdigest()[:12]
+
+
+# ------------------------------------------------------------------------------------------- what is held out
+
+
+def held_out(data, train):
+    """What a training on `train` can be checked on: instances that it does not see, or None where there are none.
+
+    They are of the part that results are reported on, or else of val or test; of a numbered division, of its own
+    test part. Raises DataError.
+    """
+    row = DATA[data.name]
+    splits = dict.fromkeys((row.evaluation, "val", "test"))
+    if row.divisions:  # train2 → test2
+        splits = [row.evaluation + re.search("[0-9]?$", data.split)[0]]
+    for split in splits:
+        try:
+            table = unseen(load(data, split), train)
+        except NoSplit:
+            continue
+        return table if len(table) else None
+    return None
+
+
+def unseen(table, train):
+    """The instances of a table that `train` does not have: the table itself where it has none of them."""
+    shared = set(table.paths).intersection(train.paths)
+    if not shared:
+        return table
+
+    def instances(of):
+        return zip(of.paths, of.start_s.tolist(), of.end_s.tolist(), strict=True)
+
+    seen = {instance for instance in instances(train) if instance[0] in shared}
+    new = np.array([instance not in seen for instance in instances(table)])
+    return table if new.all() else take(table, new)
+
+
+def hold_out(table, seed, share=0.2):
+    """Two tables of one: the second has this share of each class, drawn by the seed, the first has the rest.
+
+    All instances of a file go the same way. Instances with several classes, or none, count as one class.
+    """
+    rng = np.random.default_rng(seed)
+    codes = Codes()
+    file = np.array([codes[path] for path in table.paths])  # N, the number of each row's file
+    held = np.zeros(len(codes), bool)  # files
+    labels = table.labels if table.labels.ndim == 1 else np.zeros(len(table))
+    for label in np.unique(labels):
+        files = np.array(list(dict.fromkeys(file[labels == label].tolist())))
+        held[rng.permutation(files)[: max(int(len(files) * share + 1e-9), 1)]] = True
+    parts = take(table, ~held[file]), take(table, held[file])
+    for part, name in zip(parts, ("train", "test"), strict=True):
+        part.name = f"{table.name} ({name})"
+    return parts
 
 
 def same_class(query, gallery):
-    """`matches` of evaluation.recall: does a query share a class with what it found? Labels n and m (−1: none), or n×C and m×C of 0 and 1."""
+    """`matches` of evaluation.recall: does a query share a class with what it found?
+
+    Labels n and m (−1: none), or n×C and m×C of 0 and 1.
+    """
     if query.ndim > 1:
         return lambda q, f: (query[q] & gallery[f]).any(-1)
     return lambda q, f: (query[q] == gallery[f]) & (query[q] >= 0)
+
+
+# -------------------------------------------------------------------------------------------------------- the readers
 
 
 def manifest(root, split, label="label"):
@@ -106,56 +290,64 @@ def manifest(root, split, label="label"):
         videos/a.mp4,dog,train,0,10,…
     root/videos/a.mp4     paths are relative to the CSV's folder
 
-    Only path is required. Rows without a split belong to every split, start and end are in s and may be empty.
-    `label` names the column of the classes. All columns but path, start and end are kept in `columns`.
+    Only path is required. Rows without a split belong to every split. start and end are in s and may be empty; a
+    file may have several rows, each with another part of it. `label` names the column of the classes. All columns
+    but path, start and end are kept in `columns`.
     """
-    path, rows = root if root.suffix.lower() == ".csv" else root / "manifest.csv", []
-    for at, row in _csv(path, ["path"] if label == "label" else ["path", label]):
-        file, class_name = (
-            PureWindowsPath(row["path"]).as_posix(),
-            row.get(label, ""),
-        )  # either separator, none doubled
-        start_s, end_s = (
-            _number(row[key], at) if row.get(key) else none for key, none in (("start", 0.0), ("end", np.inf))
-        )
-        if start_s >= end_s:
-            raise _wrong(at, f"start {start_s:g} s is not before end {end_s:g} s")
-        columns = {key: value for key, value in row.items() if key not in ("path", "start", "end")}
-        rows.append(_below_root(Row(at, file, class_name, row.get("split", ""), 0, start_s, end_s, columns)))
-    if not rows:
+    path, rows, folders = root if root.suffix.lower() == ".csv" else root / "manifest.csv", Rows({}), set()
+    for lines, row in _csv(path, ["path"] if label == "label" else ["path", label]):
+        files = _below_root(row.pop("path"), lambda k, lines=lines: (path, lines[k]))
+        nothing = [""] * len(lines)
+        start_s = _numbers(row.pop("start", nothing), path, lines, empty=0.0)
+        end_s = _numbers(row.pop("end", nothing), path, lines, empty=np.inf)
+        if (wrong := start_s >= end_s).any():
+            i = wrong.argmax()
+            raise _wrong(path, lines[i], f"start {start_s[i]:g} s is not before end {end_s[i]:g} s")
+        for folder in {file.rpartition("/")[0] for file in files} - folders:
+            folders.add(folder)
+            here = [f"{folder}/{name}" if folder else name for name in _names(path.parent / folder)]
+            rows.on_disk.update(zip(here, here, strict=True))
+        rows.add(path, lines, files, row.get(label, ""), row.get("split", ""), start_s, end_s, columns=row)
+    if not rows.paths:
         raise Misplaced(f"{path} lists no file")
-    folders = {row.file.rpartition("/")[0] for row in rows}
-    files = [
-        f"{folder}/{name}".lstrip("/")
-        for folder in folders
-        for name in _listing(path.parent / folder, depth=0)
-    ]
-    return _table(
-        f"{path.parent.name}/{path.name} {split}", path.parent, split, rows, {file: file for file in files}
-    )
+    return _table(f"{path.parent.name}/{path.name} {split}", path.parent, split, rows)
 
 
 def folder(root, split, name="folder"):
     """
     root/<class>/<file>              or, without classes, root/<file>
-    root/train/<class>/<file>        or in parts: train, val (also validate, validation), test
-    root/test/<class>/<file>
+    root/train/<class>/<file>        or in parts: train (training), val (valid, validate, validation) and
+    root/test/<class>/<file>         test (testing, eval, evaluation); also as Train, val_256
 
-    Without parts every split is the whole folder: nothing is held out. Folders beside the parts are left out.
+    Without parts every split is the whole folder: nothing is held out. What lies beside the parts is left out. A file
+    to which links lead, too, is there once.
     """
-    rows, split = [], SPELLED.get(split, split)
-    files = [file for file in _listing(root) if os.path.splitext(file)[1].lower() in MEDIA]
-    tops = {file.partition("/")[0] for file in files if "/" in file}
-    parts = (
-        tops & PARTS if tops <= PARTS or len(tops & PARTS) > 1 else set()
-    )  # else a class that is called train
-    for file in files:
-        part, _, below = file.partition("/") if parts else ("", "", file)
-        if part in parts or not parts:
-            rows.append(
-                Row((root, 0), file, below.rpartition("/")[0].partition("/")[0], SPELLED.get(part, part))
-            )
-    return _table(f"{name} {split}", root, split, rows, {row.file: row.file for row in rows})
+    files, linked, notes, split = [], {}, [], SPELLED.get(split, split)
+    for folder, names in _walk(root, linked):
+        endings = tuple(_endings(names))
+        files += [folder + file for file in names if file.endswith(endings)]
+    files.sort(key=_by_name)
+    tops = dict.fromkeys(file.partition("/")[0] for file in files if "/" in file)
+    parts = {top: part for top in tops if (part := part_of(top))}
+    if len(parts) < len(tops) and len(parts) < 2:  # a class that is called train
+        parts = {}
+    if parts:
+        whole, files = files, [file for file in files if file.partition("/")[0] in parts]
+        if beside := len(whole) - len(files):
+            example = next(file for file in whole if file.partition("/")[0] not in parts)
+            notes.append(f"{beside:,} files beside its parts were left out, e.g. {example}")
+        for part in dict.fromkeys(parts.values()):
+            if len(those := [top for top in parts if parts[top] == part]) > 1:
+                notes.append(f"{' and '.join(those)} are its {part} part")
+    if linked:
+        files = _once(files, linked, root, notes)
+    rows = Rows(dict(zip(files, files, strict=True)))
+    for top, some in itertools.groupby(files, key=lambda file: file.partition("/")[0] if parts else ""):
+        some = list(some)
+        below = [file.partition("/")[2] for file in some] if parts else some
+        labels = [file.partition("/")[0] if "/" in file else "" for file in below]
+        rows.add(root, np.zeros(len(some)), some, labels, parts.get(top, ""))
+    return _table(f"{name} {split}", root, split, rows, notes=notes)
 
 
 def kinetics(root, split, name="kinetics400"):
@@ -166,24 +358,28 @@ def kinetics(root, split, name="kinetics400"):
 
     Kinetics-600 and -700 likewise. Without any CSV: root/train/<class>/<file>.
     """
-    rows, split = [], SPELLED.get(split, split)
-    for part in sorted(PARTS):
+    split = SPELLED.get(split, split)
+    rows = Rows(_by_stem(root, [part for part in PARTS if SPELLED.get(part, part) == split]))
+    for part in ("test", "train", "val", "validate", "validation"):
         paths = (
             root / place / f"{prefix}{part}.csv"
             for place in ("annotations", ".")
             for prefix in ("", f"{name}_")
         )
         path = next(filter(Path.is_file, paths), None)
-        for at, row in _csv(path, ["youtube_id", "time_start", "time_end"]) if path else ():
-            start_s, end_s = _number(row["time_start"], at), _number(row["time_end"], at)
-            file = f"{row['youtube_id']}_{start_s:06.0f}_{end_s:06.0f}"
-            rows.append(
-                Row(at, file, row.get("label", ""), SPELLED.get(part, part))
-            )  # test lists may have no label
-    if not rows and any((root / part).is_dir() for part in PARTS):
+        for lines, row in _csv(path, ["youtube_id", "time_start", "time_end"]) if path else ():
+            start, end = (_padded(row[key], path, lines) for key in ("time_start", "time_end"))
+            files = [f"{i}_{a}_{b}" for i, a, b in zip(row["youtube_id"], start, end, strict=True)]
+            rows.add(
+                path, lines, files, row.get("label", ""), SPELLED.get(part, part)
+            )  # tests may have no label
+    if (
+        not rows.paths
+        and root.is_dir()
+        and any(part_of(file.name) for file in root.iterdir() if file.is_dir())
+    ):
         return folder(root, split, name)
-    on_disk = _by_stem(root, [part for part in sorted(PARTS) if SPELLED.get(part, part) == split])
-    return _table(f"{name} {split}", root, split, rows, on_disk)
+    return _table(f"{name} {split}", root, split, rows, official=True)
 
 
 def vggsound(root, split):
@@ -192,11 +388,12 @@ def vggsound(root, split):
         <youtube_id>,30,"label, of the clip",train
     root/video/<youtube_id>_000030.mp4        or below root
     """
-    rows = []
-    for at, row in _csv(root / "vggsound.csv", columns=["youtube_id", "start", "label", "split"]):
-        file = f"{row['youtube_id']}_{_number(row['start'], at):06.0f}"
-        rows.append(Row(at, file, row["label"], row["split"]))
-    return _table(f"vggsound {split}", root, split, rows, _by_stem(root, ["video"]))
+    path, rows = root / "vggsound.csv", Rows(_by_stem(root, ["video"]))
+    for lines, row in _csv(path, columns=["youtube_id", "start", "label", "split"]):
+        start = _padded(row["start"], path, lines)
+        files = [f"{i}_{a}" for i, a in zip(row["youtube_id"], start, strict=True)]
+        rows.add(path, lines, files, row["label"], row["split"])
+    return _table(f"vggsound {split}", root, split, rows, official=True)
 
 
 def audioset(root, split):
@@ -206,27 +403,36 @@ def audioset(root, split):
         # three lines of comment
         <youtube_id>, 30.000, 40.000, "/m/09x0r,/m/05zppz"
     root/balanced_train_segments/<file>       or below root; the 10 s cut out: <youtube_id>_000030.mp4 (start in s),
-                                              <youtube_id>_30000_40000.mp4 (start and end in ms) or <youtube_id>.mp4
+                                              <youtube_id>_30000_40000.mp4 (start, end in ms) or <youtube_id>.mp4
 
     Splits: balanced_train, unbalanced_train, train (what there is of the two), eval or test, all.
     """
-    train, rows = ("balanced_train", "unbalanced_train"), []
+    train, names = ("balanced_train", "unbalanced_train"), {}
     parts = {"train": train, "test": ("eval",), "all": (*train, "eval")}.get(split, (split,))
     lists = [path for part in parts if (path := root / f"{part}_segments.csv").is_file()]
-    names = {
-        r["mid"]: r["display_name"]
-        for _, r in _csv(root / "class_labels_indices.csv", ["mid", "display_name"])
-    }
-    on_disk = _by_stem(root, [path.stem for path in lists])
+    for _, row in _csv(root / "class_labels_indices.csv", ["mid", "display_name"]):
+        names |= zip(row["mid"], row["display_name"], strict=True)
+    rows = Rows(_by_stem(root, [path.stem for path in lists]))
+
+    @functools.cache
+    def classes_of(labels):
+        return [names.get(mid.strip()) for mid in labels.split(",")]
+
     for path in lists:
-        for at, row in _csv(path, columns=["youtube_id", "start", "end", "labels"], comment="#"):
-            start_s, end_s, video = _number(row["start"], at), _number(row["end"], at), row["youtube_id"]
-            stems = f"{video}_{start_s:06.0f}", f"{video}_{start_s * 1000:.0f}_{end_s * 1000:.0f}", video
-            labels = [names.get(mid.strip()) for mid in row["labels"].split(",")]
-            if None in labels:
-                raise _wrong(at, f"a label of {row['labels']} is not in class_labels_indices.csv")
-            rows.append(Row(at, next((stem for stem in stems if stem in on_disk), stems[0]), tuple(labels)))
-    return _table(f"audioset {split}", root, split, rows, on_disk, sorted(set(names.values())))
+        for lines, row in _csv(path, columns=["youtube_id", "start", "end", "labels"], comment="#"):
+            for labels in dict.fromkeys(row["labels"]):
+                if None in classes_of(labels):
+                    line = lines[row["labels"].index(labels)]
+                    raise _wrong(path, line, f"a label of {labels} is not in class_labels_indices.csv")
+            start, videos = _padded(row["start"], path, lines), row["youtube_id"]
+            end_s = _numbers(row["end"], path, lines)
+            files = [f"{video}_{a}" for video, a in zip(videos, start, strict=True)]
+            for k in [k for k, file in enumerate(files) if file not in rows.on_disk]:  # under another name?
+                others = f"{videos[k]}_{float(row['start'][k]) * 1000:.0f}_{end_s[k] * 1000:.0f}", videos[k]
+                files[k] = next((other for other in others if other in rows.on_disk), files[k])
+            rows.add(path, lines, files, row["labels"])
+    classes = sorted(set(names.values()))
+    return _table(f"audioset {split}", root, split, rows, classes, classes_of, official=True)
 
 
 def ucf101(root, split):
@@ -237,14 +443,16 @@ def ucf101(root, split):
 
     Splits: train1, test1, … test3; all.
     """
-    (split, number, title), lists, rows = _numbered(split, 3), root / "ucfTrainTestlist", []
+    (split, number, title), rows = _numbered(split, 3), Rows(_by_stem(root, ["UCF-101"], with_class=True))
     for part in ("train", "test"):
-        for at, line in _lines(lists / f"{part}list{number:02d}.txt"):
-            stem = os.path.splitext(line.split()[0])[0]
-            if stem.count("/") != 1:
-                raise _wrong(at, f"{line!r} where <class>/<file> belongs")
-            rows.append(Row(at, stem, stem.partition("/")[0], part))
-    return _table(f"ucf101 {title}", root, split, rows, _by_stem(root, ["UCF-101"], parts=2))
+        path = root / "ucfTrainTestlist" / f"{part}list{number:02d}.txt"
+        for lines, texts in _lines(path):
+            files = [os.path.splitext(text.split()[0])[0] for text in texts]
+            for line, text, stem in zip(lines, texts, files, strict=True):
+                if stem.count("/") != 1:
+                    raise _wrong(path, line, f"{text!r} where <class>/<file> belongs")
+            rows.add(path, lines, files, [stem.partition("/")[0] for stem in files], part)
+    return _table(f"ucf101 {title}", root, split, rows, official=True)
 
 
 def hmdb51(root, split):
@@ -254,16 +462,18 @@ def hmdb51(root, split):
 
     Splits: train1, test1, … test3; all, with what the split leaves out.
     """
-    (split, number, title), lists, rows = _numbered(split, 3), root / "testTrainMulti_7030_splits", []
+    (split, number, title), rows = _numbered(split, 3), Rows(_by_stem(root, ["hmdb51_org"], with_class=True))
     part, tail = {"0": "neither", "1": "train", "2": "test"}, f"_test_split{number}.txt"
-    for path in sorted(lists.glob(f"*{tail}")):
+    for path in sorted((root / "testTrainMulti_7030_splits").glob(f"*{tail}")):
         label = path.name.removesuffix(tail)
-        for at, line in _lines(path):
-            file, _, use = line.rpartition(" ")
-            if not file or use not in part:
-                raise _wrong(at, f"{line!r} where a file and 0, 1 or 2 belong")
-            rows.append(Row(at, f"{label}/{os.path.splitext(file.strip())[0]}", label, part[use]))
-    return _table(f"hmdb51 {title}", root, split, rows, _by_stem(root, ["hmdb51_org"], parts=2))
+        for lines, texts in _lines(path):
+            found = [text.rpartition(" ")[::2] for text in texts]
+            for line, text, (file, use) in zip(lines, texts, found, strict=True):
+                if not file or use not in part:
+                    raise _wrong(path, line, f"{text!r} where a file and 0, 1 or 2 belong")
+            stems = [f"{label}/{os.path.splitext(file.strip())[0]}" for file, _ in found]
+            rows.add(path, lines, stems, label, [part[use] for _, use in found])
+    return _table(f"hmdb51 {title}", root, split, rows, official=True)
 
 
 def esc50(root, split, subset=""):
@@ -273,16 +483,23 @@ def esc50(root, split, subset=""):
 
     Splits: test1 is fold 1 and train1 the other four, … test5; all. data.subset=esc10: the 10 classes of ESC-10.
     """
-    (split, number, title), rows = _numbered(split, 5), []
-    for at, row in _csv(root / "meta" / "esc50.csv", ["filename", "fold", "category", "esc10"]):
-        if row["fold"] not in list("12345"):
-            raise _wrong(at, f"fold {row['fold']!r} where 1 to 5 belongs")
-        fold, stem = int(row["fold"]), os.path.splitext(row["filename"])[0]
-        if not subset or row["esc10"] == "True":
-            rows.append(
-                Row(at, stem, row["category"], "test" if fold == number else "train", fold, columns=row)
+    (split, number, title), path = _numbered(split, 5), root / "meta" / "esc50.csv"
+    rows = Rows(_by_stem(root, ["audio"]))
+    for lines, row in _csv(path, ["filename", "fold", "category", "esc10"]):
+        for line, fold in zip(lines, row["fold"], strict=True):
+            if fold not in list("12345"):
+                raise _wrong(path, line, f"fold {fold!r} where 1 to 5 belongs")
+        if subset:
+            ten = [value == "True" for value in row["esc10"]]
+            lines, row = (
+                lines[ten],
+                {key: list(itertools.compress(values, ten)) for key, values in row.items()},
             )
-    return _table(f"{subset or 'esc50'} {title}", root, split, rows, _by_stem(root, ["audio"]))
+        fold = np.array(row["fold"], dtype=np.int64)
+        parts = ["test" if one == number else "train" for one in fold]
+        files = [os.path.splitext(name)[0] for name in row["filename"]]
+        rows.add(path, lines, files, row["category"], parts, fold=fold, columns=row)
+    return _table(f"{subset or 'esc50'} {title}", root, split, rows, official=True)
 
 
 class DataSet(NamedTuple):
@@ -294,13 +511,26 @@ class DataSet(NamedTuple):
     evaluation: str = "test"  # the split that results are reported on
     divisions: int = 0  # official divisions into train1, test1, …; 0: one division, without a number
     options: Callable = lambda data: {}  # config.Data → what the reader is told besides root and split
+    subsets: tuple = ()  # what data.subset may be
+    written: bool = False  # by this program, below data.root: toy.write
+    splits: tuple = ()  # what data.split may be; (): the lists or folders tell
+    labels: tuple = ()  # what data.label may be; (): the list tells
 
 
+_LABEL = {"options": lambda data: {"label": data.label}}
 _KINETICS = DataSet(kinetics, evaluation="val", options=lambda data: {"name": data.name})
+TOY_LABELS = (
+    "label",
+    "motion",
+    "tempo",
+    "faulty",
+    "sound",
+    "pitch_hz",
+)  # columns of the toy's manifest that can be the class
 DATA = {
-    "toy": DataSet(manifest, options=lambda data: {"label": data.label}),
+    "toy": DataSet(manifest, **_LABEL, written=True, splits=("train", "test", "all"), labels=TOY_LABELS),
     "folder": DataSet(folder),
-    "manifest": DataSet(manifest, options=lambda data: {"label": data.label}),
+    "manifest": DataSet(manifest, **_LABEL),
     "kinetics400": _KINETICS,
     "kinetics600": _KINETICS,
     "kinetics700": _KINETICS,
@@ -309,138 +539,326 @@ DATA = {
     "ucf101": DataSet(ucf101, needs=("video",), divisions=3),  # half of its videos have sound
     "hmdb51": DataSet(hmdb51, needs=("video",), divisions=3),
     "esc50": DataSet(
-        esc50, ("audio",), ("audio",), divisions=5, options=lambda data: {"subset": data.subset}
+        esc50,
+        ("audio",),
+        ("audio",),
+        divisions=5,
+        options=lambda data: {"subset": data.subset},
+        subsets=("esc10",),
     ),
 }
 
 
-def _table(name, root, split, rows, on_disk, classes=None):
-    """The table of those rows of `split` whose file is in `on_disk`: {file as rows name it: path relative to root}."""
-    first = {}
-    for row in rows:
-        if row.file not in on_disk:
-            _below_root(row)
-    if again := [row for row in rows if first.setdefault(row.file, row) is not row]:
-        (path, line), others = (
-            first[again[0].file].at,
-            f" ({len(again) - 1:,} more such lines)" if again[1:] else "",
+# ------------------------------------------------------------------------------------------------- rows to a table
+
+
+def _table(name, root, split, rows, classes=None, classes_of=None, official=False, notes=()):
+    """The table of those rows of `split` whose file is on disk.
+
+    classes_of: label → its classes, where it has several. official: the list is nobody's to mend, so that a row which
+    comes again in a split is left out, with a warning; elsewhere it is an error.
+    """
+    if not rows.paths:
+        nowhere = "" if root.exists() else ", which does not exist"
+        raise Misplaced(f"{name}: no list or file in {root}{nowhere}")
+    there = np.ones(len(rows.paths), bool)
+    there[list(rows.missing)] = False
+    _below_root(list(rows.missing.values()), lambda k: rows.at(list(rows.missing)[k]))
+    labels, splits, notes = rows.column("label"), rows.column("split"), list(notes)
+    belongs = np.array([split == "all" or word in ("", split) for word in rows.splits])[splits]  # rows
+    if again := rows.again():
+        if wrong := [pair for pair in again if not official or splits[pair[0]] != splits[pair[1]]]:
+            row, first = wrong[0]
+            file = instance_name(rows.file(row), rows.column("start_s")[row], rows.column("end_s")[row])
+            others = f" ({len(wrong) - 1:,} more such lines)" if wrong[1:] else ""
+            path, line = rows.at(first)
+            cause = f"{file} again, as in {path.name}, line {line}{others}; keep one of them"
+            raise _wrong(*rows.at(row), cause)
+        path, line = rows.at(again[0][0])
+        other = sum(labels[row] != labels[first] for row, first in again)
+        notes.append(
+            f"warning: {len(again):,} lines name a file again and were left out, e.g. {path.name}, line {line}"
+            + (f"; {other:,} of them with another class" if other else "")
         )
-        raise _wrong(
-            again[0].at, f"{again[0].file} again, as in {path.name}, line {line}{others}; keep one of them"
-        )
+        belongs[[row for row, _ in again]] = False
+    if not belongs.any():
+        raise NoSplit(f"{name}: no such split in {root}, only {', '.join(sorted(rows.splits))}")
+    here = belongs & there
+    missing = [file for row, file in rows.missing.items() if belongs[row]]
+    if not here.any():
+        raise Misplaced(f"{name}: none of the {len(missing):,} listed files, e.g. {missing[0]}, is in {root}")
     if classes is None:  # of all rows, so that every split numbers them alike
-        classes = sorted({row.label for row in rows} - {""})
-    chosen = [row for row in rows if split == "all" or row.split in ("", split)]
-    here = [row for row in chosen if row.file in on_disk]
-    if rows and not chosen:
-        raise Misplaced(
-            f"{name}: no such split in {root}, only {', '.join(sorted({row.split for row in rows}))}"
-        )
-    if not here:
-        none = (
-            f"none of the {len(chosen):,} listed files, e.g. {chosen[0].file}, is"
-            if chosen
-            else "no list or file"
-        )
-        raise Misplaced(f"{name}: {none} in {root}" + ("" if root.exists() else ", which does not exist"))
-    index = {label: i for i, label in enumerate(classes)} | {"": -1}
-    if isinstance(here[0].label, tuple):
-        labels = np.zeros((len(here), len(classes)), np.uint8)  # N×C
-        for i, row in enumerate(here):
-            labels[i, [index[label] for label in row.label]] = 1
-    else:
-        labels = np.array([index[row.label] for row in here], np.int64)  # N
-    paths, missing = (
-        [on_disk[row.file] for row in here],
-        [row.file for row in chosen if row.file not in on_disk],
+        classes = sorted(rows.labels.keys() - {""})
+    picked = here.tolist()
+    return Table(
+        name,
+        root,
+        [*itertools.compress(rows.paths, picked)],
+        _labels(rows.labels, labels[here], classes, classes_of),
+        classes,
+        rows.column("start_s")[here],
+        rows.column("end_s")[here],
+        rows.column("fold")[here],
+        {column: [*itertools.compress(values, picked)] for column, values in rows.columns.items()},
+        missing,
+        notes,
     )
-    start_s, end_s = np.array([(row.start_s, row.end_s) for row in here]).T  # N each
-    fold = np.array([row.fold for row in here], np.int64)  # N
-    columns = {key: [row.columns[key] for row in here] for key in here[0].columns}
-    return Table(name, root, paths, labels, classes, start_s, end_s, fold, columns, missing)
 
 
-def _below_root(row):
-    """The row, whose file a list may not place outside of the data root. Links within it lead where its owner has them lead."""
-    if row.file in ("", ".") or row.file.startswith("/") or row.file[1:2] == ":" or "/../" in f"/{row.file}/":
-        raise _wrong(
-            row.at, f"{row.file!r} is not a path below the data root; give a relative one without .."
-        )
-    return row
+def _labels(words, codes, classes, classes_of):
+    """Labels as Table has them, of rows whose label is that of `words` with this code (n,)."""
+    index = {name: k for k, name in enumerate(classes)} | {"": -1}
+    if classes_of is None:
+        return np.array([index[word] for word in words], np.int64)[codes]  # n
+    several = [[index[name] for name in classes_of(word)] for word in words]
+    labels = np.zeros((len(codes), len(classes)), np.uint8)  # n×C
+    for place in itertools.zip_longest(*several, fillvalue=-1):  # the first class of each word, the second, …
+        label = np.array(place)[codes]
+        known = np.flatnonzero(label >= 0)
+        labels[known, label[known]] = 1
+    return labels
 
 
-def _listing(folder, depth=4):
-    """The files below `folder`, '/'-separated and sorted, at most `depth` folders down; hidden ones are left out.
-    One scan a folder instead of a look at every file: Kinetics has 240,000. A folder that does not exist is empty."""
-    files = []
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name) if folder.is_dir() else ():
-        if not entry.name.startswith(".") and not entry.is_dir():
-            files.append(entry.name)
-        elif not entry.name.startswith(".") and depth:
-            files += [f"{entry.name}/{file}" for file in _listing(folder / entry.name, depth - 1)]
-    return files
+# -------------------------------------------------------------------------------------------------- files on the disk
 
 
-def _by_stem(root, folders, parts=1):
-    """{last `parts` parts of the path, without ending: path relative to root} of the media files in those of `folders`
-    that exist, or else in root. Of two endings of one stem, the one that comes first in MEDIA is used."""
-    found, rank = {}, {ending: rank for rank, ending in enumerate(MEDIA)}
-    for folder in [folder for folder in folders if (root / folder).is_dir()] or ["."]:
-        for file in _listing(root / folder):
-            path = file if folder == "." else f"{folder}/{file}"
-            stem, ending = os.path.splitext("/".join(file.split("/")[-parts:]))
-            if (ending := ending.lower()) in rank and (stem not in found or rank[ending] < found[stem][0]):
-                found[stem] = rank[ending], path
-    return {stem: path for stem, (_, path) in found.items()}
+def part_of(name):
+    """The split that a folder of this name holds: Train, val_256, testing. Empty: it means none."""
+    found = PART.fullmatch(name)
+    return SPELLED.get(found[1].lower(), found[1].lower()) if found else ""
 
 
-def _lines(path):
-    """((path, line number), text) of every line that is not empty."""
+def _names(folder):
+    """The files right in a folder; hidden ones are left out."""
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        return [entry.name for entry in entries if entry.name[0] != "." and not entry.is_dir()]
+
+
+def _walk(root, linked=None):
+    """(a folder below `root` as "" or "x/y/", names of files in it) of all folders; hidden ones are left out.
+
+    Links are followed, each once, but not to a folder that they are in. linked: a dict, which is given {file: its
+    real path} of what links lead to, and {folder/: its real path} of links that are not followed. One scan a folder,
+    and no look at a single file: Kinetics has 240,000. A folder that does not exist is empty.
+    """
+    followed, waiting = (
+        set(),
+        [],
+    )  # links; folders that are still to come: with their real path and those above
+    if root.is_dir():
+        waiting.append(("", str(root), (os.path.realpath(root),)))
+    while waiting:
+        prefix, folder, above = waiting.pop()
+        by_link = above[-1] != os.path.join(above[0], prefix).rstrip("/")
+        names, folders = [], []
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                name = entry.name
+                if name[0] == ".":
+                    continue
+                if not entry.is_dir():
+                    names.append(name)
+                    if linked is not None and (by_link or entry.is_symlink()):
+                        linked[prefix + name] = _real_path(os.path.join(above[-1], name), entry.is_symlink())
+                    continue
+                own = os.path.join(above[-1], name)
+                real = os.path.realpath(own) if entry.is_symlink() else own
+                if real in above or own in followed:
+                    if linked is not None:
+                        linked[f"{prefix}{name}/"] = real
+                    continue
+                if entry.is_symlink():
+                    followed.add(own)
+                folders.append((f"{prefix}{name}/", entry.path, (*above, real)))
+        yield prefix, names
+        waiting += sorted(folders, reverse=True)
+
+
+def _real_path(path, is_link):
+    """The real path of a file in a folder whose real path this is."""
+    if not is_link:
+        return path
+    folder, name = os.path.split(os.path.join(os.path.dirname(path), os.readlink(path)))
+    target = os.path.join(_real_folder(folder), name)
+    return os.path.realpath(path) if name in ("", ".", "..") or os.path.islink(target) else target
+
+
+@functools.lru_cache(maxsize=1024)
+def _real_folder(folder):
+    return os.path.realpath(folder)
+
+
+def _by_name(path):
+    """Sorts paths folder by folder, files and folders by their names: a separator comes before every letter."""
+    return path.replace("/", "\0")
+
+
+def _once(files, linked, root, notes):
+    """The files without those that links give once more (see _walk); says so in `notes`."""
+    if links := [link for link in linked if link.endswith("/")]:
+        notes.append(f"{len(links):,} links to folders that it has already were left out, e.g. {links[0]}")
+    root = os.path.realpath(root)
+    seen, once = {os.path.join(root, file) for file in files if file not in linked}, []
+    for file in files:
+        if linked.get(file) not in seen:
+            once.append(file)
+            seen |= {linked[file]} if file in linked else set()
+    if again := len(files) - len(once):
+        notes.append(f"{again:,} files that links give once more were left out")
+    return once
+
+
+def _endings(names):
+    """The endings of media among these names, as they are written."""
+    return sorted(ending for ending in {name[name.rfind(".") :] for name in names} if ending.lower() in MEDIA)
+
+
+def _by_stem(root, folders, with_class=False):
+    """{name without ending: path relative to root} of the media in those of `folders` that exist, or else in root.
+
+    with_class: the name with the folder that the file is in. Of two endings of a name, the first in MEDIA is used.
+    """
+    found = {ending: {} for ending in MEDIA}
+    for top in [folder for folder in folders if (root / folder).is_dir()] or [""]:
+        for folder, names in _walk(root / top):
+            prefix = f"{top}/{folder}" if top else folder
+            label = folder[folder.rfind("/", 0, -1) + 1 :] if with_class else ""
+            for ending in _endings(names):
+                known = found[ending.lower()]
+                for name in [name for name in names if name.endswith(ending)]:
+                    path = prefix + name
+                    first = known.setdefault(label + name[: -len(ending)], path)
+                    if first is not path:  # two of one name
+                        known[label + name[: -len(ending)]] = min(first, path, key=_by_name)
+    best = {}
+    for known in filter(None, reversed(found.values())):
+        best = best | known if best else known
+    return best
+
+
+def _below_root(files, at):
+    """Paths of a list, with either separator and perhaps doubled ones → '/'-separated, below the data root.
+
+    A list may not place a file outside; links within the root lead where its owner has them lead. at: index → (list,
+    line) of a path.
+    """
+    text = "\n".join(("", *files, ""))
+    odd = ("\\", ":", "//", "..", "\n/", "/\n", "\n./", "/./", "/.\n", "\n.\n", "\n\n")
+    if not any(part in text for part in odd):
+        return files
+    plain = [PureWindowsPath(file).as_posix() for file in files]
+    for k, file in enumerate(plain):
+        if file in ("", ".") or file.startswith("/") or file[1:2] == ":" or "/../" in f"/{file}/":
+            raise _wrong(
+                *at(k), f"{file!r} is not a path below the data root; give a relative one without .."
+            )
+    return plain
+
+
+# ------------------------------------------------------------------------------------------------------- lists as text
+
+
+def _lines(path, comment=None):
+    """(their numbers n, the lines) of all lines that are not empty, a piece at a time; nor begin with `comment`."""
+    number = 1
     try:
-        content = path.read_bytes()
-        text = content.decode("utf-8-sig")
+        with open(path, encoding="utf-8-sig", newline="\n") as file:
+            while text := file.read(PIECE) + file.readline():
+                if "\0" in text:
+                    line = number + text.count("\n", 0, text.index("\0"))
+                    raise _wrong(path, line, "a zero byte; save the list as text in UTF-8")
+                lines = [line.strip() for line in text.removesuffix("\n").split("\n")]
+                wanted = np.ones(len(lines), bool)
+                if "" in lines or (comment and comment in text):
+                    wanted[:] = [line != "" and not (comment and line.startswith(comment)) for line in lines]
+                if wanted.any():
+                    yield number + np.flatnonzero(wanted), [*itertools.compress(lines, wanted.tolist())]
+                number += len(lines)
     except OSError as error:
         raise Misplaced(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise _wrong(
-            (path, content.count(b"\n", 0, error.start) + 1), "not UTF-8; save the list as text in UTF-8"
-        ) from None
-    if "\0" in text:
-        raise _wrong(
-            (path, text.count("\n", 0, text.index("\0")) + 1), "a zero byte; save the list as text in UTF-8"
-        )
-    return [((path, i), line.strip()) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    except UnicodeDecodeError:
+        content = path.read_bytes()
+        try:
+            content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            line = content.count(b"\n", 0, error.start) + 1
+            raise _wrong(path, line, "not UTF-8; save the list as text in UTF-8") from None
+        raise
 
 
 def _csv(path, needs=(), columns=None, comment=None):
-    """((path, line number), {column: value}) of every row. `needs`: columns the header must have; `columns`: no header.
-    A field cannot hold a line break, so that an open quote is an error of its own line."""
-    for at, line in _lines(path):
-        if comment and line.startswith(comment):
-            continue
+    """(the lines' numbers n, {column: list of n}) of all rows, a piece at a time.
+
+    `needs`: columns the header must have; `columns`: there is no header. A field cannot hold a line break, so that an
+    open quote is an error of its own line.
+    """
+    for lines, texts in _lines(path, comment):
         try:
-            row = [value.strip() for value in next(csv.reader([line], strict=True, skipinitialspace=True))]
-        except csv.Error as error:
-            raise _wrong(
-                at,
-                f"not CSV: {error}; put a field with a comma or a quote in quotes, and double quotes within",
-            ) from None
+            rows = list(csv.reader(texts, strict=True, skipinitialspace=True))
+        except csv.Error:
+            rows = []
+        if len(rows) != len(texts):  # which line is it?
+            rows = [_fields(text, path, line) for line, text in zip(lines, texts, strict=True)]
         if columns is None:
-            columns = row
+            columns = [name.strip() for name in rows[0]]
             if lacking := [need for need in needs if need not in columns]:
-                raise _wrong(at, f"no column {lacking[0]}; there are {', '.join(columns)}")
+                raise _wrong(path, lines[0], f"no column {lacking[0]}; there are {', '.join(columns)}")
             if twice := [name for name in columns if columns.count(name) > 1]:
-                raise _wrong(at, f"two columns {twice[0]!r}; rename one")
-        elif len(row) != len(columns):
-            raise _wrong(at, f"{len(row)} fields where {len(columns)} belong: {', '.join(columns)}")
-        else:
-            yield at, dict(zip(columns, row, strict=True))
+                raise _wrong(path, lines[0], f"two columns {twice[0]!r}; rename one")
+            lines, rows = lines[1:], rows[1:]
+        if set(map(len, rows)) - {len(columns)}:
+            line, row = next(pair for pair in zip(lines, rows, strict=True) if len(pair[1]) != len(columns))
+            raise _wrong(path, line, f"{len(row)} fields where {len(columns)} belong: {', '.join(columns)}")
+        if rows:
+            fields = zip(*rows, strict=True)
+            yield (
+                lines,
+                {name: [*map(str.strip, column)] for name, column in zip(columns, fields, strict=True)},
+            )
 
 
-def _number(text, at):
+def _fields(text, path, line):
+    """The fields of one line."""
+    try:
+        return next(csv.reader([text], strict=True, skipinitialspace=True))
+    except csv.Error as error:
+        remedy = "put a field with a comma or a quote in quotes, and double quotes within"
+        raise _wrong(path, line, f"not CSV: {error}; {remedy}") from None
+
+
+def _numbers(texts, path, lines, empty=math.nan):
+    """The numbers that a column holds (n,) float64; empty: what an empty field stands for; nan: it is an error."""
+    numbers = np.fromiter(map(_number, texts), np.float64, len(texts))
+    if "" in texts:
+        numbers[[text == "" for text in texts]] = empty
+    if (wrong := np.isnan(numbers)).any():
+        k = wrong.argmax()
+        raise _wrong(path, lines[k], f"{texts[k]!r} where a number from 0 on belongs")
+    return numbers
+
+
+def _padded(texts, path, lines):
+    """A column of numbers as names of files have them, 000030."""
+    padded = [*map(_six_digits, texts)]
+    if None in padded:
+        _numbers(texts, path, lines)
+    return padded
+
+
+@functools.lru_cache(PIECE)
+def _number(text):
+    """The number from 0 on that a text is, nan if it is none."""
     if not re.fullmatch(r"[0-9]+\.?[0-9]*|\.[0-9]+", text) or math.isinf(float(text)):
-        raise _wrong(at, f"{text!r} where a number from 0 on belongs")
+        return math.nan
     return float(text)
+
+
+@functools.lru_cache(PIECE)
+def _six_digits(text):
+    number = _number(text)
+    return None if math.isnan(number) else f"{number:06.0f}"
 
 
 def _numbered(split, most):
@@ -452,8 +870,8 @@ def _numbered(split, most):
     return part, int(number), "all" if part == "all" else part + number
 
 
-def _wrong(at, cause):
+def _wrong(path, line, cause):
     cause = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in cause)
     return DataError(
-        f"{at[0]}, line {at[1]}: {cause if len(cause) < 400 else f'{cause[:200]} … {cause[-100:]}'}"
+        f"{path}, line {line}: {cause if len(cause) < 400 else f'{cause[:200]} … {cause[-100:]}'}"
     )

@@ -132,7 +132,8 @@ def tables(cfg):
     # all are read before the first is used
     pairs = [(datasets.load(source, train), datasets.load(source, test)) for train, test in pairs]
     for train, test in pairs:
-        yield hold_out(train, cfg.seed) if set(train.paths) & set(test.paths) else (train, test)
+        new = datasets.unseen(test, train)
+        yield (train, new) if len(new) else datasets.hold_out(train, cfg.seed)
 
 
 def modalities_of(cfg, asked=None):
@@ -164,24 +165,6 @@ def labels_of(table, several=False):
 def has_class(labels):
     """Which videos have a class: labels N (−1: none) or N×C of 0 and 1 → bool N."""
     return labels.any(1) if labels.ndim > 1 else labels >= 0
-
-
-def hold_out(table, seed):
-    """A table that has no parts of its own as (four fifths, a fifth) of each class."""
-    rng = np.random.default_rng(seed)
-    held = np.zeros(len(table), bool)
-    several = table.labels.ndim > 1  # classes a file: then a fifth of all files
-    labels = np.zeros(len(table)) if several else table.labels
-    for label in np.unique(labels):
-        alike = np.flatnonzero(labels == label)
-        held[rng.permutation(alike)[: max(len(alike) // 5, 1)]] = True
-    parts = datasets.take(table, ~held), datasets.take(table, held)
-    for part, name in zip(parts, ("train", "held out"), strict=True):
-        part.name = f"{table.name} ({name})"
-    return parts
-
-
-# --------------------------------------------------------------------------------------------------- features
 
 
 @dataclass

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import errno
 import functools
-import hashlib
 import json
 import math
 import os
@@ -24,7 +23,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import config, distributed, files, progress
+from . import config, datasets, distributed, files, progress
 from .files import ConfigError
 from .tools import figures
 
@@ -274,8 +273,7 @@ class Folder(Checkpoint):
         table: the training videos; state: {name: what has a state_dict}. ConfigError where the folder belongs
         to another program or process, to a run of other settings, or to one of other videos.
         """
-        videos = json.dumps([table.paths, table.start_s.tolist(), table.end_s.tolist()])
-        videos = {"count": len(table), "hash": hashlib.sha256(videos.encode()).hexdigest()[:12]}
+        videos = {"count": len(table), "hash": datasets.table_hash(table)}
 
         def same(saved):
             for text in config.same_run(saved["config"], self.cfg):
@@ -530,7 +528,7 @@ class Watch:
             if math.isfinite(values["loss"]) and bad and scale > 1:
                 continue  # an overflow of fp16, after which the scale was halved
             if bad:
-                names = sorted({self.bad_files.table.paths[i] for i in index.tolist()})
+                names = sorted({self.bad_files.table.name_of(i) for i in index.tolist()})
                 self.not_finite(done, ", ".join(bad), names)
                 continue
             self.bad_in_a_row = 0

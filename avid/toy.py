@@ -26,6 +26,7 @@ import av
 import numpy as np
 
 from .config import ConfigError
+from .datasets import MEDIA
 from .progress import bar as progress_bar
 
 WORLD = 5  # counts the changes of what this file draws: each makes a new folder
@@ -480,10 +481,25 @@ def write(root, toy, seed, workers, progress=True):
     name = f"toy-{toy.train}+{toy.test}-{toy.seconds:g}s-{toy.size}px-faulty{toy.faulty:g}-seed{seed}"
     folder = Path(root) / f"{name}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
     if not (folder / "manifest.csv").exists():
+        _refuse_a_collection(Path(root))
         _write_all(folder, toy, seed, workers, progress)
     for part in folder.rglob(f"*{PART}"):  # of writers that were killed: the world is complete without
         part.unlink(missing_ok=True)
     return folder
+
+
+def _refuse_a_collection(root):
+    """Raise ConfigError where `root`, or a folder in it, holds media that are not the toy's: data.name was forgotten."""
+    folders = [root, *(path for path in root.iterdir() if path.is_dir())] if root.is_dir() else []
+    for folder in folders:
+        if folder.name.startswith(("toy-", ".")):
+            continue
+        media = (path for path in folder.iterdir() if path.suffix.lower() in MEDIA and path.is_file())
+        if found := next(media, None):
+            raise ConfigError(
+                f"data.root={root} holds videos or sounds of yours, such as {found.relative_to(root)}, and the toy would be "
+                "written there; to train on them say data.name=folder, else choose another data.root"
+            )
 
 
 def _end_with_parent():

@@ -116,7 +116,7 @@ def test_a_check_reads_the_part_that_the_list_names(media_file, tmp_path):
     media_file("x.mp4", frame_s=FRAMES_S, wave=tone(440, 2, 24000), rate_hz=24000)
     (tmp_path / "manifest.csv").write_text("path,start,end\nx.mp4,0.5,1.25\n")
     assert run("check", "--data", "manifest", "--root", tmp_path, "--out", tmp_path / "out.csv") == 0
-    assert rows(tmp_path / "out.csv")["x.mp4"]["seconds"] == "0.750"
+    assert rows(tmp_path / "out.csv")["x.mp4 [0.5-1.25 s]"]["seconds"] == "0.750"
 
 
 def test_a_damaged_end_is_found(media_file, tmp_path):
@@ -402,3 +402,31 @@ def test_help_answers_without_the_heavy_imports():
     code = "import sys, avid.tools.prepare as p\ntry: p.main(['check', '--help'])\nfinally: assert not {'torch', 'decord', 'av'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "--modality" in done.stdout, done.stderr
+
+
+def test_two_clips_of_one_file_are_two_rows_and_go_on(media_file, tmp_path, capsys):
+    media_file("x.mp4", frame_s=FRAMES_S, wave=tone(440, 2, 24000), rate_hz=24000)
+    (tmp_path / "manifest.csv").write_text("path,start,end\nx.mp4,0,0.75\nx.mp4,1,1.5\n")
+    command = ("check", "--data", "manifest", "--root", tmp_path, "--out", tmp_path / "out.csv")
+    assert run(*command) == 0
+    found = rows(tmp_path / "out.csv")
+    assert {name: row["seconds"] for name, row in found.items()} == {
+        "x.mp4 [0.0-0.75 s]": "0.750",
+        "x.mp4 [1.0-1.5 s]": "0.500",
+    }
+    assert run(*command) == 0 and "2 of them were read before" in capsys.readouterr().out
+
+
+def test_another_folder_has_another_csv(media_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a/videos", "b/videos"):
+        media_file(f"{folder}/x.mp4", frame_s=FRAMES_S, wave=tone(440, 2, 24000), rate_hz=24000)
+        assert run("check", "--data", "folder", "--root", folder) == 0
+    assert len(list(tmp_path.glob("check-folder-videos-*-all-both.csv"))) == 2
+
+
+def test_a_file_whose_clips_take_too_long_is_not_usable(media_file, tmp_path, monkeypatch):
+    """As in training: data.timeout_s is for a clip."""
+    media_file("x.mp4", frame_s=FRAMES_S, wave=tone(440, 2, 24000), rate_hz=24000)
+    found = prepare.examine(str(tmp_path), "x.mp4", 0.0, np.inf, ("video", "audio"), timeout_s=1e-9)
+    assert found["usable"] == "no" and "takes longer than data.timeout_s" in found["reason"]

@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import closing, suppress
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
@@ -42,32 +43,37 @@ CHECK_LIMIT_S, PREPARE_LIMIT_S = 600.0, 6 * 3600.0  # a file that takes longer h
 # ----------------------------------------------------------------------------------------------------------------- check
 
 
-def check(table, modalities, out, workers):
+def check(table, modalities, out, workers, timeout_s=60.0):
     """Read every file of a datasets.Table once, append a row a file (COLUMNS) to the CSV `out`, print a summary.
 
-    modalities: what a file needs to be usable, of ("video", "audio"). Files with a row in `out` are not read again. Returns the
+    modalities: what a file needs to be usable, of ("video", "audio"); timeout_s: for a clip of it, as data.timeout_s. Files with a row in `out` are not read again. Returns the
     number of usable files. Raises DataError where `out` is something else.
     """
     needs = "+".join(modalities)
     rows = _earlier(out, needs, table)
-    todo = [i for i, path in enumerate(table.paths) if path not in rows]
+    names = [table.name_of(i) for i in range(len(table))]  # an instance is a file and its interval
+    todo = [i for i, name in enumerate(names) if name not in rows]
     check_folder(out.parent)
     out.parent.mkdir(parents=True, exist_ok=True)
     print(table.report())
     if rows:
         print(f"{len(rows):,} of them were read before, see {out}; delete it to read them again")
-    tasks = [(str(table.root), table.paths[i], table.start_s[i], table.end_s[i], modalities) for i in todo]
+    tasks = [
+        (str(table.root), table.paths[i], table.start_s[i], table.end_s[i], modalities, timeout_s)
+        for i in todo
+    ]
     bar = progress.bar(desc="reading", total=len(table), initial=len(rows), unit="file")
     with bar, open(out, "a", newline="", encoding="utf-8", errors="surrogateescape") as file:
         lines = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
         if not file.tell():
             lines.writeheader()
         with closing(processes.outcomes(examine, tasks, workers, CHECK_LIMIT_S)) as results:
-            for (_, path, *_), facts in results:
+            for (_, path, start_s, end_s, *_), facts in results:
                 if isinstance(facts, Crash):
                     facts = {"usable": "no", "reason": facts.reason}
-                rows[path] = {"path": path, "modality": needs, **facts}
-                lines.writerow(rows[path])
+                name = datasets.instance_name(path, start_s, end_s)
+                rows[name] = {"path": name, "modality": needs, **facts}
+                lines.writerow(rows[name])
                 file.flush()
                 bar.update()
     print(summary(rows.values()))
@@ -75,7 +81,7 @@ def check(table, modalities, out, workers):
     return sum(row["usable"] == "yes" for row in rows.values())
 
 
-def examine(root, path, start_s, end_s, modalities):
+def examine(root, path, start_s, end_s, modalities, timeout_s=60.0):
     """A file's values of COLUMNS: a frame at its beginning and one at its end are decoded, and all of its sound."""
     import decord  # here: a worker needs them, the command line and its help do not
 
@@ -89,7 +95,12 @@ def examine(root, path, start_s, end_s, modalities):
         media = Media(os.path.join(root, path), modalities, start_s, end_s)
         facts["seconds"] = f"{media.last_s - media.first_s:.3f}"
         if "video" in modalities:
+            before_s = time.monotonic()
             height, width = media.frames([media.first_s, media.last_s]).shape[1:3]
+            if (
+                time.monotonic() - before_s > 2 * timeout_s
+            ):  # training gives a clip, one of the two, no longer
+                raise MediaError(f"its decoder takes longer than data.timeout_s = {timeout_s:g} s a clip")
             facts |= {"fps": f"{media.reader.get_avg_fps():.3f}", "width": width, "height": height}
         if "audio" in modalities:
             rate_hz, loudest = media.stream.rate, 0.0
@@ -102,7 +113,7 @@ def examine(root, path, start_s, end_s, modalities):
     except MediaError as error:
         facts |= {"usable": "no", "reason": str(error)}
         if str(error) == "no sound" and "video" in modalities:  # is it of use for the picture at least?
-            picture = examine(root, path, start_s, end_s, ("video",))
+            picture = examine(root, path, start_s, end_s, ("video",), timeout_s)
             facts |= picture | {"usable": "no", "reason": picture["reason"] or "no sound"}
     finally:
         if media is not None:
@@ -121,7 +132,7 @@ def _earlier(out, needs, table):
         row["path"]: row
         for row in csv.DictReader(io.StringIO(whole.decode(errors="surrogateescape"), newline=""))
     }
-    listed = set(table.paths)
+    listed = {table.name_of(i) for i in range(len(table))}
     for path, row in rows.items():
         if path not in listed or row["modality"] != needs:
             raise DataError(
@@ -475,7 +486,7 @@ def _parser():
         "--out",
         type=Path,
         metavar="FILE.csv",
-        help="the CSV; it is continued (default: check-D-S-MODALITY.csv)",
+        help="the CSV; it is continued (default: check-D-<folder>-S-MODALITY.csv, another one a folder)",
     )
     add(
         "overrides",
