@@ -243,7 +243,7 @@ def two_networks(head_norm="none"):
 
 def losses_and_gradients(network, clips, forward=None):
     """A loss in which every clip counts with every other, its gradients, the running statistics."""
-    output = (forward or network)(*clips)
+    output = (network if forward is None else forward)(*clips)
     loss = (output[0] @ output[1].T).logsumexp(1).sum() + (output[2].square().sum() + output[3].sum()) / 100
     loss.backward()
     return loss.detach(), {n: p.grad for n, p in network.named_parameters()}, dict(network.named_buffers())
