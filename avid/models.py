@@ -283,15 +283,16 @@ def in_parts(network, parts):
         )
 
     def encode(modules, whole, clips):
-        if not modules[0].training:
+        if not network.training:
             return whole(clips)
-        module = nn.ModuleList(modules)  # whose buffers the second pass must leave alone
-        outputs = [recomputed(module, whole, part) for part in clips.chunk(parts)]
+        outputs = [recomputed(modules, whole, part) for part in clips.chunk(parts)]
         return tuple(map(torch.cat, zip(*outputs, strict=True)))
 
-    video, audio = (network.video_model, network.video_proj), (network.audio_model, network.audio_proj)
-    network.encode_video = functools.partial(encode, video, network.encode_video)
-    network.encode_audio = functools.partial(encode, audio, network.encode_audio)
+    for modality in NETWORKS:
+        # what has buffers, which the second pass must leave alone
+        modules = nn.ModuleList([getattr(network, f"{modality}_model"), getattr(network, f"{modality}_proj")])
+        whole = getattr(network, f"encode_{modality}")
+        setattr(network, f"encode_{modality}", functools.partial(encode, modules, whole))
 
 
 @contextlib.contextmanager

@@ -350,7 +350,8 @@ def test_evaluation_computes_in_the_precision_of_the_run(whole, monkeypatch):
     )
     subject = subject_of("optim.amp=fp16", "temporal={speeds: [1, 2]}", "weights.speed_video=1")
     _, table = tables_of(subject, whole[0])
-    evaluation.extract(subject.network, table, subject.cfg, subject.device, clips=1)
+    clips = data.Clips(table, subject.cfg, training=False, clips=1)
+    evaluation.extract(subject.network, clips, subject.device)
     assert set(asked) == {("fp16", subject.device)}
     asked.clear()
     evaluation.confusions(subject.network, table, subject.cfg, subject.device, draws=1)

@@ -77,7 +77,7 @@ def test_without_the_setting_nothing_is_written_for_tensorboard(tmp_path):
     folder = folder_of(tmp_path, "log.tensorboard=false")
     folder.resume(Table())
     folder.log(1, 0.5, loss=3.0)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "metrics.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "metrics.jsonl", ".last.pt.lock"}
 
 
 def test_without_the_package_one_line_says_so_before_anything_is_written(tmp_path, monkeypatch, capsys):

@@ -225,6 +225,12 @@ def test_two_processes_are_one(whole, more, tmp_path):
 # ------------------------------------------------------------------------------------------- a batch in parts
 
 
+@pytest.fixture
+def float64(monkeypatch):
+    """What the network makes float32 of is float64."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
 def two_networks(head_norm="none"):
     """The same small network twice, in float64, and a batch of eight clips of picture and sound."""
     torch.manual_seed(0)
@@ -237,7 +243,7 @@ def two_networks(head_norm="none"):
 
 def losses_and_gradients(network, clips, forward=None):
     """A loss in which every clip counts with every other, its gradients, the running statistics."""
-    output = (forward or network)(*clips)
+    output = (network if forward is None else forward)(*clips)
     loss = (output[0] @ output[1].T).logsumexp(1).sum() + (output[2].square().sum() + output[3].sum()) / 100
     loss.backward()
     return loss.detach(), {n: p.grad for n, p in network.named_parameters()}, dict(network.named_buffers())
@@ -247,7 +253,7 @@ def assert_close(a, b):
     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-def test_in_parts_the_loss_is_that_of_the_whole_batch():
+def test_in_parts_the_loss_is_that_of_the_whole_batch(float64):
     """… and its gradient, where batch norm takes no statistics: those are of a part."""
     network, same, clips = two_networks()
     for each in (network, same):
@@ -260,7 +266,9 @@ def test_in_parts_the_loss_is_that_of_the_whole_batch():
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("head_norm", ["none", "batch"])
-def test_in_parts_batch_norm_takes_the_statistics_of_each_part_and_counts_it_once(head_norm, checkpointed):
+def test_in_parts_batch_norm_takes_the_statistics_of_each_part_and_counts_it_once(
+    head_norm, checkpointed, float64
+):
     network, same, clips = two_networks(head_norm)
 
     def one_after_the_other(video, audio):
@@ -280,7 +288,7 @@ def test_in_parts_batch_norm_takes_the_statistics_of_each_part_and_counts_it_onc
     assert_close(network(*clips)[:4], same(*clips)[:4])
 
 
-def test_in_parts_only_one_of_them_is_kept_for_backward():
+def test_in_parts_only_one_of_them_is_kept_for_backward(float64):
     kept = {}
     for parts in (1, 4):
         network, _, clips = two_networks()
