@@ -10,10 +10,12 @@ import pytest
 import torch
 from conftest import numbers, write_media
 
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+import eval_retrieval
 from avid import config, data, datasets, evaluation, media, temporal_tasks
 from avid.tools import sync
 
-ROOT = Path(__file__).parents[1]
 RATE_HZ, SECONDS = 16000, 9
 SETTINGS = (
     "data.workers=0 video.size=64 video.frames=4 video.fps=8 audio.seconds=0.5 audio.rate_hz=16000 audio.mels=0 "
@@ -64,6 +66,14 @@ def test_a_step_is_half_of_the_shorter_clip(overrides, asked_s, expected):
 def test_a_step_that_makes_no_sense_is_an_error(asked_s):
     with pytest.raises(config.ConfigError, match=r"--step .* cannot be used; expected 0\.05 to 2 s"):
         sync.steps(config.load("toy"), asked_s)
+
+
+def test_the_step_of_sync_is_not_taken_by_other_tasks(capsys):
+    with pytest.raises(SystemExit) as ended:
+        eval_retrieval.command_line(["--ckpt", "random", "--step", "0.5"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: --step is of --task sync alone; leave it out\n"
+    assert eval_retrieval.command_line("--ckpt random --task sync --step 0.5".split()).step == 0.5
 
 
 # ------------------------------------------------------------------------------------------------------- real files
