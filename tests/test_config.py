@@ -30,7 +30,7 @@ def complaint(*overrides, name="toy", base=None):
     return text
 
 
-# ---------------------------------------------------------------------------------------------------------------- loading
+# ---------------------------------------------------------------------------------------------------- loading
 
 
 @pytest.mark.parametrize("name", PACKAGED)
@@ -122,7 +122,7 @@ def test_flat_names_every_setting():
     }
 
 
-# ----------------------------------------------------------------------------------------------------------------- faults
+# ----------------------------------------------------------------------------------------------------- faults
 
 
 @pytest.mark.parametrize(
@@ -178,13 +178,15 @@ def test_a_wrong_type(override, found, expected):
 @pytest.mark.parametrize(
     "override",
     """data.name=imagenet model.head_norm=layer loss.estimator=best optim.draws=some optim.schedule=linear
-    optim.amp=fp8 bank.num_negatives=0 bank.num_negatives=most bank.momentum=1.5 optim.lr=-1 optim.lr=nan optim.lr=.inf optim.epochs=0
-    optim.batch_size=0 optim.weight_decay=-1 optim.milestones=[2] optim.gamma=-1 seed=-1 seed=99999999999999999999 data.workers=-1
-    data.max_bad_share=2 video.flip=1.1 video.crop_area=[0.5] video.crop_area=[0.5,0.1] video.crop_area=[0.5,2] video.crop_ratio=[0,1]
-    video.jitter=[0.1,0.1,0.1] video.jitter=[0.1,0.1,0.1,0.6] video.jitter=[2,0,0,0] video.jitter=[.nan,0,0,0] video.fps=0 video.frames=0
-    audio.seconds=0.01 audio.frames_per_s=7 audio.volume=1 audio.mels=300 audio.mels=-1 eval.crop=0 eval.crop=1.5 eval.clips=0
-    eval.calibration_batches=-1 loss.temperature=0 loss.w_min=-0.1 loss.soft=1.1 loss.kappa=0 weights.xid=-1 toy.train=0 toy.faulty=1.1
-    log.every_steps=0 log.check_videos=0 log.checkpoint_minutes=-1""".split(),
+    optim.amp=fp8 bank.num_negatives=0 bank.num_negatives=most bank.momentum=1.5 optim.lr=-1 optim.lr=nan
+    optim.lr=.inf optim.epochs=0 optim.batch_size=0 optim.weight_decay=-1 optim.milestones=[2] optim.gamma=-1
+    seed=-1 seed=99999999999999999999 data.workers=-1 data.max_bad_share=2 video.flip=1.1
+    video.crop_area=[0.5] video.crop_area=[0.5,0.1] video.crop_area=[0.5,2] video.crop_ratio=[0,1]
+    video.jitter=[0.1,0.1,0.1] video.jitter=[0.1,0.1,0.1,0.6] video.jitter=[2,0,0,0] video.jitter=[.nan,0,0,0]
+    video.fps=0 video.frames=0 audio.seconds=0.01 audio.frames_per_s=7 audio.volume=1 audio.mels=300
+    audio.mels=-1 eval.crop=0 eval.crop=1.5 eval.clips=0 eval.calibration_batches=-1 loss.temperature=0
+    loss.w_min=-0.1 loss.soft=1.1 loss.kappa=0 weights.xid=-1 toy.train=0 toy.faulty=1.1 log.every_steps=0
+    log.check_videos=0 log.checkpoint_minutes=-1""".split(),
 )
 def test_a_wrong_value(override):
     key = override.partition("=")[0]
@@ -242,7 +244,7 @@ def test_a_missing_file_names_the_packaged_ones(name):
     assert complaint(name=name) == f"no configuration {name}: neither a file nor one of {', '.join(PACKAGED)}"
 
 
-# ------------------------------------------------------------------------------------------------------ help, command line
+# ----------------------------------------------------------------------------------------- help, command line
 
 
 def test_every_setting_says_what_it_is():

@@ -62,7 +62,7 @@ def names(axis):
     return [line.get_label() for line in axis.get_lines()]
 
 
-# --------------------------------------------------------------------------------------------------------------- curves
+# ----------------------------------------------------------------------------------------------------- curves
 
 
 @pytest.mark.parametrize("tasks", [(), TASKS])
@@ -134,7 +134,7 @@ def test_a_log_without_numbers_gives_an_empty_picture(content, tmp_path):
     figures.check_picture(tmp_path / "curves.png")
 
 
-# ---------------------------------------------------------------------------------------------------- confusion matrices
+# ----------------------------------------------------------------------------------------- confusion matrices
 
 
 def test_confusion_matrices_have_a_title_labels_and_chance(tmp_path, drawn):
@@ -161,7 +161,7 @@ def test_a_single_confusion_matrix_is_called_one(tmp_path, drawn):
     assert drawn[0][0].get_suptitle().startswith("confusion matrix")
 
 
-# -------------------------------------------------------------------------------------------------------- contact sheets
+# --------------------------------------------------------------------------------------------- contact sheets
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""Is it in sync: shifts are counted right, equally often each, and read from the right places of real files."""
+"""Is it in sync: shifts are counted right, equally often each, and read from the right places of real
+files."""
 
 import json
 import subprocess
@@ -18,8 +19,9 @@ from avid.tools import sync
 
 RATE_HZ, SECONDS = 16000, 9
 SETTINGS = (
-    "data.workers=0 video.size=64 video.frames=4 video.fps=8 audio.seconds=0.5 audio.rate_hz=16000 audio.mels=0 "
-    "model.width=4 model.depth=1 model.embedding=16 eval.clips=4 eval.crop=1 eval.calibration_batches=2 "
+    "data.workers=0 video.size=64 video.frames=4 video.fps=8 audio.seconds=0.5 audio.rate_hz=16000 "
+    "audio.mels=0 model.width=4 model.depth=1 model.embedding=16 eval.clips=4 eval.crop=1 "
+    "eval.calibration_batches=2 "
     "toy.train=8 toy.test=8 toy.seconds=5 toy.size=32 optim.batch_size=8"
 ).split()
 
@@ -76,7 +78,7 @@ def test_the_step_of_sync_is_not_taken_by_other_tasks(capsys):
     assert eval_retrieval.command_line("--ckpt random --task sync --step 0.5".split()).step == 0.5
 
 
-# ------------------------------------------------------------------------------------------------------- real files
+# ------------------------------------------------------------------------------------------------- real files
 
 
 def sweep(late_s):
