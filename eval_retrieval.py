@@ -98,7 +98,8 @@ def measure(subject, task, train_table, table, step_s, first):
         found = gallery = evaluation.in_common(parts)
         if not len(found.index):
             raise data.MediaError(f"no file of {table.name} has both a picture and a sound that can be used")
-        result = cross_modal(found, table.labels[found.index])
+        labels = table.labels[found.index]
+        result = evaluation.cross_modal(found, labels, RANKS) | evaluation.chance_among(labels, RANKS)
         query, key = (found.video_level("embeddings", modality) for modality in data.MODALITIES)
     else:
         found, gallery = (evaluation.features_of(subject, t, task) for t in (table, gallery_table))
@@ -112,21 +113,9 @@ def measure(subject, task, train_table, table, step_s, first):
 
 def by_class(query, key, query_y, key_y):
     """R@k by class, and chance."""
-    found = evaluation.recall(
-        evaluation.nearest(query, key, max(RANKS)), datasets.same_class(query_y, key_y), RANKS
-    )
+    found, match = evaluation.nearest(query, key, max(RANKS)), datasets.same_class(query_y, key_y)
     chance = evaluation.chance(evaluation.matching(query_y, key_y), len(key_y), RANKS)
-    return found | {f"chance {name}": value for name, value in chance.items()}
-
-
-def cross_modal(found, labels):
-    """R@k by instance and by class in both directions, and chance."""
-    result = evaluation.cross_modal(found, labels, RANKS)
-    matching = {"instance": np.ones(len(labels)), "class": evaluation.matching(labels, labels)}
-    for by in ("instance", "class") if evaluation.has_class(labels).all() else ("instance",):
-        chance = evaluation.chance(matching[by], len(labels), RANKS)
-        result |= {f"chance {by} {name}": value for name, value in chance.items()}
-    return result
+    return evaluation.recall(found, match, RANKS) | {f"chance {name}": x for name, x in chance.items()}
 
 
 def scores(result):

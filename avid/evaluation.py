@@ -54,7 +54,7 @@ class Subject:
         }
 
 
-USERS = (
+USER_ERRORS = (
     config.ConfigError,
     run.CheckpointError,
     models.ModelError,
@@ -73,7 +73,7 @@ def plain_errors():
     except KeyboardInterrupt:
         print("stopped by Ctrl-C; the same command goes on from what is kept", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
-    except USERS as error:
+    except USER_ERRORS as error:
         config.stop(message_of(error))
 
 
@@ -147,7 +147,8 @@ def modalities_of(cfg, asked=None):
 
 
 def labels_of(table, several=False):
-    """The classes of a table's videos: N, or N×C where a video may have `several`. DataError where one has none."""
+    """The classes of a table's videos: N, or N×C where a video may have `several`. DataError where one has
+    none."""
     if table.labels.ndim > 1 and not several:
         raise datasets.DataError(
             f"{table.name} has several classes a file; this evaluation needs one, use --mode linear or svm, "
@@ -319,7 +320,8 @@ def calibrate_batch_norm(subject, table, modalities=data.MODALITIES):
 
 @torch.no_grad()
 def confusions(network, table, cfg, device, draws=2):
-    """Confusion matrices of the temporal tasks on a table's videos: {task: C×C counts, row truth, column answer}.
+    """Confusion matrices of the temporal tasks on a table's videos: {task: C×C counts, row truth, column
+    answer}.
 
     The clips are drawn as for training, `draws` times a video by the seed. Files that cannot be used are
     replaced by others, as in training.
@@ -519,21 +521,37 @@ def matching(query, gallery):
     return np.where(query >= 0, counts[query], 0)
 
 
-def cross_modal(found, labels=None, ks=(1, 5)):
-    """Retrieval between picture and sound of the same videos, both directions: R@k by instance and, where all
-    have one, by class.
+def matches_among(labels):
+    """What a match is among the same n videos: {"instance": `matches` of `recall`} and, where all have one,
+    "class"."""
+    matches = {"instance": np.equal}
+    if has_class(labels).all():
+        matches["class"] = datasets.same_class(labels, labels)
+    return matches
+
+
+def chance_among(labels, ks=(1, 5, 10, 20)):
+    """`chance` among the same n videos: {"chance instance R@1": …} and, where all have one, by class."""
+    n = len(labels)
+    counts = {"instance": np.ones(n), "class": matching(labels, labels)}
+    return {
+        f"chance {by} {k}": value
+        for by in matches_among(labels)
+        for k, value in chance(counts[by], n, ks).items()
+    }
+
+
+def cross_modal(found, labels, ks=(1, 5)):
+    """Retrieval between picture and sound of the same videos, both directions: R@k by instance and by class.
 
     found: Features with embeddings of both modalities; labels: n (−1: none), or n×C, of which a match shares
-    one.
+    one; where a video has none, nothing is found by class.
     """
     video, audio = found.video_level("embeddings", "video"), found.video_level("embeddings", "audio")
-    matches = {"instance": np.equal}
-    if labels is not None and has_class(labels).all():
-        matches["class"] = datasets.same_class(labels, labels)
     results = {}
     for name, query, gallery in (("v→a", video, audio), ("a→v", audio, video)):
         ranked = nearest(query, gallery, max(ks))
-        for by, match in matches.items():
+        for by, match in matches_among(labels).items():
             results |= {f"{name} {by} {k}": value for k, value in recall(ranked, match, ks).items()}
     return results
 

@@ -1,7 +1,7 @@
-"""How far a long piece of work is: a bar on a terminal, elsewhere (a cluster's log, a file) a plain line now and then.
+"""How far a long piece of work is: a bar on a terminal, plain lines elsewhere (a cluster's log, a file).
 
-In: an iterable, or calls of `update`. Out: on stderr a bar that is redrawn, or lines that end with a line break.
-Lines of text go above either by tqdm.write.
+In: an iterable, or calls of `update`. Out: a bar on stderr that is redrawn, or a line now and then, without a
+carriage return. Other lines are written by tqdm.write, above the bar.
 """
 
 import sys
@@ -13,10 +13,10 @@ EVERY_S = 30.0  # between two lines
 
 
 def bar(iterable=None, desc="", total=None, initial=0, unit="step", leave=True, disable=False):
-    """tqdm's bar of the terminal's width where stderr is a terminal, else `Lines`; both may be iterated over, and both have
-    update, set_description, set_postfix_str and close.
+    """tqdm's bar, as wide as the terminal, where stderr is one, else `Lines`: both can be iterated over.
 
-    total: None, the iterable's length; initial: what was done before; leave: the bar stays when all is done; disable: show nothing.
+    total: None, the iterable's length; initial: how many were done before; leave: the bar stays when all is
+    done; disable: show nothing.
     """
     options = {"desc": desc, "total": total, "initial": initial, "unit": unit, "disable": disable}
     if sys.stderr.isatty():
@@ -25,7 +25,7 @@ def bar(iterable=None, desc="", total=None, initial=0, unit="step", leave=True, 
 
 
 class Lines:
-    """One line every EVERY_S seconds, and one at the end: "reading: 300 of 1,200 files, 25 %, 10.0 files/s, 01:30 left"."""
+    """A line every EVERY_S seconds, and one at the end; of tqdm's methods those that this project uses."""
 
     def __init__(self, iterable, desc, total, initial, unit, disable):
         self.iterable, self.desc, self.unit, self.disable = iterable, desc, unit, disable
@@ -44,9 +44,6 @@ class Lines:
         self.n += n
         if time.monotonic() - self.written_s >= EVERY_S:
             self.write()
-
-    def set_description(self, desc):
-        self.desc = desc
 
     def set_postfix_str(self, text):
         self.postfix = text

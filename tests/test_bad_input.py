@@ -1,4 +1,5 @@
-"""What cannot work ends with one line that says why and exit code 2, before anything is written or any worker is started."""
+"""What cannot work ends with one line that says why and exit code 2, before anything is written or any worker
+is started."""
 
 import ast
 import dataclasses
@@ -112,7 +113,8 @@ SCRIPTS = {
 
 
 def refused(script, argv, place, capsys, monkeypatch):
-    """What the script says. It says it in one line, or with the layout that it expects, and leaves everything as it was."""
+    """What the script says. It says it in one line, or with the layout that it expects, and leaves everything
+    as it was."""
 
     def started(*_, **__):
         raise AssertionError("a worker was started")
@@ -149,22 +151,28 @@ CASES = [  # script, command line, what it says
     ("train", "--cfg binary.yaml", "cannot read binary.yaml"),
     ("train", "--cfg list.yaml", "cannot read list.yaml: expected lines of the form key: value"),
     ("train", "--cfg twice.yaml", "cannot read twice.yaml: line 2, found duplicate key"),
-    ("train", "--cfg evil.yaml", "cannot read evil.yaml: line 1, could not determine a constructor for the tag"),
+    ("train", "--cfg evil.yaml",
+     "cannot read evil.yaml: line 1, could not determine a constructor for the tag"),
     # settings that contradict each other
     ("train", "model.video=resnet", "wrong value for model.video: resnet; expected one of avid, r2plus1d_18"),
     ("train", "audio.mels=300", "wrong value for audio.mels: 300; expected at most 257, the linear bins"),
     ("train", "audio.frames_per_s=7", "expected a divisor of audio.rate_hz"),
-    ("train", "contrast.n_pos=9 contrast.k_pos=8", "wrong value for contrast.n_pos: 9; expected at most contrast.k_pos = 8"),
-    ("train", "weights.contrast_va=1 contrast.k_pos=23", "contrast.k_pos=23 leaves no negatives among 24 videos"),
+    ("train", "contrast.n_pos=9 contrast.k_pos=8",
+     "wrong value for contrast.n_pos: 9; expected at most contrast.k_pos = 8"),
+    ("train", "weights.contrast_va=1 contrast.k_pos=23",
+     "contrast.k_pos=23 leaves no negatives among 24 videos"),
     ("train", "optim.batch_size=25", "optim.batch_size=25 is larger than the data set of 24 videos"),
     ("train", "weights.xid=0", "all weights.* are 0"),
     ("train", "weights.order_video=1", "weights.order_video=1.0 needs temporal.moments=2"),
     ("train", "weights.speed_video=1", "weights.speed_video=1.0 needs temporal.speeds"),
     ("train", "weights.direction_audio=1", "weights.direction_audio=1.0 needs temporal.reverse=true"),
-    ("train", "weights.order_audio=1 temporal.moments=2 audio.seconds=1", "needs 2 s of every video, and 1.9"),
+    ("train", "weights.order_audio=1 temporal.moments=2 audio.seconds=1",
+     "needs 2 s of every video, and 1.9"),
     ("train", "weights.speed_audio=1 temporal.speeds=[1,8]", "needs 4 s of every video"),
-    ("train", "weights.direction_video=1 temporal.reverse=true video.frames=40", "needs 2.5 s of every video"),
-    ("train", "data.split=nowhere", "wrong value for data.split: nowhere; expected one of nothing, train, test, all"),
+    ("train", "weights.direction_video=1 temporal.reverse=true video.frames=40",
+     "needs 2.5 s of every video"),
+    ("train", "data.split=nowhere",
+     "wrong value for data.split: nowhere; expected one of nothing, train, test, all"),
     ("train", "data.label=colour", "wrong value for data.label: colour; expected one of label, motion"),
     ("train", "data.subset=esc10", "wrong value for data.subset: esc10"),
     ("train", "toy.size=33", "toy.size is 33, but H.264 needs an even number: use 34"),
@@ -175,7 +183,8 @@ CASES = [  # script, command line, what it says
     ("train", "--out 'a file'", "cannot write into a file: a file is a file; choose another folder"),
     ("train", "--out 'a file/run'", "cannot write into a file/run: "),
     ("train", f"--out {'x' * 300}", "File name too long"),
-    ("train", "--out 'foreign metrics.jsonl'", "holds metrics.jsonl, which train.py did not write there; choose another --out"),
+    ("train", "--out 'foreign metrics.jsonl'",
+     "holds metrics.jsonl, which train.py did not write there; choose another --out"),
     ("train", "--out 'foreign config.yaml'", "holds config.yaml, which train.py did not write there"),
     ("train", "--out 'foreign curves.png'", "holds curves.png, which train.py did not write there"),
     # data sets
@@ -184,11 +193,14 @@ CASES = [  # script, command line, what it says
     ("train", "data.name=folder 'data.root=a file'", "no list or file in a file"),
     ("train", "data.name=manifest data.root=classes", "cannot read classes/manifest.csv: No such file"),
     ("train", "data.name=manifest data.root=list data.split=val", "no such split in list, only test, train"),
-    ("train", "data.name=manifest data.root=list data.label=colour", "manifest.csv, line 1: no column colour; there are path, label, split"),
-    ("train", "data.name=manifest data.root=list", "optim.batch_size=8 is larger than the data set of 2 videos"),
+    ("train", "data.name=manifest data.root=list data.label=colour",
+     "manifest.csv, line 1: no column colour; there are path, label, split"),
+    ("train", "data.name=manifest data.root=list",
+     "optim.batch_size=8 is larger than the data set of 2 videos"),
     ("train", f"{TRAIN_LIST} data.subset=esc10", "data.subset=esc10: manifest has none of that name"),
     ("train", f"{TRAIN_LIST} weights.contrast_va=1", "contrast.k_pos=32 leaves no negatives among 2 videos"),
-    ("train", "data.name=ucf101 data.root=list data.split=train4", "no split train4; there are train1, test1"),
+    ("train", "data.name=ucf101 data.root=list data.split=train4",
+     "no split train4; there are train1, test1"),
     # checkpoints
     ("linear", "--ckpt nowhere.pt", "no checkpoint nowhere.pt"),
     ("linear", "--ckpt list", "cannot read the checkpoint list: Is a directory"),
@@ -197,38 +209,52 @@ CASES = [  # script, command line, what it says
     ("linear", "--ckpt ckpt/list.pt", "it holds a list, not a dict"),
     ("linear", "--ckpt ckpt/malicious.pt", "and no code is run from a file"),
     ("linear", "--ckpt ckpt/plain.pkl", "cannot read the checkpoint ckpt/plain.pkl"),
-    ("linear", "--ckpt ckpt/later.pt", "ckpt/later.pt holds settings that this version does not take: unknown setting model.wings"),
-    ("linear", "--ckpt ckpt/odd.pt", "ckpt/odd.pt holds settings that this version does not take: the settings hold what is none"),
+    ("linear", "--ckpt ckpt/later.pt",
+     "ckpt/later.pt holds settings that this version does not take: unknown setting model.wings"),
+    ("linear", "--ckpt ckpt/odd.pt",
+     "ckpt/odd.pt holds settings that this version does not take: the settings hold what is none"),
     ("linear", "--ckpt ckpt/wide.pt", "wide.pt"),
     # evaluations
     ("linear", "--ckpt ckpt/run/last.pt --out 'a file'", "cannot write into a file"),
-    ("linear", "--ckpt ckpt/run/last.pt --out e --data esc50 --root esc --modality video", "esc50 has no pictures; use --modality audio"),
+    ("linear", "--ckpt ckpt/run/last.pt --out e --data esc50 --root esc --modality video",
+     "esc50 has no pictures; use --modality audio"),
     ("linear", "--ckpt ckpt/run/last.pt --out e --data esc50 --root esc --split 9", "no split train9"),
-    ("linear", "--ckpt ckpt/run/last.pt --out e --data esc50 --root esc --split all --save f.npz", "name it, such as --split 1"),
-    ("linear", "--ckpt ckpt/run/last.pt --out e --data manifest --root list --save mine.npz", "mine.npz exists, and is not overwritten"),
-    ("linear", "--ckpt ckpt/run/last.pt --out e --data manifest --root list --save 'a file/f'", "cannot write into a file"),
-    ("linear", "--ckpt ckpt/run/last.pt --out e --data manifest --root list --mode finetune --save f.npz", "no frozen features"),
-    ("linear", "--ckpt ckpt/run/last.pt --out e --data manifest --root list --mode finetune", "finetune.batch_size: 64; expected at most 2"),
-    ("linear", "--ckpt ckpt/run/last.pt --out e --data manifest --root list --split a/b", "wrong value for data.split: a/b"),
-    ("linear", "--ckpt ckpt/run/last.pt --out 'foreign eval'", "linear-video-toy-test.json is no result of an evaluation"),
+    ("linear", "--ckpt ckpt/run/last.pt --out e --data esc50 --root esc --split all --save f.npz",
+     "name it, such as --split 1"),
+    ("linear", "--ckpt ckpt/run/last.pt --out e --data manifest --root list --save mine.npz",
+     "mine.npz exists, and is not overwritten"),
+    ("linear", "--ckpt ckpt/run/last.pt --out e --data manifest --root list --save 'a file/f'",
+     "cannot write into a file"),
+    ("linear", "--ckpt ckpt/run/last.pt --out e --data manifest --root list --mode finetune --save f.npz",
+     "no frozen features"),
+    ("linear", "--ckpt ckpt/run/last.pt --out e --data manifest --root list --mode finetune",
+     "finetune.batch_size: 64; expected at most 2"),
+    ("linear", "--ckpt ckpt/run/last.pt --out e --data manifest --root list --split a/b",
+     "wrong value for data.split: a/b"),
+    ("linear", "--ckpt ckpt/run/last.pt --out 'foreign eval'",
+     "linear-video-toy-test.json is no result of an evaluation"),
     ("linear", "--ckpt random --out e --data folder --root nothing", "no list or file in nothing"),
     ("linear", "--ckpt random --out e data.label=colour", "wrong value for data.label: colour"),
     ("retrieval", "--ckpt nowhere.pt", "no checkpoint nowhere.pt"),
     ("retrieval", "--ckpt random --out 'a file'", "cannot write into a file"),
     ("retrieval", "--ckpt random --out 'foreign eval'", "retrieval-audio-toy.png is no picture of avid's"),
-    ("retrieval", "--ckpt ckpt/run/last.pt --out e --data esc50 --root esc --task cross", "--task cross needs pictures, and esc50 has none"),
-    ("retrieval", "--ckpt ckpt/run/last.pt --out e --data manifest --root nowhere", "cannot read nowhere/manifest.csv"),
+    ("retrieval", "--ckpt ckpt/run/last.pt --out e --data esc50 --root esc --task cross",
+     "--task cross needs pictures, and esc50 has none"),
+    ("retrieval", "--ckpt ckpt/run/last.pt --out e --data manifest --root nowhere",
+     "cannot read nowhere/manifest.csv"),
     # whole folders
     ("data", "check --data folder --root nowhere", "no list or file in nowhere, which does not exist"),
     ("data", "check --data manifest --root list --split val", "no such split in list, only test, train"),
-    ("data", "check --data manifest --root list --out mine.csv", "mine.csv is not the CSV of a check; name another one with --out"),
+    ("data", "check --data manifest --root list --out mine.csv",
+     "mine.csv is not the CSV of a check; name another one with --out"),
     ("data", "check --data manifest --root list --out 'a file/c.csv'", "cannot write into a file"),
     ("data", "check --data manifest --root list --out list", "list"),
     ("data", "check --data manifest --root list optim.lrr=1", "unknown setting optim.lrr"),
     ("data", "prepare nowhere new", "nowhere"),
     ("data", "prepare nothing new", "no media files below"),
     ("data", "prepare list list/small", "lie within each other"),
-    ("data", "prepare list classes", "holds files that were not prepared, e.g. x/a.mp4; name an empty folder"),
+    ("data", "prepare list classes",
+     "holds files that were not prepared, e.g. x/a.mp4; name an empty folder"),
     ("data", "prepare list 'a file'", "is a file; choose another folder"),
     ("show", "weights nowhere", "no checkpoint nowhere/last.pt"),
     ("show", "weights ckpt/run", "is a run without known faulty pairs"),
@@ -331,7 +357,7 @@ def test_files_without_a_class_are_counted_before_any_is_read(script, command, p
     )
 
 
-# ------------------------------------------------------------------------------------------------------------ output
+# ----------------------------------------------------------------------------------------------------- output
 
 
 def test_a_run_folder_is_known_by_its_settings(tmp_path):
@@ -365,7 +391,7 @@ def test_pictures_are_known_by_what_is_written_in_them(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["curves.png"]
 
 
-# ------------------------------------------------------------------------------------------------------------ safety
+# ----------------------------------------------------------------------------------------------------- safety
 
 
 def subject(out):
@@ -488,15 +514,22 @@ def test_a_folder_that_links_back_to_itself_is_prepared_once(tmp_path):
     assert prepare._files(tmp_path) == ["a/b.mp4"]
 
 
-# ------------------------------------------------------------------------------------------------------- as processes
+# ----------------------------------------------------------------------------------------------- as processes
 
 
-@pytest.mark.parametrize(
-    "script",
-    ["train.py", "eval_linear.py", "eval_retrieval.py", "-m avid.data", "-m avid.data check", "-m avid.data prepare", "-m avid.figures"]
-    + ["-m avid", "-m avid check", "-m avid prepare", "-m avid weights", "-m avid tasks"]
-    + ["-m avid.figures tasks", *(f"benchmarks/{path.name}" for path in sorted((ROOT / "benchmarks").glob("*.py")) if "__main__" in path.read_text())],
-)  # fmt: skip
+PROGRAMS = ["train.py", "eval_linear.py", "eval_retrieval.py"]
+PROGRAMS += [
+    "-m avid.data",
+    "-m avid.data check",
+    "-m avid.data prepare",
+    "-m avid.figures",
+    "-m avid.figures tasks",
+]
+PROGRAMS += ["-m avid", "-m avid check", "-m avid prepare", "-m avid weights", "-m avid tasks"]
+BENCHMARKS = [path for path in sorted((ROOT / "benchmarks").glob("*.py")) if "__main__" in path.read_text()]
+
+
+@pytest.mark.parametrize("script", [*PROGRAMS, *(f"benchmarks/{path.name}" for path in BENCHMARKS)])
 def test_help_answers_without_torch(script):
     command = [sys.executable, "-X", "importtime", *script.split(), "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)

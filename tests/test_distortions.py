@@ -1,4 +1,5 @@
-"""Distorted copies keep shape, type and times, follow the generator alone, and get worse with the strength."""
+"""Distorted copies keep shape, type and times, follow the generator alone, and get worse with the
+strength."""
 
 import numpy as np
 import pytest
@@ -23,7 +24,8 @@ def distort(name, clip, strength, seed=0, rate_hz=RATE_HZ):
 
 @pytest.fixture
 def video():
-    """uint8 3×8×S×S: a soft pattern that is another one in each frame, like no other part of itself; S is odd."""
+    """uint8 3×8×S×S: a soft pattern that is another one in each frame, like no other part of itself; S is
+    odd."""
     noise = torch.rand(8, 3, 9, 9, generator=torch.Generator().manual_seed(0))
     return (TF.resize(noise, [57, 57]) * 255).byte().transpose(0, 1).contiguous()
 

@@ -1,4 +1,5 @@
-"""Ranking and linear classifiers against references made another way; what is held out; what is kept; who is judged."""
+"""Ranking and linear classifiers against references made another way; what is held out; what is kept; who is
+judged."""
 
 import itertools
 import json
@@ -200,11 +201,12 @@ def test_unit_length_at_video_level():
     np.testing.assert_allclose(np.linalg.norm(found.video_level("embeddings", "audio"), axis=1), 1, rtol=1e-6)
 
 
-# --------------------------------------------------------------------------------------------------------------- chance
+# ----------------------------------------------------------------------------------------------------- chance
 
 
 def test_chance_is_that_of_all_orders():
-    """Of a gallery of six: the share of its orders with a match among the first k, for 0, 1, 2 and 6 matches."""
+    """Of a gallery of six: the share of its orders with a match among the first k, for 0, 1, 2 and 6
+    matches."""
     matching, ks = [0, 1, 2, 6], (1, 2, 5, 6)
     result = evaluation.chance(matching, 6, (*ks, 7))
     assert list(result) == [f"R@{k}" for k in ks]
@@ -240,11 +242,12 @@ def test_matching_counts_videos_that_share_a_class():
         assert evaluation.matching(q, g).tolist() == counts
 
 
-# ---------------------------------------------------------------------------------------------- several classes a video
+# ------------------------------------------------------------------------------------ several classes a video
 
 
 def average_precision(truth, score):
-    """The mean, over the videos of the class, of the share of the class among those ranked as high or higher."""
+    """The mean, over the videos of the class, of the share of the class among those ranked as high or
+    higher."""
     ranked = sorted(range(len(score)), key=lambda i: -score[i])
     places = [place for place, i in enumerate(ranked, 1) if truth[i]]
     return np.mean([n / place for n, place in enumerate(places, 1)])
@@ -279,7 +282,8 @@ def test_precisions_are_those_of_the_definition():
 
 @pytest.mark.parametrize("classifier", ["linear", "svm"])
 def test_a_linear_classifier_learns_several_classes_a_video(classifier):
-    """Two of four directions are switched on in each video; one class is in no training video, another in all."""
+    """Two of four directions are switched on in each video; one class is in no training video, another in
+    all."""
 
     def videos(n, seed):
         rng = np.random.default_rng(seed)
@@ -299,11 +303,12 @@ def test_a_linear_classifier_learns_several_classes_a_video(classifier):
     assert 30 < evaluation.linear_probe(train_x, train_y, noise, test_y, 0, classifier)["AUC"] < 70
 
 
-# ------------------------------------------------------------------------------------- who is judged, of all that there are
+# ----------------------------------------------------------------------- who is judged, of all that there are
 
 TINY = (
-    "video.size=32 video.frames=2 audio.seconds=0.5 audio.rate_hz=16000 audio.mels=16 model.width=4 model.depth=1 "
-    "model.embedding=8 eval.clips=1 eval.calibration_batches=1 optim.batch_size=4 data.workers=0"
+    "video.size=32 video.frames=2 audio.seconds=0.5 audio.rate_hz=16000 audio.mels=16 model.width=4 "
+    "model.depth=1 model.embedding=8 eval.clips=1 eval.calibration_batches=1 optim.batch_size=4 "
+    "data.workers=0"
 ).split()
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 from avid import config, datasets
 from avid.tools import figures
 
+TEMPORAL = config.Temporal(speeds=[1, 4])
 TASKS = ("speed_video", "speed_audio", "direction_video", "order_video", "order_cross")
 
 
@@ -61,7 +62,7 @@ def names(axis):
     return [line.get_label() for line in axis.get_lines()]
 
 
-# --------------------------------------------------------------------------------------------------------------- curves
+# ----------------------------------------------------------------------------------------------------- curves
 
 
 @pytest.mark.parametrize("tasks", [(), TASKS])
@@ -133,7 +134,7 @@ def test_a_log_without_numbers_gives_an_empty_picture(content, tmp_path):
     figures.check_picture(tmp_path / "curves.png")
 
 
-# ---------------------------------------------------------------------------------------------------- confusion matrices
+# ----------------------------------------------------------------------------------------- confusion matrices
 
 
 def test_confusion_matrices_have_a_title_labels_and_chance(tmp_path, drawn):
@@ -142,7 +143,7 @@ def test_confusion_matrices_have_a_title_labels_and_chance(tmp_path, drawn):
         "order_cross": np.ones((3, 3), int),
         "direction_audio": np.eye(2, dtype=int),
     }
-    figures.confusions(counts, [1, 4], tmp_path / "temporal.png")
+    figures.confusions(counts, TEMPORAL, tmp_path / "temporal.png")
     ((figure, _),) = drawn
     assert figure.get_suptitle().startswith("confusion matrices")
     shown = panels(figure)
@@ -156,11 +157,11 @@ def test_confusion_matrices_have_a_title_labels_and_chance(tmp_path, drawn):
 
 
 def test_a_single_confusion_matrix_is_called_one(tmp_path, drawn):
-    figures.confusions({"speed_video": np.eye(2, dtype=int)}, [1, 4], tmp_path / "temporal.png")
+    figures.confusions({"speed_video": np.eye(2, dtype=int)}, TEMPORAL, tmp_path / "temporal.png")
     assert drawn[0][0].get_suptitle().startswith("confusion matrix")
 
 
-# -------------------------------------------------------------------------------------------------------- contact sheets
+# --------------------------------------------------------------------------------------------- contact sheets
 
 
 @pytest.mark.parametrize(

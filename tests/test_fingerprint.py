@@ -1,4 +1,5 @@
-"""Fingerprinting: copies that are no copies are found, others differ, and only what is distorted is looked at again."""
+"""Fingerprinting: copies that are no copies are found, others differ, and only what is distorted is looked at
+again."""
 
 import json
 import subprocess
@@ -17,8 +18,9 @@ from avid.tools.fingerprint import PROTOCOL, Copies
 
 ROOT = Path(__file__).parents[1]
 TINY = (
-    "toy.train=16 toy.test=8 toy.seconds=2 toy.size=32 data.workers=0 video.size=32 video.frames=4 audio.seconds=0.5 audio.mels=32 "
-    "audio.rate_hz=16000 model.width=4 model.depth=1 model.embedding=16 eval.clips=2 eval.calibration_batches=2 optim.batch_size=8"
+    "toy.train=16 toy.test=8 toy.seconds=2 toy.size=32 data.workers=0 video.size=32 video.frames=4 "
+    "audio.seconds=0.5 audio.mels=32 audio.rate_hz=16000 model.width=4 model.depth=1 model.embedding=16 "
+    "eval.clips=2 eval.calibration_batches=2 optim.batch_size=8"
 ).split()
 EACH = [(name, strength) for name, kind in PROTOCOL.items() for strength in kind.strengths]
 IDENTITIES = {"crop": 1.0, "blur": 1e-6, "rotation": 0, "gain": 0, "clipping": 0, "noise": 300, "speed": 1.0}
@@ -148,7 +150,8 @@ def test_a_copy_is_distorted_alike_in_all_its_clips_and_by_the_seed(world, monke
 
 
 def test_a_faster_copy_runs_through_the_whole_original(tmp_path):
-    """Frames twice as far apart, sounds as much closer together; its first clip begins and its last ends with the original's."""
+    """Frames twice as far apart, sounds as much closer together; its first clip begins and its last ends with
+    the original's."""
     wave = chirps([0.75], 4, 16000)
     write_media(tmp_path / "a.mp4", np.arange(100) / 25, wave, 16000)
     table = datasets.load(config.Data(name="folder", root=str(tmp_path)), "all")

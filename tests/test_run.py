@@ -12,7 +12,7 @@ from avid.run import Folder
 CPU = distributed.World(0, 1, torch.device("cpu"))
 
 
-# ------------------------------------------------------------------------------------------------------ the first line
+# --------------------------------------------------------------------------------------------- the first line
 
 
 def test_the_first_line_says_device_processes_and_precision(monkeypatch):
@@ -27,7 +27,7 @@ def test_the_first_line_says_device_processes_and_precision(monkeypatch):
         assert run.describe(cfg, gpu) == f"Big GPU 1, 2 processes, {precision}"
 
 
-# --------------------------------------------------------------------------------------------------------- TensorBoard
+# ------------------------------------------------------------------------------------------------ TensorBoard
 
 
 class Table:

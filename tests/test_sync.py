@@ -1,4 +1,5 @@
-"""Is it in sync: shifts are counted right, equally often each, and read from the right places of real files."""
+"""Is it in sync: shifts are counted right, equally often each, and read from the right places of real
+files."""
 
 import json
 import subprocess
@@ -10,14 +11,17 @@ import pytest
 import torch
 from conftest import numbers, write_media
 
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+import eval_retrieval
 from avid import config, data, datasets, evaluation, media, temporal_tasks
 from avid.tools import sync
 
-ROOT = Path(__file__).parents[1]
 RATE_HZ, SECONDS = 16000, 9
 SETTINGS = (
-    "data.workers=0 video.size=64 video.frames=4 video.fps=8 audio.seconds=0.5 audio.rate_hz=16000 audio.mels=0 "
-    "model.width=4 model.depth=1 model.embedding=16 eval.clips=4 eval.crop=1 eval.calibration_batches=2 "
+    "data.workers=0 video.size=64 video.frames=4 video.fps=8 audio.seconds=0.5 audio.rate_hz=16000 "
+    "audio.mels=0 model.width=4 model.depth=1 model.embedding=16 eval.clips=4 eval.crop=1 "
+    "eval.calibration_batches=2 "
     "toy.train=8 toy.test=8 toy.seconds=5 toy.size=32 optim.batch_size=8"
 ).split()
 
@@ -66,7 +70,15 @@ def test_a_step_that_makes_no_sense_is_an_error(asked_s):
         sync.steps(config.load("toy"), asked_s)
 
 
-# ------------------------------------------------------------------------------------------------------- real files
+def test_the_step_of_sync_is_not_taken_by_other_tasks(capsys):
+    with pytest.raises(SystemExit) as ended:
+        eval_retrieval.command_line(["--ckpt", "random", "--step", "0.5"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: --step is of --task sync alone; leave it out\n"
+    assert eval_retrieval.command_line("--ckpt random --task sync --step 0.5".split()).step == 0.5
+
+
+# ------------------------------------------------------------------------------------------------- real files
 
 
 def sweep(late_s):

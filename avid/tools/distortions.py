@@ -3,7 +3,8 @@
 In: a clip's picture, uint8 3×T×S×S, or its sound, float32 N in −1 … 1, and a strength.
 Out: the same shape, type and times, distorted. Every random choice comes from the numpy Generator.
 
-Speed is not here: it decides which frames and samples are taken, so it belongs to where clips are taken (temporal_tasks.Clip.speed).
+Speed is not here: it decides which frames and samples are taken, so it belongs to where clips are taken
+(temporal_tasks.Clip.speed).
 """
 
 import io
@@ -20,7 +21,7 @@ import torchvision.transforms.v2.functional as TF
 MP3_RATES_HZ = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 
 
-# --------------------------------------------------------------------------------------------------------------- picture
+# ---------------------------------------------------------------------------------------------------- picture
 # video: uint8 3×T×S×S; the same distortion for all frames
 
 
@@ -40,35 +41,26 @@ def blur(video, sigma, rng):
 
 def h264(video, crf, rng):
     """Encoded by H.264 at the constant rate factor `crf` (0 to 51, larger is worse), decoded again."""
-    frames = np.pad(
-        video.permute(1, 2, 3, 0).numpy(),
-        ((0, 0), (0, video.shape[2] % 2), (0, video.shape[3] % 2), (0, 0)),
-        "edge",
-    )
+    odd = [(0, 0), (0, video.shape[2] % 2), (0, video.shape[3] % 2), (0, 0)]  # colour has half the resolution
+    frames = np.pad(video.permute(1, 2, 3, 0).numpy(), odd, "edge")  # T×H×W×3
     encoder, decoder = av.CodecContext.create("libx264", "w"), av.CodecContext.create("h264", "r")
-    encoder.height, encoder.width = frames.shape[1:3]  # even: colour has half the resolution
-    encoder.pix_fmt, encoder.time_base, encoder.options = (
-        "yuv420p",
-        Fraction(1, 16),
-        {"crf": str(crf), "mbtree": "0"},
-    )
+    encoder.height, encoder.width = frames.shape[1:3]
+    encoder.pix_fmt, encoder.time_base = "yuv420p", Fraction(1, 16)
+    encoder.options = {"crf": str(crf), "mbtree": "0"}
     encoder.thread_count = decoder.thread_count = 1
     packets = []
     for k, image in enumerate(frames):
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
         frame.pts = k
         packets += encoder.encode(frame)
-    decoded = [
-        frame for packet in (*packets, *encoder.encode(None), None) for frame in decoder.decode(packet)
-    ]
-    frames = np.stack(
-        [frame.to_ndarray(format="rgb24") for frame in decoded]
-    )  # T×S×S×3, in the order of showing
+    packets += [*encoder.encode(None), None]
+    decoded = [frame for packet in packets for frame in decoder.decode(packet)]
+    frames = np.stack([frame.to_ndarray(format="rgb24") for frame in decoded])  # T×S×S×3, as they are shown
     return torch.from_numpy(frames).permute(3, 0, 1, 2)[..., : video.shape[2], : video.shape[3]].contiguous()
 
 
 def overlay(video, area, rng):
-    """A box with letter-like marks, three times as wide as high, that covers `area` of the picture (0 to 1/3), anywhere."""
+    """A box with letter-like marks, 3 times as wide as high, over `area` of the picture (0 to 1/3)."""
     size = video.shape[-1]
     height, width = round(size * (area / 3) ** 0.5), round(size * (area * 3) ** 0.5)
     marks = torch.from_numpy(rng.random((1, 5, 15)) < 0.5).float()
@@ -91,43 +83,41 @@ def rotation(video, degrees, rng):
 
 
 def _per_frame(function, video, *arguments, **options):
-    return (
-        function(video.transpose(0, 1), *arguments, **options).transpose(0, 1).contiguous()
-    )  # the functions take T×3×S×S
+    """The function of T×3×S×S on a video 3×T×S×S."""
+    return function(video.transpose(0, 1), *arguments, **options).transpose(0, 1).contiguous()
 
 
-# ----------------------------------------------------------------------------------------------------------------- sound
+# ------------------------------------------------------------------------------------------------------ sound
 # wave: float32 N at rate_hz, −1 … 1
 
 
 def noise(wave, rate_hz, snr_db, rng):
     """White noise, `snr_db` dB below the sound's power; none where the sound is silent."""
-    return AF.add_noise(
-        wave, torch.from_numpy(rng.standard_normal(len(wave), np.float32)), torch.tensor(float(snr_db))
-    )
+    white = torch.from_numpy(rng.standard_normal(len(wave), np.float32))
+    return AF.add_noise(wave, white, torch.tensor(float(snr_db)))
 
 
 def low_pass(wave, rate_hz, cutoff_hz, rng):
-    """What is above `cutoff_hz` is taken away, 24 dB an octave."""
+    """Frequencies above `cutoff_hz` are taken away, 24 dB an octave."""
     return _both_ways(AF.lowpass_biquad, wave, rate_hz, cutoff_hz)
 
 
 def high_pass(wave, rate_hz, cutoff_hz, rng):
-    """What is below `cutoff_hz` is taken away, 24 dB an octave."""
+    """Frequencies below `cutoff_hz` are taken away, 24 dB an octave."""
     return _both_ways(AF.highpass_biquad, wave, rate_hz, cutoff_hz)
 
 
 def _both_ways(biquad, wave, rate_hz, cutoff_hz):
-    """Forwards and backwards, so that nothing is delayed. Raises ValueError for a cutoff that rate_hz cannot hold."""
+    """Filtered forwards and backwards: nothing is delayed. ValueError where rate_hz is too low for it."""
     if cutoff_hz >= rate_hz / 2:
         raise ValueError(
-            f"a cutoff of {cutoff_hz} Hz needs a sample rate above {2 * cutoff_hz} Hz; this one is {rate_hz} Hz"
+            f"a cutoff of {cutoff_hz} Hz needs a sample rate above {2 * cutoff_hz} Hz, not {rate_hz} Hz"
         )
     return biquad(biquad(wave, rate_hz, cutoff_hz).flip(0), rate_hz, cutoff_hz).flip(0)
 
 
 def mp3(wave, rate_hz, kbit_per_s, rng):
-    """Encoded by MP3 at `kbit_per_s` thousand bits a second (at least 32 where rate_hz is 32000 or more), decoded again.
+    """Encoded by MP3 at `kbit_per_s` (at least 32 where rate_hz is 32000 or more) and decoded again.
 
     Raises ValueError for a rate that MP3 has not.
     """
@@ -142,9 +132,8 @@ def mp3(wave, rate_hz, kbit_per_s, rng):
         out.mux(stream.encode(frame))
         out.mux(stream.encode(None))
     file.seek(0)
-    with av.open(
-        file
-    ) as source:  # its header says how much the codec has put before the sound; the decoder leaves it out
+    # the header says how much the codec has put before the sound; the decoder leaves it out
+    with av.open(file) as source:
         decoded = np.concatenate([frame.to_ndarray()[0] for frame in source.decode(audio=0)])
     return torch.from_numpy(decoded[: len(wave)])
 

@@ -1,7 +1,7 @@
 """Fingerprinting: does a distorted copy of a video find its original? docs/method.md section 10.
 
-In: a network, and the table of videos that are both the gallery and, distorted, the queries. Out: R@k of the
-copies by their picture, by their sound and by both, as one flat dict; a picture of R@1 against strength.
+In: a network, and the table of videos that are both the gallery and, distorted, the queries.
+Out: R@k of the copies by picture, by sound and by both, as one flat dict; a picture of R@1 against strength.
 """
 
 import copy
@@ -21,10 +21,8 @@ def unchanged(clip, *_):
     return clip
 
 
-SPEED = Distortion(
-    "both", (1.25, 1.5, 2.0), "times as fast, same pitch", unchanged
-)  # Copies.evenly does the rest
-PROTOCOL = {**DISTORTIONS, "speed": SPEED}
+SPEED = Distortion("both", (1.25, 1.5, 2.0), "times as fast, same pitch", unchanged)
+PROTOCOL = {**DISTORTIONS, "speed": SPEED}  # whose clips cover more of the original: Copies.evenly
 COLOURS = {"video": "tab:blue", "audio": "tab:orange", "joint": "black"}
 
 
@@ -78,10 +76,7 @@ def measure(subject, table, modalities, ks):
         raise data.MediaError(f"no file of {table.name} has both a picture and a sound that can be used")
     gallery = {modality: clean.video_level("features", modality) for modality in modalities}  # n×F each
     originals = datasets.take(table, clean.index)
-    matches, matching, labels = {"instance": np.equal}, {"instance": np.ones(n)}, originals.labels
-    if evaluation.has_class(labels).all():
-        matches["class"] = datasets.same_class(labels, labels)
-        matching["class"] = evaluation.matching(labels, labels)
+    matches = evaluation.matches_among(originals.labels)
 
     recalls, unread = {}, 0
     kinds = {name: kind for name, kind in PROTOCOL.items() if kind.modality in (*modalities, "both")}
@@ -102,12 +97,8 @@ def measure(subject, table, modalities, ks):
                 recall = evaluation.recall(found, lambda q, f, read=read, match=match: match(read[q], f), ks)
                 recalls |= {f"{name} {strength:g} {what} {by} {k}": value for k, value in recall.items()}
     counts = {"videos": n, "gallery_videos": n, "files": len(table), "skipped": len(table) - n}
-    random = {
-        f"chance {by} {k}": value
-        for by, count in matching.items()
-        for k, value in evaluation.chance(count, n, ks).items()
-    }
-    return {**counts, "unread_copies": unread, **random, **recalls}
+    chance = evaluation.chance_among(originals.labels, ks)
+    return {**counts, "unread_copies": unread, **chance, **recalls}
 
 
 def check(audio):
@@ -151,8 +142,7 @@ def rows(result):
 
 
 def draw(path, result):
-    """A panel a distortion, R@1 by instance against strength: distortions of the picture above, of the sound
-    below."""
+    """R@1 by instance against strength, a panel a distortion: those of the picture above, of the sound below."""
     panels = {}
     for row in list(rows(result))[1:]:
         panels.setdefault(row["R@1, %"], []).append(row)

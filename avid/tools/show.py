@@ -1,6 +1,6 @@
-"""What a run made of its data: how weights tell faulty pairs from true ones, and which clips the temporal tasks take.
+"""What a run made of its data: the weights of faulty and of true pairs, and the clips of the temporal tasks.
 
-    python -m avid weights runs/faulty            the weights of faulty pairs and of true ones, and their AUROC
+    python -m avid weights runs/faulty            the weights of both, and how well they tell them apart
     python -m avid tasks --cfg toy_temporal       clips as the temporal tasks take them, with their labels
 
 In: a run folder, or a configuration. Out: PNG files.
@@ -36,10 +36,10 @@ def command_line(argv=None):
 
 
 def weights(folder, path, root=None):
-    """Histograms of agreement and weight of a toy run's training pairs, the planted faulty ones apart; → AUROC, true against faulty.
+    """Draw histograms of agreement and weight of a toy run's true and faulty training pairs.
 
-    The truth is the manifest's column `faulty`, which training never sees. Raises CheckpointError, and ConfigError where no pair is
-    faulty.
+    → AUROC of the weights, true against faulty pairs. Which pairs are faulty is in the manifest, which
+    training never sees. Raises CheckpointError, and ConfigError where no pair is faulty.
     """
     import numpy as np  # here: --help and a wrong argument answer without the heavy imports
     from sklearn.metrics import roc_auc_score
@@ -62,8 +62,8 @@ def weights(folder, path, root=None):
         len(saved["bank"]["agreement"]), cfg.model.embedding, cfg.bank.momentum, cfg.seed
     )
     bank.load_state_dict(saved["bank"])
-    folder = toy.write(cfg.data.root, cfg.toy, cfg.seed, 1)
-    table = datasets.load(dataclasses.replace(cfg.data, root=str(folder)), "train")
+    world = toy.write(cfg.data.root, cfg.toy, cfg.seed, 1)
+    table = datasets.load(dataclasses.replace(cfg.data, root=str(world)), "train")
     faulty = np.array(table.columns["faulty"]) == "1"
     if not faulty.any():
         raise config.ConfigError(f"{table.name} has no faulty pairs; raise toy.faulty")
@@ -90,7 +90,7 @@ def weights(folder, path, root=None):
 
 
 def tasks(cfg, path, row=0, draws=6):
-    """Pairs of clips as the temporal tasks take them from one training video, with their labels: pictures and spectrograms."""
+    """Draw pairs of clips as the temporal tasks take them from one training video, with their labels."""
     import numpy as np
 
     from avid import data, evaluation, temporal_tasks
@@ -114,13 +114,10 @@ def tasks(cfg, path, row=0, draws=6):
                 picture, sound = axes[2 * draw, column], axes[2 * draw + 1, column]
                 frames = clips.picture(media, clip, rng)  # 3×T×S×S
                 picture.imshow(frames.permute(2, 1, 3, 0).flatten(1, 2))  # S×T·S×3
-                sound.imshow(
-                    clips.loudness(media, clip, rng)[0].T, origin="lower", aspect="auto", cmap="magma"
-                )
-                end_s, way = (
-                    clip.start_s + clip.speed * clips.length_s,
-                    "backward" if clip.backward else "forward",
-                )
+                loud = clips.loudness(media, clip, rng)[0]  # F×bins
+                sound.imshow(loud.T, origin="lower", aspect="auto", cmap="magma")
+                end_s = clip.start_s + clip.speed * clips.length_s
+                way = "backward" if clip.backward else "forward"
                 picture.set_title(f"{clip.speed}×, {way}: {clip.start_s:.1f} to {end_s:.1f} s", fontsize=9)
                 for axis in (picture, sound):
                     axis.set(xticks=[], yticks=[])

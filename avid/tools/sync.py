@@ -1,8 +1,7 @@
-"""Is it in sync? The sound of a video is shifted; which shift does the network prefer? docs/method.md section
-10.
+"""In sync? The sound of a video is shifted: which shift does the network prefer? docs/method.md section 10.
 
-In: a network, and a table of videos. Out: how many videos prefer the right shift, exactly and within one
-step, as one flat dict; a picture of what each shift gets.
+In: a network, and a table of videos.
+Out: how many videos prefer the right shift, exactly and within one step, as a flat dict; a picture of it.
 """
 
 import numpy as np
