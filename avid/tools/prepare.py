@@ -453,10 +453,11 @@ def _check(arguments):
     cfg = config.load("", arguments.overrides, base={"data": {"name": name, "root": arguments.root}})
     modalities = MODALITIES[arguments.modality] if arguments.modality else datasets.DATA[name].needs
     modality = next(text for text, wanted in MODALITIES.items() if wanted == modalities)
-    out = arguments.out or Path(f"check-{name}-{split}-{modality}.csv")
-    return check(
-        datasets.load(cfg.data, split), modalities, out, arguments.workers or max(cfg.data.workers, 1)
-    )
+    root = Path(cfg.data.root).expanduser().resolve()  # another folder has another CSV
+    mark = hashlib.sha256(os.fsencode(root)).hexdigest()[:6]
+    out = arguments.out or Path(f"check-{name}-{root.name}-{mark}-{split}-{modality}.csv")
+    workers = arguments.workers or max(cfg.data.workers, 1)
+    return check(datasets.load(cfg.data, split), modalities, out, workers, cfg.data.timeout_s)
 
 
 def _prepare(arguments):
