@@ -1,12 +1,13 @@
 """Clips out of files.
 
-In: a datasets.Table and the settings of picture and sound. A worker opens a file once, decodes frames and sound of the
-chosen intervals, crops, and computes the log-mel; to_device() does the rest, batched.
-Out: batches, dicts of tensors: video uint8 B×M×3×T×S×S, audio float32 B×M×1×F×bins (dB), index B; of training, the draws of the
-augmentations and the labels of the temporal tasks: flip and grey B×M, jitter and mask B×M×4, speed and direction B×M, order B;
-with contrast among clips, near_video B×k and far_video B×n, as for audio: the draws of neighbours (memory_bank.draw_neighbours).
-M is the number of clips a video. Every random choice is a function of (seed, step, place in the global batch), so it does
-not depend on workers, ranks or interruptions.
+In: a datasets.Table and the settings of picture and sound. A worker opens a file once, decodes frames and
+sound of the chosen intervals, crops, and computes the log-mel; to_device() does the rest, batched. Out:
+batches, dicts of tensors: video uint8 B×M×3×T×S×S, audio float32 B×M×1×F×bins (dB), index B; of training, the
+draws of the augmentations and the labels of the temporal tasks: flip and grey B×M, jitter and mask B×M×4,
+speed and direction B×M, order B; with contrast among clips, near_video B×k and far_video B×n, as for audio:
+the draws of neighbours (memory_bank.draw_neighbours). M is the number of clips a video. Every random choice
+is a function of (seed, step, place in the global batch), so it does not depend on workers, ranks or
+interruptions.
 """
 
 if __name__ == "__main__":  # python -m avid check|prepare is python -m avid check|prepare
@@ -38,7 +39,8 @@ PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in grey [ITU-R BT.601]
 DB_MEAN, DB_STD = -50.0, 20.0  # a log spectrogram's usual level and spread [C]
 OF_A_STEP = 3  # what begins the draws of a training step: (3, step, place in the global batch)
-EXHAUSTED = re.compile(  # what torch and the system say where decoding processes cannot hand over their batches
+# what torch and the system say where decoding processes cannot hand over their batches
+EXHAUSTED = re.compile(
     "No space left on device|Too many open files|Cannot allocate memory|received 0 items of ancdata|[Uu]nable to .*shared memory"
 )
 REMEDY = (
@@ -72,9 +74,10 @@ def central_crop(height, width, share):
 class Clips(torch.utils.data.Dataset):
     """Clips of a table's videos.
 
-    With training=True an item is asked for by (index, draw), draw a tuple of integers that decides everything random; a file
-    that cannot be used is replaced by another one, drawn the same way. Otherwise by index: `cfg.eval.clips` clips evenly
-    spaced, without augmentation; a file that cannot be used gives no tensors. Either way item["failures"] lists (index, reason).
+    With training=True an item is asked for by (index, draw), draw a tuple of integers that decides everything
+    random; a file that cannot be used is replaced by another one, drawn the same way. Otherwise by index:
+    `cfg.eval.clips` clips evenly spaced, without augmentation; a file that cannot be used gives no tensors.
+    Either way item["failures"] lists (index, reason).
     """
 
     def __init__(self, table, cfg, training, modalities=MODALITIES, clips=None):
@@ -109,7 +112,8 @@ class Clips(torch.utils.data.Dataset):
         )
 
     def neighbours(self, draw):
-        """What chance there is in the contrast's neighbours (memory_bank): drawn here, no training step waits for it."""
+        """What chance there is in the contrast's neighbours (memory_bank): drawn here, no training step waits
+        for it."""
         item, (kind, *step_and_place) = {}, draw
         for key in MODALITIES if kind == OF_A_STEP else ():
             if any(getattr(self.cfg.weights, f"contrast_{query[0]}{key[0]}") for query in MODALITIES):
@@ -167,7 +171,8 @@ class Clips(torch.utils.data.Dataset):
         return media.first_s + edge_s, media.last_s - edge_s
 
     def draws(self, clips, rng):
-        """What the augmentations on the device do to each clip: flip and grey M, jitter M×4, mask M×4 (columns, bins: start, end)."""
+        """What the augmentations on the device do to each clip: flip and grey M, jitter M×4, mask M×4
+        (columns, bins: start, end)."""
         video, audio = self.cfg.video, self.cfg.audio
         draw = {"flip": rng.random(clips) < video.flip, "grey": rng.random(clips) < video.grey}
         draw["jitter"] = rng.uniform(-np.array(video.jitter), video.jitter, (clips, 4)).astype(np.float32)
@@ -181,7 +186,10 @@ class Clips(torch.utils.data.Dataset):
         return clip.start_s + clip.speed * (self.length_s - seconds) / 2
 
     def picture(self, media, clip, rng):
-        """uint8 3×T×S×S: frames `speed` apart, cropped and resized alike. A video that is too short starts again (loops)."""
+        """uint8 3×T×S×S: frames `speed` apart, cropped and resized alike.
+
+        A video that is too short starts again (loops).
+        """
         video = self.cfg.video
         start_s = self.start_of(clip, video.frames / video.fps)
         times = start_s + (np.arange(video.frames) + 0.5) * clip.speed / video.fps
@@ -201,7 +209,10 @@ class Clips(torch.utils.data.Dataset):
         )
 
     def loudness(self, media, clip, rng):
-        """float32 1×F×bins, dB: the log spectrogram, with a random gain. Where a video is too short the sound ends in silence."""
+        """float32 1×F×bins, dB: the log spectrogram, with a random gain.
+
+        Where a video is too short the sound ends in silence.
+        """
         audio = self.cfg.audio
         image = spectrogram(media, self.start_of(clip, audio.seconds), audio, clip.speed)
         if self.training:
@@ -210,10 +221,12 @@ class Clips(torch.utils.data.Dataset):
 
 
 class BatchSampler(torch.utils.data.Sampler):
-    """Which instances each step takes: this rank's share of every global batch from `first_step` on, as lists of (index, draw).
+    """Which instances each step takes: this rank's share of every global batch from `first_step` on, as lists
+    of (index, draw).
 
-    how="epoch": shuffled passes over all n instances; how="iid": every place of a batch drawn independently. Both are functions of
-    (seed, step): resuming at a step, with any number of ranks, continues the same sequence.
+    how="epoch": shuffled passes over all n instances; how="iid": every place of a batch drawn independently.
+    Both are functions of (seed, step): resuming at a step, with any number of ranks, continues the same
+    sequence.
     """
 
     def __init__(self, n, batch_size, how, seed, first_step, last_step, rank=0, world=1):
@@ -274,18 +287,21 @@ def end_decoding():
 
 
 def loader(dataset, workers, batch_sampler=None, batch_size=None):
-    """Batches of Clips, in order: those of a batch sampler (lists of keys), or all of the data set, batch_size at a time."""
+    """Batches of Clips, in order: those of a batch sampler (lists of keys), or all of the data set,
+    batch_size at a time."""
     if batch_sampler is None:
         batch_sampler = torch.utils.data.BatchSampler(range(len(dataset)), batch_size, drop_last=False)
     return Loader(dataset, workers, batch_sampler)
 
 
 class Loader:
-    """Batches of Clips, decoded in processes. A decoder that dies or hangs (data.timeout_s) costs its file, not the run.
+    """Batches of Clips, decoded in processes. A decoder that dies or hangs (data.timeout_s) costs its file,
+    not the run.
 
-    When a process has ended, all begin anew at the first batch that was not yielded, with the same keys: as what a key gives does
-    not depend on when it is asked for, the batches are the same bits. A file on which a process ended twice is given up: it counts
-    as unusable, as one that cannot be opened. workers=0: no processes, and nothing is caught.
+    When a process has ended, all begin anew at the first batch that was not yielded, with the same keys: as
+    what a key gives does not depend on when it is asked for, the batches are the same bits. A file on which a
+    process ended twice is given up: it counts as unusable, as one that cannot be opened. workers=0: no
+    processes, and nothing is caught.
     """
 
     def __init__(self, clips, workers, batches):
@@ -408,7 +424,8 @@ class BadFiles:
         self.reasons.update(state)
 
     def write(self, path):
-        """Every rank, at the end: write path and reason of each file to the CSV `path`, where there is one."""
+        """Every rank, at the end: write path and reason of each file to the CSV `path`, where there is
+        one."""
         if self.state_dict() and distributed.rank() == 0:
             with files.replacing(path, newline="", errors="surrogateescape") as file:
                 lines = csv.writer(file, lineterminator="\n")
@@ -425,7 +442,8 @@ class BadFiles:
 
 
 def to_device(batch, device):
-    """Tensors moved, clips flattened (B·M first) and ready for the network: video float B·M×3×T×S×S, audio float B·M×1×F×bins."""
+    """Tensors moved, clips flattened (B·M first) and ready for the network: video float B·M×3×T×S×S, audio
+    float B·M×1×F×bins."""
     batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
     if "video" in batch:
         video = batch["video"].flatten(0, 1)
@@ -443,13 +461,15 @@ def to_device(batch, device):
 
 @functools.lru_cache
 def constant(values, device):
-    """Numbers on the device, there to stay: to copy them at each step would wait for all that the device has to do."""
+    """Numbers on the device, there to stay: to copy them at each step would wait for all that the device has
+    to do."""
     with torch.inference_mode(False):
         return torch.tensor(values, device=device)
 
 
 def mask(audio, shares):
-    """Time and frequency masking: B×1×F×bins with one stretch of columns and one band of bins set to 0, the usual level.
+    """Time and frequency masking: B×1×F×bins with one stretch of columns and one band of bins set to 0, the
+    usual level.
 
     shares B×4: where the stretch starts and ends, where the band starts and ends, as shares of F and bins.
     """
@@ -463,9 +483,10 @@ def mask(audio, shares):
 def augment(video, flip, jitter, grey):
     """Flip and colour jitter, one draw a clip, the same for all its frames.
 
-    video: B×3×T×S×S, uint8 or float in 0 to 1 → float; flip: bool B; jitter: B×4, offsets from 1 of brightness, contrast and
-    saturation, and the hue's turn as a share of the colour circle; grey: bool B, no saturation. Brightness, saturation and hue
-    are one 3×3 matrix a clip (the hue turns about the grey axis [C]); contrast blends with the clip's mean grey.
+    video: B×3×T×S×S, uint8 or float in 0 to 1 → float; flip: bool B; jitter: B×4, offsets from 1 of
+    brightness, contrast and saturation, and the hue's turn as a share of the colour circle; grey: bool B, no
+    saturation. Brightness, saturation and hue are one 3×3 matrix a clip (the hue turns about the grey axis
+    [C]); contrast blends with the clip's mean grey.
     """
     x = torch.where(flip[:, None, None, None, None], video.flip(-1), video)
     x = x if x.is_floating_point() else x.float().div_(255)

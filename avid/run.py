@@ -253,7 +253,8 @@ class Checkpoint:
 
     @functools.cached_property
     def tensorboard(self):
-        """A writer of TensorBoard's files, on which the steps that come again after a resume replace the old ones."""
+        """A writer of TensorBoard's files, on which the steps that come again after a resume replace the old
+        ones."""
         from torch.utils.tensorboard import SummaryWriter  # here: an extra, which takes seconds to import
 
         return SummaryWriter(self.out, purge_step=self.resumed_at + 1)

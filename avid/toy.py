@@ -1,7 +1,9 @@
-"""The embedded data set: things of ten kinds, each with a look and a sound, in four motions whose events set off the sound.
+"""The embedded data set: things of ten kinds, each with a look and a sound, in four motions whose events set
+off the sound.
 
 In: the toy's settings and a seed.
-Out: a folder of mp4 files (H.264, AAC) with manifest.csv, the same bits for the same seed; or one video as arrays.
+Out: a folder of mp4 files (H.264, AAC) with manifest.csv, the same bits for the same seed; or one video as
+arrays.
 """
 
 import contextlib
@@ -52,8 +54,9 @@ PART = ".part"
 COLUMNS = "path label split motion tempo faulty sound pitch_hz".split()
 
 
-# ---------------------------------------------------------------------------------------------------------------- looks
-# (u, v): coordinates of the thing, its radius is 1. A shape is positive inside, near the edge a distance; a texture is
+# ------------------------------------------------------------------------------------------------------ looks
+# (u, v): coordinates of the thing, its radius is 1. A shape is positive inside, near the edge a distance; a
+# texture is
 # positive in one colour and negative in the other.
 
 
@@ -105,12 +108,14 @@ def _plain(u, v):
     return np.ones_like(u)
 
 
-# --------------------------------------------------------------------------------------------------------------- sounds
-# φ: phase of the pitch in turns, t: seconds, f: pitch in Hz, all per sample. A timbre gives the sound at constant loudness.
+# ----------------------------------------------------------------------------------------------------- sounds
+# φ: phase of the pitch in turns, t: seconds, f: pitch in Hz, all per sample. A timbre gives the sound at
+# constant loudness.
 
 
 def _harmonics(amplitudes):
-    """Timbre with these amplitudes of the harmonics 1, 2, …; those above the Nyquist frequency are left out."""
+    """Timbre with these amplitudes of the harmonics 1, 2, …; those above the Nyquist frequency are left
+    out."""
 
     def timbre(phase, t, pitch_hz, rate_hz, rng):
         h = np.arange(1, len(amplitudes) + 1)
@@ -203,7 +208,7 @@ KINDS = {
 }
 
 
-# -------------------------------------------------------------------------------------------------------------- motions
+# ---------------------------------------------------------------------------------------------------- motions
 
 
 class Track(NamedTuple):
@@ -215,7 +220,8 @@ class Track(NamedTuple):
 
 
 def course(motion, tempo, seconds, rng):
-    """A `Track` of `motion` with `tempo` events a second over −LEAD_S … `seconds`; never the same backwards."""
+    """A `Track` of `motion` with `tempo` events a second over −LEAD_S … `seconds`; never the same
+    backwards."""
     count = int((seconds + LEAD_S) * tempo * 1.3) + 4
     height = np.resize([1.0, 0.75, 0.5], count + 1) if motion == "bounce" else np.ones(count + 1)
     height = np.roll(height, rng.integers(3))
@@ -254,7 +260,7 @@ def _decay(track, t, tau_s):
     return track.strength[k] * np.exp(-(t - track.event_s[k]) / tau_s)
 
 
-# ------------------------------------------------------------------------------------------------------------ rendering
+# -------------------------------------------------------------------------------------------------- rendering
 
 
 def _colour(rng, light):
@@ -327,7 +333,8 @@ def picture(kind, track, toy, rng):
 
 
 def sound(kind, track, pitch_hz, toy, rng):
-    """Samples (N,) float32 of a thing of `kind` on `track`: a sharp attack at every event, a quieter body between them."""
+    """Samples (N,) float32 of a thing of `kind` on `track`: a sharp attack at every event, a quieter body
+    between them."""
     t = np.arange(round(toy.seconds * toy.rate_hz)) / toy.rate_hz
     coarse = np.arange(0, toy.seconds + 0.01, 0.01)
     glide = np.interp(t, coarse, 2 ** (0.3 * _decay(track, coarse, 0.12)))  # pitch falls after each event
@@ -385,11 +392,12 @@ def noise(toy, rng):
     return _record((wave * swell).astype(np.float32), rng, toy)
 
 
-# ------------------------------------------------------------------------------------------------------------- data set
+# --------------------------------------------------------------------------------------------------- data set
 
 
 def table(toy, seed):
-    """The rows of manifest.csv, dicts of COLUMNS: kinds × motions equally often, `toy.faulty` of the training videos wrong."""
+    """The rows of manifest.csv, dicts of COLUMNS: kinds × motions equally often, `toy.faulty` of the training
+    videos wrong."""
     rows = []
     for split_id, (split, count) in enumerate((("train", toy.train), ("test", toy.test))):
         for i in range(count):
@@ -453,7 +461,10 @@ def _write_one(folder, toy, seed, row):
 
 @contextlib.contextmanager
 def _whole(path):
-    """A name to write to, which becomes `path` once all is written. Several processes may write the same at once."""
+    """A name to write to, which becomes `path` once all is written.
+
+    Several processes may write the same at once.
+    """
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PART}")
     try:
         yield part
@@ -468,8 +479,9 @@ def _whole(path):
 def write(root, toy, seed, workers, progress=True):
     """Write the toy world below `root` unless it is there; returns its folder, which holds manifest.csv.
 
-    The folder's name holds a hash of everything that decides its content. An interrupted writing goes on where it stopped.
-    `workers`: processes; 0 or 1: this one alone. Raises ConfigError for settings that the files cannot hold.
+    The folder's name holds a hash of everything that decides its content. An interrupted writing goes on
+    where it stopped. `workers`: processes; 0 or 1: this one alone. Raises ConfigError for settings that the
+    files cannot hold.
     """
     if toy.size % 2:
         raise ConfigError(f"toy.size is {toy.size}, but H.264 needs an even number: use {toy.size + 1}")
@@ -489,7 +501,8 @@ def write(root, toy, seed, workers, progress=True):
 
 
 def _refuse_a_collection(root):
-    """Raise ConfigError where `root`, or a folder in it, holds media that are not the toy's: data.name was forgotten."""
+    """Raise ConfigError where `root`, or a folder in it, holds media that are not the toy's: data.name was
+    forgotten."""
     folders = [root, *(path for path in root.iterdir() if path.is_dir())] if root.is_dir() else []
     for folder in folders:
         if folder.name.startswith(("toy-", ".")):
@@ -503,7 +516,8 @@ def _refuse_a_collection(root):
 
 
 def _end_with_parent():
-    """A worker's beginning: Ctrl-C is its parent's to answer, and when that has gone, even killed, it ends too."""
+    """A worker's beginning: Ctrl-C is its parent's to answer, and when that has gone, even killed, it ends
+    too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process().sentinel
     threading.Thread(target=lambda: (wait([parent]), os._exit(1)), daemon=True).start()
@@ -522,7 +536,8 @@ def _write_all(folder, toy, seed, workers, progress):
                 _write_one(folder, toy, seed, row)
                 bar.update()
         elif todo:
-            # the platform's own way, as DataLoader's workers: to spawn would import the calling script's torch in every process
+            # the platform's own way, as DataLoader's workers: to spawn would import the calling script's
+            # torch in every process
             pool = ProcessPoolExecutor(
                 min(workers, len(todo)), multiprocessing.get_context(), initializer=_end_with_parent
             )

@@ -1,12 +1,14 @@
 """Whole folders of media: what of them is usable, and small copies of them that decode fast.
 
 In: a data set, or any folder.
-Out: `check`, a CSV with a row a file; `prepare`, a folder of the same structure with small H.264 and AAC files.
+Out: `check`, a CSV with a row a file; `prepare`, a folder of the same structure with small H.264 and AAC
+files.
 """
 
 import argparse
 import csv
 import errno
+import hashlib
 import io
 import json
 import os
@@ -40,14 +42,16 @@ FULL = os.strerror(errno.ENOSPC)
 CHECK_LIMIT_S, PREPARE_LIMIT_S = 600.0, 6 * 3600.0  # a file that takes longer hangs
 
 
-# ----------------------------------------------------------------------------------------------------------------- check
+# ------------------------------------------------------------------------------------------------------ check
 
 
 def check(table, modalities, out, workers, timeout_s=60.0):
-    """Read every file of a datasets.Table once, append a row a file (COLUMNS) to the CSV `out`, print a summary.
+    """Read every file of a datasets.Table once, append a row a file (COLUMNS) to the CSV `out`, print a
+    summary.
 
-    modalities: what a file needs to be usable, of ("video", "audio"); timeout_s: for a clip of it, as data.timeout_s. Files with a row in `out` are not read again. Returns the
-    number of usable files. Raises DataError where `out` is something else.
+    modalities: what a file needs to be usable, of ("video", "audio"); timeout_s: for a clip of it, as
+    data.timeout_s. Files with a row in `out` are not read again. Returns the number of usable files. Raises
+    DataError where `out` is something else.
     """
     needs = "+".join(modalities)
     rows = _earlier(out, needs, table)
@@ -82,7 +86,8 @@ def check(table, modalities, out, workers, timeout_s=60.0):
 
 
 def examine(root, path, start_s, end_s, modalities, timeout_s=60.0):
-    """A file's values of COLUMNS: a frame at its beginning and one at its end are decoded, and all of its sound."""
+    """A file's values of COLUMNS: a frame at its beginning and one at its end are decoded, and all of its
+    sound."""
     import decord  # here: a worker needs them, the command line and its help do not
 
     from avid.media import Media, MediaError
@@ -169,7 +174,7 @@ def summary(rows):
     return "\n".join(lines)
 
 
-# --------------------------------------------------------------------------------------------------------------- prepare
+# ---------------------------------------------------------------------------------------------------- prepare
 
 
 class Small(NamedTuple):
@@ -181,13 +186,15 @@ class Small(NamedTuple):
 
 
 def prepare(src, dst, small, workers):
-    """Write a small copy of every media file below the folder `src` into `dst`, in the same folders, with the same stems.
+    """Write a small copy of every media file below the folder `src` into `dst`, in the same folders, with the
+    same stems.
 
-    Pictures become H.264 and sounds mono AAC, in .mp4; in .m4a where the ending says that there is no picture (wav, flac, …). Both
-    keep their times. Of a damaged file, what can be decoded is kept. Files that exist are skipped, so that the same command goes on
-    after an interruption; one command at a time writes into a `dst`. Lists (csv, txt) are copied; in a CSV with a column `path` the
-    endings follow the prepared files. dst/failures.csv lists what could not be prepared, and why. Returns the number of prepared
-    files that are there. Raises DataError where src, dst or ffmpeg cannot be used.
+    Pictures become H.264 and sounds mono AAC, in .mp4; in .m4a where the ending says that there is no picture
+    (wav, flac, …). Both keep their times. Of a damaged file, what can be decoded is kept. Files that exist
+    are skipped, so that the same command goes on after an interruption; one command at a time writes into a
+    `dst`. Lists (csv, txt) are copied; in a CSV with a column `path` the endings follow the prepared files.
+    dst/failures.csv lists what could not be prepared, and why. Returns the number of prepared files that are
+    there. Raises DataError where src, dst or ffmpeg cannot be used.
     """
     src, dst = Path(src).expanduser().resolve(), Path(dst).expanduser().resolve()
     if src == dst or src in dst.parents or dst in src.parents:
@@ -264,7 +271,10 @@ def prepare(src, dst, small, workers):
 
 
 def encode(ffmpeg, source, target, small):
-    """Prepare one file: returns why that failed (empty: it did not) and whether it has sound. `target` is whole or not there."""
+    """Prepare one file: returns why that failed (empty: it did not) and whether it has sound.
+
+    `target` is whole or not there.
+    """
     import av  # here: a worker needs them, the command line does not
 
     from avid.media import Media, MediaError
@@ -278,7 +288,8 @@ def encode(ffmpeg, source, target, small):
             origin_s = (container.start_time or 0) / av.time_base  # where its clock begins
         if not picture and not sound:
             return "neither picture nor sound", False
-        # times as they are in the file, less this origin: some versions of ffmpeg would begin with a codec's run-in instead
+        # times as they are in the file, less this origin: some versions of ffmpeg would begin with a codec's
+        # run-in instead
         inputs = ["-copyts", "-i", source, "-output_ts_offset", f"{-origin_s:.6f}"]
         if reason := _run(_command(ffmpeg, inputs, picture, sound, small, part)):
             return reason, False
@@ -305,7 +316,8 @@ def _command(ffmpeg, inputs, picture, sound, small, out):
             "-vf",
             f"scale=w='if(gt(iw,ih),-2,{width})':h='if(gt(iw,ih),{height},-2)'",
         ]
-        # every frame keeps its own time, on a clock of 90 kHz instead of the frame rate's; without B frames nothing is reordered
+        # every frame keeps its own time, on a clock of 90 kHz instead of the frame rate's; without B frames
+        # nothing is reordered
         command += [
             "-fps_mode",
             "vfr",
@@ -391,7 +403,8 @@ def _files(root):
 
 
 def copy_list(src, dst, file, renamed):
-    """Copy a list; where it is a CSV with a column `path`, relative to its folder, prepared files get their new endings.
+    """Copy a list; where it is a CSV with a column `path`, relative to its folder, prepared files get their
+    new endings.
 
     renamed: {path relative to src: path relative to dst}.
     """
@@ -429,11 +442,14 @@ def _new_endings(content, folder, renamed):
     return text.getvalue().encode()
 
 
-# ---------------------------------------------------------------------------------------------------------- command line
+# ----------------------------------------------------------------------------------------------- command line
 
 
 def main(argv=None):
-    """`python -m avid check …` and `… prepare …`. Exit code 0: files can be used, 1: none, 2: wrong arguments or data."""
+    """`python -m avid check …` and `… prepare …`.
+
+    Exit code 0: files can be used, 1: none, 2: wrong arguments or data.
+    """
     arguments = _parser().parse_args(argv)
     signal.signal(
         signal.SIGTERM, lambda *_: sys.exit(143)
