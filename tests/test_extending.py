@@ -1,5 +1,6 @@
 """The four diffs of docs/extending.md, each applied to a copy of the project, which then trains with it."""
 
+import functools
 import json
 import re
 import shutil
@@ -11,7 +12,21 @@ import pytest
 import torch
 from test_train import ENVIRONMENT, TINY
 
-from avid import config, toy
+import train
+from avid import (
+    config,
+    data,
+    datasets,
+    evaluation,
+    finetune,
+    losses,
+    media,
+    memory_bank,
+    models,
+    temporal_tasks,
+    toy,
+)
+from avid.tools import distortions, fingerprint
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
@@ -67,6 +82,26 @@ def run(project, *settings, spy=""):
     assert done.returncode == 0, done.stderr[-3000:]
     log = [json.loads(line) for line in (project / "run" / "metrics.jsonl").read_text().splitlines()]
     return done.stdout + done.stderr, log, torch.load(project / "run" / "last.pt", weights_only=True)
+
+
+MODULES = [train, config, data, datasets, distortions, evaluation, fingerprint, finetune, losses, media]
+MODULES += [memory_bank, models, temporal_tasks, memory_bank.MemoryBank, train.Objective]
+
+
+@pytest.mark.parametrize("page", ["method.md", "extending.md"])
+def test_the_pages_name_functions_and_settings_that_exist(page):
+    """losses.contrast, MemoryBank.update, loss.estimator, …: all that looks like a name or a setting."""
+    text = re.sub(r"^```.*?^```$", "", (ROOT / "docs" / page).read_text(encoding="utf-8"), flags=re.M | re.S)
+    names = set(re.findall(r"\b([A-Za-z_]{2,}(?:\.[A-Za-z_]\w*)+)", text))
+    names = {name for name in names if not name.endswith((".md", ".py", ".diff")) and name != "nn.Sequential"}
+    places = {place.__name__.rpartition(".")[2]: place for place in MODULES}
+    settings = {key for key, _, _ in config.settings()}
+    settings |= {"weights.pace_video", "weights.uniformity"}  # of the diffs
+    for name in names - settings:
+        first, *rest = name.split(".")
+        assert first in places, name
+        functools.reduce(getattr, rest, places[first])
+    assert len(names - settings) > 3
 
 
 def test_each_change_is_made_where_the_page_says():

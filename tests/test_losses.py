@@ -33,7 +33,7 @@ def unit(*shape, seed):
 
 
 def world(negatives=12, everything=False, seed=0, num_instances=20, dim=6):
-    """A batch, its memories and candidates with duplicates: an instance twice in the batch, and again as negatives."""
+    """A batch, its memories, and candidates with duplicates: within the batch, and again as negatives."""
     bank_video = unit(num_instances, dim, seed=seed)
     bank_audio = F.normalize(bank_video + 0.8 * unit(num_instances, dim, seed=seed + 1), dim=1)
     index = [3, 7, 3, 11, 0]
@@ -74,8 +74,10 @@ def piece(request, monkeypatch):
 
 
 def float64(w):
-    return SimpleNamespace(**{k: x.detach().numpy().astype(np.float64) if x.is_floating_point() else x.tolist()
-                              for k, x in vars(w).items()})  # fmt: skip
+    def convert(x):
+        return x.detach().numpy().astype(np.float64) if x.is_floating_point() else x.tolist()
+
+    return SimpleNamespace(**{name: convert(x) for name, x in vars(w).items()})
 
 
 def reference_softmax(exponents, valid):
@@ -155,6 +157,12 @@ def test_a_half_precision_bank_gives_the_loss_of_its_own_memories_in_float32(hal
     from_halves = robust_xid(w)
     w.video, w.audio = w.video.float(), w.audio.float()
     assert torch.equal(from_halves, robust_xid(w))
+    memories = [x.to(half) for x in (w.own_video, w.own_audio, w.bank_video, w.bank_audio)]
+    S, T = (
+        losses.soft_targets("cycle", *m, w.valid, TAU_S, TAU_T)
+        for m in (memories, [x.float() for x in memories])
+    )
+    assert torch.equal(S[0], T[0]) and torch.equal(S[1], T[1])
 
 
 def robust_xid_of(estimator):
@@ -211,7 +219,7 @@ def computed(what, autocast):
 @HALVES
 @pytest.mark.parametrize("what", COMPUTED)
 def test_autocast_changes_no_bit(what, half):
-    """At τ = 0.02 a rounding of bfloat16 moves an exponent by 0.2: whatever surrounds it, all of this is float32."""
+    """At τ = 0.02 rounding to bfloat16 moves an exponent by 0.2: all of this stays float32."""
     expected = computed(what, contextlib.nullcontext())
     found = computed(what, torch.autocast("cpu", dtype=half))
     for x, y in zip(found, expected, strict=True):
@@ -222,7 +230,7 @@ def test_autocast_changes_no_bit(what, half):
 @HALVES
 @pytest.mark.parametrize("what", [name for name in COMPUTED if name != "weights"])  # they hold no product
 def test_in_half_precision_the_same_numbers_would_differ(what, half, monkeypatch):
-    """As if every `enabled=False` were missing: so the test above cannot pass by the choice of its numbers."""
+    """As if every `enabled=False` were missing: the test above cannot pass by a choice of numbers."""
     expected, autocast = computed(what, contextlib.nullcontext()), torch.autocast
     monkeypatch.setattr(torch, "autocast", lambda device, **_: autocast(device, dtype=half))
     found = computed(what, autocast("cpu", dtype=half))
@@ -231,17 +239,20 @@ def test_in_half_precision_the_same_numbers_would_differ(what, half, monkeypatch
 
 @HALVES
 def test_autocast_changes_no_bit_of_the_whole_objective(half):
-    """Every term of train.py, weights, candidates and neighbours included, of a network's half precision logits."""
-    overrides = "weights.xid=1 loss.w_min=0.25 loss.soft=0.5 contrast.k_pos=6 contrast.negatives=10 temporal.speeds=[1,2]"
-    cfg, world = config.load("toy_temporal", overrides.split()), SimpleNamespace(rank=0, size=1)
+    """Every term of train.py, with its weights, candidates and neighbours, and logits in half precision."""
+    robust, near = "weights.xid=1 loss.w_min=0.25 loss.soft=0.5", "contrast.k_pos=6 contrast.negatives=10"
+    cfg = config.load("toy_temporal", [*robust.split(), *near.split(), "temporal.speeds=[1,2]"])
+    torch.manual_seed(0)
     bank, index = memory_bank.MemoryBank(40, 8, 0.5, 0), torch.tensor([3, 7, 3, 11])
     video, audio = unit(8, 8, seed=1), unit(8, 8, seed=2)
     batch = {"index": index, "speed": torch.tensor([[0, 1]] * 4), "direction": torch.tensor([[1, 0]] * 4)}
     batch["order"] = torch.tensor([0, 1, 2, -1])
-    logits = {name: torch.randn(len(task.targets(batch)), len(task.classes(cfg.temporal))).to(half)
-              for name, task in temporal_tasks.TASKS.items()}  # fmt: skip
+    logits = {
+        name: torch.randn(len(task.targets(batch)), len(task.classes(cfg.temporal))).to(half)
+        for name, task in temporal_tasks.TASKS.items()
+    }
     output = models.Output(video, audio, None, None, logits)
-    objective = train.Objective(cfg, bank, world, epoch_steps=1)
+    objective = train.Objective(cfg, bank, SimpleNamespace(rank=0, size=1), epoch_steps=1)
     expected, accuracies = objective(output, batch, index, step=1)
     assert expected.keys() == {name for name, weight in vars(cfg.weights).items() if weight}
     with torch.autocast("cpu", dtype=half):
@@ -396,14 +407,22 @@ def in_float64(piece):
 
 @settings(max_examples=100, deadline=None)
 @given(
-    estimator=st.sampled_from(ESTIMATORS), soft=st.sampled_from([0.0, 0.3, 1.0]), batch=st.integers(1, 6),
-    instances=st.integers(6, 40), negatives=st.integers(0, 60), dim=st.integers(1, 9), piece=st.integers(1, 70),
-    tau=st.floats(0.02, 1), tau_s=st.floats(0.01, 1), tau_t=st.floats(0.03, 1), seed=st.integers(0, 2**31),
-)  # fmt: skip
+    estimator=st.sampled_from(ESTIMATORS),
+    soft=st.sampled_from([0.0, 0.3, 1.0]),
+    batch=st.integers(1, 6),
+    instances=st.integers(6, 40),
+    negatives=st.integers(0, 60),
+    dim=st.integers(1, 9),
+    piece=st.integers(1, 70),
+    tau=st.floats(0.02, 1),
+    tau_s=st.floats(0.01, 1),
+    tau_t=st.floats(0.03, 1),
+    seed=st.integers(0, 2**31),
+)
 def test_the_fast_form_is_the_plain_one(
     estimator, soft, batch, instances, negatives, dim, piece, tau, tau_s, tau_t, seed
 ):
-    """Losses and gradients, of any shape, with instances that stand twice among the candidates, once of them invalid."""
+    """Losses and gradients, of any shape; instances that are candidates twice are valid once."""
     generator = torch.Generator().manual_seed(seed)
     index = torch.randint(instances, (batch,), generator=generator)
     with in_float64(piece):
@@ -414,10 +433,11 @@ def test_the_fast_form_is_the_plain_one(
         results = []
         for form in (losses.robust_xid_by_matrices, losses.robust_xid):
             video, audio = (x.clone().requires_grad_() for x in live)
+            memories = bank.read("video", found.index), bank.read("audio", found.index)
+            taus = {"temperature": tau, "tau_s": tau_s, "tau_t": tau_t}
             loss = form(
-                video, audio, bank.read("video", found.index), bank.read("audio", found.index), found.valid, found.column,
-                temperature=tau, soft=soft, estimator=estimator, tau_s=tau_s, tau_t=tau_t,
-            )  # fmt: skip
+                video, audio, *memories, found.valid, found.column, soft=soft, estimator=estimator, **taus
+            )
             weight = torch.rand(batch, generator=torch.Generator().manual_seed(seed))
             losses.weighted_mean(loss, weight).backward()
             results.append((loss.detach(), video.grad, audio.grad))
@@ -476,7 +496,7 @@ def test_memories_get_no_gradient():
 
 @pytest.mark.parametrize("soft", [0.0, 0.5])
 def test_memory_does_not_grow_with_the_candidates(soft, monkeypatch):
-    """Neither within forward nor from forward to backward: only what is as long as the bank itself, and not as wide as the batch."""
+    """Neither within forward nor from forward to backward: at most one number for each candidate."""
     monkeypatch.setattr(losses, "PIECE", 8)
     w, made, kept = world(negatives=300), [], []
     candidates = len(w.valid)
@@ -573,7 +593,7 @@ def test_a_single_candidate_costs_nothing(estimator):
     assert robust_xid(w, 0.5, estimator).item() == pytest.approx(0, abs=1e-5)
 
 
-# ------------------------------------------------------------------------------- contrast with several positives, section 7
+# ----------------------------------------------------------------- contrast with several positives, section 7
 
 
 def reference_contrast(x, usual, positives, negatives, temperature):

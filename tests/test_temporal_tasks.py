@@ -97,10 +97,8 @@ def test_clips_show_what_their_labels_say(tmp_path, fps):
     path = write_media(
         tmp_path / "a.mp4", frame_s=np.arange(round(seconds * fps)) / fps, wave=sweep, rate_hz=rate_hz
     )
-    cfg = config.load(
-        "toy_temporal",
-        "video.size=64 video.crop_area=[1,1] video.crop_ratio=[1,1] video.flip=0 audio.mels=0 audio.volume=0".split(),
-    )
+    whole = "video.size=64 video.crop_area=[1,1] video.crop_ratio=[1,1] video.flip=0"
+    cfg = config.load("toy_temporal", [*whole.split(), "audio.mels=0", "audio.volume=0"])
     one = SimpleNamespace(paths=[path.name], root=tmp_path, start_s=[0.0], end_s=[np.inf])
     clips = data.Clips(one, cfg, training=True)
     time_of_bin = (np.arange(257) * rate_hz / 512 - 300) / climb_hz
@@ -133,7 +131,7 @@ def test_clips_show_what_their_labels_say(tmp_path, fps):
 
 
 def test_heads_see_the_clips_that_their_labels_are_about():
-    """Features that are the clip's time: order by comparing, the cross pairs with the other modality's other moment."""
+    """Features that are the clip's time: pairs of one modality, and a clip with the other's other moment."""
     dim = {"video": 2, "audio": 3}
     heads = temporal_tasks.Heads(dim, {"order_video": 3, "order_cross": 3, "speed_audio": 4})
     pairs = {}
@@ -155,6 +153,46 @@ def test_heads_see_the_clips_that_their_labels_are_about():
         [3, 3, 12, 12, 12],
     ]
     assert pairs["speed_audio"].tolist() == audio.tolist()
+
+
+def test_every_task_has_a_weight_labels_and_a_head():
+    """And every weight that is not of xid or a contrast is a task's: none in config.py is without effect."""
+    weights = {name for name in vars(config.Weights()) if name != "xid" and not name.startswith("contrast_")}
+    assert weights == TASKS.keys()
+    _, labels = plan(0.0, 100.0, 0.5, FOUR, np.random.default_rng(0))
+    batch = {kind: torch.tensor([label, label]) for kind, label in labels.items()}  # of two videos
+    dim = {"video": 3, "audio": 5}
+    cfg = config.load("toy_temporal")
+    assert temporal_tasks.classes(cfg) == {name: len(task.classes(FOUR)) for name, task in TASKS.items()}
+    logits = temporal_tasks.Heads(dim, temporal_tasks.classes(cfg))(torch.randn(4, 3), torch.randn(4, 5))
+    for name, task in TASKS.items():
+        target = task.targets(batch)
+        assert logits[name].shape == (len(target), len(task.classes(FOUR)))
+        assert 0 <= target.min() and target.max() < len(task.classes(FOUR))
+
+
+def test_the_heads_of_a_checkpoint_keep_their_names_and_their_order():
+    """Old checkpoints load by these names, and a seed draws the heads in this order."""
+    tasks = temporal_tasks.classes(config.load("toy_temporal"))
+    names = [name for name, _ in temporal_tasks.Heads({"video": 3, "audio": 5}, tasks).named_parameters()]
+    assert names[:4] == [f"heads.speed_{m}.{p}" for m in ("video", "audio") for p in ("weight", "bias")]
+    assert names[4:8] == [f"heads.direction_{m}.{p}" for m in ("video", "audio") for p in ("weight", "bias")]
+    layers = [f"{layer}.{p}" for layer in (0, 2) for p in ("weight", "bias")]
+    assert names[8:] == [f"heads.order_{m}.{layer}" for m in ("video", "audio", "cross") for layer in layers]
+
+
+def test_what_a_term_needs_stands_in_the_help_and_is_asked_for():
+    needs = {"speed_video": "temporal.speeds", "direction_audio": "temporal.reverse"}
+    needs |= dict.fromkeys(("order_cross", "contrast_vv", "contrast_aa"), "temporal.moments=2")
+    for name, needed in needs.items():
+        (text,) = (text for key, _, text in config.settings() if key == f"weights.{name}")
+        assert f"needs {needed}" in text
+        with pytest.raises(config.ConfigError, match=f"weights.{name}=1.0 needs {needed}"):
+            config.load("toy", [f"weights.{name}=1"])
+    for name in ("vv", "aa", "va", "av"):
+        asked = [f"weights.contrast_{name}=1", "temporal.moments=2", "bank.spread=true"]
+        with pytest.raises(config.ConfigError, match=f"weights.contrast_{name}=1.0 needs bank.spread=false"):
+            config.load("toy", asked)
 
 
 def test_targets_stand_as_the_logits_do():
