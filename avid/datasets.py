@@ -27,6 +27,7 @@ import numpy as np
 
 MEDIA = ".mp4 .mkv .webm .avi .mov .m4v .mpg .mpeg .wmv .flv .3gp".split()
 MEDIA += ".wav .flac .ogg .opus .mp3 .m4a .aac .wma".split()
+ENDINGS = set(MEDIA)
 SPELLINGS = {
     "train": ("training",),
     "val": ("valid", "validate", "validation"),
@@ -110,7 +111,7 @@ class Rows:
         """[(a row whose instance an earlier one has, the first that has it)]."""
         files = np.fromiter(map(id, self.paths), np.int64, len(self.paths))  # a file is one object
         files[list(self.missing)] = -1 - np.array([*map(Codes().__getitem__, self.missing.values())])
-        if len(np.unique(files)) == len(files):
+        if np.diff(np.sort(files)).all():
             return []
         first, times = {}, (self.column(name).tolist() for name in ("start_s", "end_s"))
         instances = enumerate(zip(files.tolist(), *times, strict=True))
@@ -136,10 +137,6 @@ class Table:
     def __len__(self):
         return len(self.paths)
 
-    def name_of(self, row):
-        """How reports name an instance."""
-        return instance_name(self.paths[row], self.start_s[row], self.end_s[row])
-
     def report(self):
         """One line: how much there is, how much is missing and, for example, what."""
         what = f"{len(self):,} files"
@@ -150,6 +147,10 @@ class Table:
             some = ", ".join(self.missing[:3])
             notes.insert(0, f"{len(self.missing):,} more are listed and not on disk, e.g. {some}")
         return "; ".join([f"{self.name}: {what}, {len(self.classes) or 'no'} classes", *notes])
+
+    def name_of(self, row):
+        """How reports name an instance."""
+        return instance_name(self.paths[row], self.start_s[row], self.end_s[row])
 
 
 def instance_name(path, start_s=0.0, end_s=np.inf):
@@ -208,7 +209,11 @@ def table_hash(table):
         digest.update(b", [" if k else b"[")
         for begin in range(0, len(column), PIECE):
             some = column[begin : begin + PIECE]
-            text = json.dumps(some if isinstance(some, list) else some.tolist())[1:-1]
+            if not isinstance(some, list):  # few different numbers
+                known = {number: json.dumps(number) for number in set(some.tolist())}
+                text = ", ".join(map(known.__getitem__, some.tolist()))
+            else:
+                text = json.dumps(some)[1:-1]
             digest.update((f", {text}" if begin else text).encode())
         digest.update(b"]")
     digest.update(b"]")
@@ -324,8 +329,7 @@ def folder(root, split, name="folder"):
     """
     files, linked, notes, split = [], {}, [], SPELLED.get(split, split)
     for folder, names in _walk(root, linked):
-        endings = tuple(_endings(names))
-        files += [folder + file for file in names if file.endswith(endings)]
+        files += [folder + name for name in names if name[name.rfind(".") :].lower() in ENDINGS]
     files.sort(key=_by_name)
     tops = dict.fromkeys(file.partition("/")[0] for file in files if "/" in file)
     parts = {top: part for top in tops if (part := part_of(top))}
@@ -710,11 +714,6 @@ def _once(files, linked, root, notes):
     return once
 
 
-def _endings(names):
-    """The endings of media among these names, as they are written."""
-    return sorted(ending for ending in {name[name.rfind(".") :] for name in names} if ending.lower() in MEDIA)
-
-
 def _by_stem(root, folders, with_class=False):
     """{name without ending: path relative to root} of the media in those of `folders` that exist, or else in root.
 
@@ -725,13 +724,14 @@ def _by_stem(root, folders, with_class=False):
         for folder, names in _walk(root / top):
             prefix = f"{top}/{folder}" if top else folder
             label = folder[folder.rfind("/", 0, -1) + 1 :] if with_class else ""
-            for ending in _endings(names):
-                known = found[ending.lower()]
-                for name in [name for name in names if name.endswith(ending)]:
-                    path = prefix + name
-                    first = known.setdefault(label + name[: -len(ending)], path)
+            for name in names:
+                dot = name.rfind(".")
+                known = found.get(name[dot:].lower())
+                if known is not None:
+                    stem, path = label + name[:dot], prefix + name
+                    first = known.setdefault(stem, path)
                     if first is not path:  # two of one name
-                        known[label + name[: -len(ending)]] = min(first, path, key=_by_name)
+                        known[stem] = min(first, path, key=_by_name)
     best = {}
     for known in filter(None, reversed(found.values())):
         best = best | known if best else known
