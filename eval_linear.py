@@ -11,6 +11,9 @@ svm        linear SVM on frozen features
 fewshot    linear SVM from 1, 5 and 20 labelled videos a class, mean and deviation over 20 draws
 finetune   the whole network, trained on (settings finetune.*); under torchrun on several GPUs; the same
            command resumes
+linear_layers  AVID's protocol on Kinetics: batch norm and a linear layer on each stage of the video network,
+           by Adam; the same command resumes
+crisscross CrissCross's on ESC-50: linear SVM on one clip of 5 s, C chosen on the test part (docs/reproduce.md)
 
 Each modality is judged on all files that have it. Printed, and written as JSON beside the checkpoint: top-1
 and top-5 accuracy of videos; where a file has several classes (AudioSet), linear and svm give the mean
@@ -19,7 +22,7 @@ average precision and the mean area under the ROC curve. All in percent; docs/ev
 
 from avid import cli, config, files
 
-MODES = ("linear", "svm", "fewshot", "finetune")
+MODES = ("linear", "svm", "fewshot", "finetune", "linear_layers", "crisscross")
 SCORES = ("top1", "top5", "std", "mAP", "AUC")
 
 
@@ -41,12 +44,17 @@ from pathlib import Path
 
 import numpy as np
 
-from avid import data, distributed, evaluation, finetune
+from avid import data, distributed, evaluation, finetune, protocols
+
+TRAINED = {"finetune": finetune.finetune, **protocols.PROTOCOLS}  # with a training of their own
 
 
 def main(arguments):
     subject = evaluation.subject(arguments)
-    mode, modalities = arguments.mode, evaluation.modalities_of(subject.cfg, arguments.modality)
+    mode, modalities = (
+        arguments.mode,
+        evaluation.modalities_of(subject.cfg, arguments.modality or protocols.MODALITY.get(arguments.mode)),
+    )
     for modality in modalities:
         evaluation.result_file(subject, f"{mode}-{modality}")
     tables = list(evaluation.tables(subject.cfg))
@@ -62,7 +70,7 @@ def main(arguments):
             try:
                 result, found[modality] = judge(subject, train_table, test_table, modality, mode)
             except data.MediaError as error:  # such as a folder of mute videos
-                if mode == "finetune" or len(divisions) == 1:
+                if mode in TRAINED or len(divisions) == 1:
                     raise
                 print(f"not judged by {modality}: {evaluation.message_of(error)}")
                 del divisions[modality]
@@ -92,8 +100,8 @@ def judge(subject, train_table, test_table, modality, mode):
     """What one modality's features know, of all files that have it: scores and counts, and the tested
     Features."""
     evaluation.calibrate_batch_norm(subject, train_table, (modality,))
-    if mode == "finetune":
-        return finetune.finetune(subject, train_table, test_table, modality, subject.out), None
+    if mode in TRAINED:
+        return TRAINED[mode](subject, train_table, test_table, modality, subject.out), None
     train, test = (evaluation.features_of(subject, table, modality) for table in (train_table, test_table))
     train_y, test_y = train_table.labels[train.index], test_table.labels[test.index]
     known = (train.features[modality], train_y, test.features[modality], test_y, subject.cfg.seed)
@@ -121,9 +129,9 @@ def save(path, table, found):
 def can_save(arguments, divisions):
     """Raise ConfigError where --save asks for what there is not, or would overwrite a file."""
     path = Path(arguments.save)
-    if arguments.mode == "finetune":
+    if arguments.mode in TRAINED:
         raise config.ConfigError(
-            f"--save {path} cannot be written: there are no frozen features with --mode finetune"
+            f"--save {path} cannot be written: there are no frozen features with --mode {arguments.mode}"
         )
     if divisions > 1:
         raise config.ConfigError(

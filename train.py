@@ -24,7 +24,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from avid import data, datasets, distributed, evaluation, losses, memory_bank, models, run, temporal_tasks
+from avid import (
+    avid_cma,
+    data,
+    datasets,
+    distributed,
+    evaluation,
+    losses,
+    memory_bank,
+    models,
+    run,
+    temporal_tasks,
+)
 from avid.tools import figures
 from avid.toy import write as write_toy
 
@@ -65,10 +76,19 @@ def main(cfg):
     bad_files = data.BadFiles(train_table, cfg.data.max_bad_share)
     folder = run.Folder(cfg, world)
     first_step = folder.resume(
-        train_table, network=network, bank=bank, optimizer=optimizer, scaler=guard, bad_files=bad_files
+        train_table,
+        network=network,
+        bank=bank,
+        optimizer=optimizer,
+        scaler=guard,
+        bad_files=bad_files,
+        **objective.kept(),
     )
+    if not first_step:
+        folder.begin_from(cfg.init, network, bank, objective.ancestor)
     steps = range(first_step, last_step)
-    sampler = data.BatchSampler(n, optim.batch_size, optim.draws, cfg.seed, first_step, last_step, *world[:2])
+    draws = optim.draws, cfg.seed, first_step, last_step, *world[:2], optim.copies
+    sampler = data.BatchSampler(n, optim.batch_size, *draws)
     loader = data.loader(data.Clips(train_table, cfg, training=True), cfg.data.workers, batch_sampler=sampler)
     model.train()
     held_out_check = functools.partial(check, network, bank, held_out, cfg, world)
@@ -78,7 +98,7 @@ def main(cfg):
     # --------------------------------------------------------------------------------------------------- loop
     batches = watch.batches(loader)
     for step in steps:
-        batch = data.to_device(next(batches), world.device)  # uint8 clips become augmented float clips
+        batch = data.to_device(next(batches), world.device, cfg.audio)  # uint8: augmented float clips
         set_learning_rate(optimizer, step / epoch_steps, optim)
         with guard.forward():  # autocast; batch norm's statistics are remembered
             output = model(batch["video"], batch["audio"])  # embeddings, features, logits of the tasks
@@ -104,6 +124,11 @@ class Objective:
     def __init__(self, cfg, bank, world, epoch_steps):
         self.cfg, self.bank, self.world = cfg, bank, world
         self.warmup_steps = cfg.loss.warmup_epochs * epoch_steps
+        self.ancestor = avid_cma.Discrimination(cfg, bank, self.warmup_steps, epoch_steps)
+
+    def kept(self):
+        """What of it goes into a checkpoint: {name: what has a state_dict}."""
+        return {"ancestor": self.ancestor} if self.ancestor.state_dict() else {}
 
     @property
     def leaves_heads_out(self):
@@ -118,31 +143,43 @@ class Objective:
         → {term: scalar}, this rank's parts, of which the mean over the ranks, which DDP takes, is that of the
         global batch; {"<task> %": accuracy over all ranks}.
         """
-        terms = {}
+        terms, agreed = {}, self.ancestor.agrees(step)
         if self.cfg.weights.xid:
-            terms["xid"] = self.robust_xid(output, index, step)
+            terms["xid"] = self.robust_xid(output, index, step, agreed)
+        if agreed:
+            local = self.of_clips(output, index)
+            terms["cma"] = self.ancestor.cma(output.video, output.audio, index, local, step).mean()
         terms |= self.contrasts(output, batch, step)
         task_terms, accuracies = self.temporal_tasks(output.temporal, batch)
         return terms | task_terms, accuracies
 
-    def robust_xid(self, output, index, step):
+    def robust_xid(self, output, index, step, agreed):
         """Σ_i w_i·L_soft(i) / Σ_i w_i over the global batch (docs/method.md 5); plain xID in the warm-up."""
-        cfg, loss, robust = self.cfg, self.cfg.loss, step >= self.warmup_steps
-        candidates = self.bank.candidates(index, cfg.bank.num_negatives, cfg.seed + step)
+        robust, local = step >= self.warmup_steps, self.of_clips(output, index)
+        if self.cfg.bank.candidates == "own":  # docs/method.md 12
+            per_clip = self.ancestor.xid(output.video, output.audio, index, local, step, agreed)  # b·M
+        else:
+            per_clip = self.shared_candidates(output, index, local, step, robust)
+        weight = pair_weights(index, self.bank, self.cfg.loss, robust)  # B
+        moments = len(per_clip) * self.world.size // len(index)
+        return losses.weighted_mean(per_clip, local(weight), moments * weight.sum() / self.world.size)
+
+    def of_clips(self, output, index):
+        """A function: what belongs to the global batch's instances, B×…, as this rank's clips stand, b·M×…"""
         moments = len(output.video) * self.world.size // len(index)
+        return lambda x: x.chunk(self.world.size)[self.world.rank].repeat_interleave(moments, 0)
 
-        def local(x):  # B → b·M, as this rank's clips stand
-            return x.chunk(self.world.size)[self.world.rank].repeat_interleave(moments)
-
+    def shared_candidates(self, output, index, local, step, robust):
+        """L_soft(i) of this rank's clips, b·M, against the batch and negatives that it shares."""
+        cfg, loss = self.cfg, self.cfg.loss
+        candidates = self.bank.candidates(index, cfg.bank.num_negatives, cfg.seed + step)
         memories = [self.bank.read(modality, candidates.index) for modality in data.MODALITIES]  # C×D each
         settings = {name: getattr(loss, name) for name in ("temperature", "estimator", "tau_s", "tau_t")}
         settings["soft"] = loss.soft if robust else 0.0
         column = local(candidates.column)  # b·M
-        per_clip = losses.robust_xid(
+        return losses.robust_xid(
             output.video, output.audio, *memories, candidates.valid, column, **settings
         )  # b·M
-        weight = pair_weights(index, self.bank, loss, robust)  # B
-        return losses.weighted_mean(per_clip, local(weight), moments * weight.sum() / self.world.size)
 
     def contrasts(self, output, batch, step):
         """Contrast with positives and negatives from the feature space as it is now (docs/method.md 7)."""

@@ -2,6 +2,7 @@
 
     python -m avid check --data folder --root DIR     what of a data set can be used, and why the rest cannot
     python -m avid prepare SRC DST                    small copies of a folder's videos, which decode fast
+    python -m avid statistics --out FILE.npz          mean and deviation of each band of a data set's sound
     python -m avid weights RUN                        weights of true and of faulty pairs of a run on the toy
     python -m avid tasks                              clips as the temporal tasks take them
 
@@ -14,6 +15,7 @@ import sys
 COMMANDS = {
     "check": "prepare",
     "prepare": "prepare",
+    "statistics": "statistics",
     "weights": "show",
     "tasks": "show",
 }  # their modules in avid.tools

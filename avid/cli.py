@@ -99,6 +99,9 @@ def training(description, argv=None):
             cfg.data.name == "toy"
         ):  # of other data sets the number of videos is known when their lists are read
             fits(cfg, cfg.toy.train, int(os.environ.get("WORLD_SIZE", 1)))
+        config.band_statistics(cfg.audio)
+        if cfg.init and not Path(cfg.init).is_file():
+            raise ConfigError(f"init: no checkpoint {cfg.init}")
         if cfg.log.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise ConfigError(
                 "log.tensorboard=true needs the package: pip install tensorboard, or leave it out"
@@ -132,6 +135,16 @@ def fits(cfg, videos, processes=1):
     if not any(weights.values()):
         raise ConfigError(
             "all weights.* are 0, so that there is nothing to learn; set one, such as weights.xid=1"
+        )
+    if weights["cma"] and not cfg.init and not cfg.loss.warmup_epochs:
+        raise ConfigError(
+            "weights.cma needs a bank that has learned: init=CHECKPOINT of a run on the same videos, "
+            "or loss.warmup_epochs"
+        )
+    if weights["cma"] and cfg.agreement.positives + 1 >= videos:
+        raise ConfigError(
+            f"agreement.positives={cfg.agreement.positives} leaves no negatives among {videos} videos; "
+            "lower it"
         )
     if batch > videos:
         raise ConfigError(

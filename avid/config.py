@@ -3,18 +3,21 @@
 In: a YAML file that states what differs from the defaults here, and `key=value` overrides.
 Out: a `Config`. A wrong key, type or value raises `ConfigError`, one line that names the nearest right key.
 
-Sources: [P] the papers, [A] the public AVID-CMA code, [F] published follow-up work, [C] our choice;
-docs/method.md explains.
+Sources: [P] a paper's abstract, all of it that could be read; [A] the public AVID-CMA code and its first
+author's answers; [F] one later implementation by others, LivienMajer/cmvra; [S] other public work of the same
+authors; [C] our choice. docs/method.md explains.
 """
 
 import dataclasses
 import difflib
 import functools
 import math
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
@@ -94,16 +97,19 @@ class Data:
 
 @dataclass
 class Video:
-    frames: int = setting(8, "frames a clip [A]", at_least=1)
+    frames: int = setting(8, "frames a clip [A]. temporal: 16 [S]", at_least=1)
     fps: float = setting(16.0, "frames a second of the clip, whatever the file's [A]", above=0)
-    size: int = setting(112, "side of the square clip, pixels [A: 224; C: 112]", at_least=1)
+    size: int = setting(112, "side of the square clip, pixels [S: temporal; A: 224]", at_least=1)
+    offset_s: float = setting(0.0,
+        "s that the picture's middle may lie from the sound's [C: 0; A: 1.25, docs/method.md 12]",
+        at_least=0)
     crop_area: list[float] = setting([0.08, 1.0], "area of the random crop, share of the frame [A]",
         above=0, at_most=1)
     crop_ratio: list[float] = setting([0.75, 1.3333], "width / height of the random crop [A]", above=0)
     flip: float = setting(0.5, "probability of a horizontal flip [A]", at_least=0, at_most=1)
     jitter: list[float] = setting([0.4, 0.4, 0.4, 0.2],
         "strength of brightness, contrast, saturation, hue [A]", at_least=0, at_most=1)
-    grey: float = setting(0.0, "probability of a clip without colour. temporal: 0.2 [C]",
+    grey: float = setting(0.0, "probability of a clip without colour. temporal: 0.2 [S]",
         at_least=0, at_most=1)
 
 
@@ -112,8 +118,15 @@ class Audio:
     seconds: float = setting(2.0, "length of the sound clip, s [A]", above=0)
     rate_hz: int = setting(24000, "sample rate, Hz [A]", at_least=1)
     frames_per_s: int = setting(100, "spectrogram columns a second [A]", at_least=1)
-    n_fft: int = setting(512, "window and FFT length, samples: 257 linear bins [A]", at_least=1)
-    mels: int = setting(80, "mel bands; 0: the linear bins [C; A: linear]", at_least=0)
+    frontend: str = setting("log",
+        "log: log-mel or, where mels is 0, linear bins [C]; avid: the spectrogram of AVID's networks [A]",
+        choices=("log", "avid"))
+    n_fft: int = setting(512,
+        "window and FFT length, samples: 257 bins [C]; frontend=avid: twice as long, bins in pairs [A]",
+        at_least=1)
+    mels: int = setting(80, "mel bands of frontend=log; 0: the linear bins [C; S: 128]", at_least=0)
+    statistics: str = setting("",
+        "mean and deviation of each band: a file of python -m avid statistics [A, S]; empty: -50, 20 dB [C]")
     volume: float = setting(0.1, "random gain, ± this share [A]", at_least=0, below=1)
     mask_time: float = setting(0.0, "widest masked stretch, share of the columns. temporal: 0.2 [C]",
         at_least=0, at_most=1)
@@ -125,7 +138,7 @@ class Audio:
 class Temporal:
     moments: int = setting(1,
         "clips a video: 1, or 2, which order and the contrast within a modality need [P]", choices=(1, 2))
-    speeds: list[int] = setting([1], "playback speeds, drawn equally often. temporal: 1, 2, 4, 8 [C]",
+    speeds: list[int] = setting([1], "playback speeds, drawn equally often. temporal: 1, 2, 4, 8 [S]",
         at_least=1)
     reverse: bool = setting(False, "half of the clips run backwards [P]")
 
@@ -146,7 +159,10 @@ class Model:
 class Bank:
     momentum: float = setting(0.5, "m: memory ← m · memory + (1 − m) · embedding [A]", at_least=0, at_most=1)
     num_negatives: int | str = setting(1024,
-        "K, negatives drawn a step and shared by the batch; all: every instance [A]")
+        "K, negatives drawn from the bank [A]; all: every instance [C]")
+    candidates: str = setting("shared",
+        "shared: K a step for the whole batch, and the batch itself [C]; own: K for each sample [A]",
+        choices=("shared", "own"))
     dtype: str = setting("float32", "what memories are stored as [A: float32]",
         choices=("float32", "float16", "bfloat16"))
     spread: bool = setting(False,
@@ -155,6 +171,9 @@ class Bank:
 
 @dataclass
 class Loss:
+    form: str = setting("softmax",
+        "softmax: cross entropy over the candidates [P]; nce: noise contrastive estimation [A]",
+        choices=("softmax", "nce"))
     temperature: float = setting(0.07, "τ [A]", above=0)
     w_min: float = setting(1.0, "least weight of a faulty positive; 1: weights off. robust: 0.25 [F]",
         at_least=0, at_most=1)
@@ -163,7 +182,8 @@ class Loss:
     soft: float = setting(0.0, "λ, share of the soft target; 0: one-hot. robust: 0.5 [F]",
         at_least=0, at_most=1)
     estimator: str = setting("cycle",
-        "estimator of the soft target [P]", choices=("bootstrap", "swapped", "neighbor", "cycle"))
+        "estimator of the soft target [P: that there is one; F: cycle, swapped]",
+        choices=("bootstrap", "swapped", "neighbor", "cycle"))
     tau_s: float = setting(0.02, "τ_s of the soft targets [F]", above=0)
     tau_t: float = setting(0.07, "τ_t of the cycle's outer steps [F]", above=0)
     warmup_epochs: int = setting(0, "epochs of plain xID before weights and soft targets [C]", at_least=0)
@@ -181,18 +201,35 @@ class Contrast:
         "τ_n: drawn with probability ∝ exp(sim/τ_n); .inf: uniformly, smaller: harder [C]", above=0)
 
 
+@dataclass
+class Agreement:
+    positives: int = setting(32, "k, positives of each instance: those most similar to it [A]", at_least=1)
+    by: str = setting("consensus",
+        "similarity: the lesser of both modalities' (consensus), the greater (union), or one's [A]",
+        choices=("consensus", "union", "video", "audio"))
+    negatives: int = setting(64, "negatives of each sample within a modality [A]", at_least=1)
+    every_epochs: int = setting(50,
+        "epochs after which positives are found anew [A: 5 of 10 clips]", at_least=1)
+
+
 NEEDS = {  # of a term: the setting, and whether it is so; the classes of a task are there only then
     "temporal.moments=2": lambda cfg: cfg.temporal.moments == 2,
     "temporal.speeds=[1,2,4,8]": lambda cfg: len(cfg.temporal.speeds) > 1,
     "temporal.reverse=true": lambda cfg: cfg.temporal.reverse,
     "bank.spread=false": lambda cfg: not cfg.bank.spread,  # each rank looks for neighbours in the whole bank
+    "video.offset_s=0": lambda cfg: not cfg.video.offset_s,  # picture and sound cover the same interval
+    "weights.xid above 0": lambda cfg: cfg.weights.xid > 0,  # which makes the memories
 }
-PAIR, SPEEDS, REVERSE, WHOLE_BANK = NEEDS
+PAIR, SPEEDS, REVERSE, WHOLE_BANK, MATCHED, MEMORIES = NEEDS
 
 
 @dataclass
 class Weights:
-    xid: float = setting(1.0, "cross-modal instance discrimination, plain or robust [P]", at_least=0)
+    xid: float = setting(1.0,
+        "cross-modal instance discrimination, plain or robust [P]; avid: 0.5, mean of directions [A]",
+        at_least=0)
+    cma: float = setting(0.0, "cross-modal agreement: positives within a modality. avid_cma: 0.25 [A]",
+        at_least=0, needs=(MEMORIES, WHOLE_BANK))
     contrast_vv: float = setting(0.0, "contrast of the two moments' video clips, (v, v') [P]",
         at_least=0, needs=(PAIR, WHOLE_BANK))
     contrast_aa: float = setting(0.0, "contrast of the two moments' audio clips, (a, a') [P]",
@@ -205,18 +242,22 @@ class Weights:
     speed_audio: float = setting(0.0, "playback speed of an audio clip [P]", at_least=0, needs=(SPEEDS,))
     direction_video: float = setting(0.0, "direction of a video clip [P]", at_least=0, needs=(REVERSE,))
     direction_audio: float = setting(0.0, "direction of an audio clip [P]", at_least=0, needs=(REVERSE,))
-    order_video: float = setting(0.0, "order of two video clips, (v, v') [P]", at_least=0, needs=(PAIR,))
-    order_audio: float = setting(0.0, "order of two audio clips, (a, a') [P]", at_least=0, needs=(PAIR,))
+    order_video: float = setting(0.0, "order of two video clips, (v, v') [P]",
+        at_least=0, needs=(PAIR, MATCHED))
+    order_audio: float = setting(0.0, "order of two audio clips, (a, a') [P]",
+        at_least=0, needs=(PAIR, MATCHED))
     order_cross: float = setting(0.0, "order of a video clip and an audio clip, (v, a') and (a, v') [P]",
-        at_least=0, needs=(PAIR,))
+        at_least=0, needs=(PAIR, MATCHED))
 
 
 @dataclass
 class Optim:
-    epochs: int = setting(200, "epochs; one is N / batch_size steps [C; A: 400]", at_least=1)
-    batch_size: int = setting(256, "clips a step over all ranks [A]", at_least=1)
+    epochs: int = setting(200, "epochs; one is N / batch_size steps [A: 200 or 300]", at_least=1)
+    batch_size: int = setting(256, "clips a step over all ranks [A: 256 on each of 4 machines]", at_least=1)
     draws: str = setting("epoch",
-        "epoch: shuffled passes; iid: drawn independently, with replacement [C]", choices=("epoch", "iid"))
+        "epoch: shuffled passes [C]; copies: passes over copies of each video [A]; iid: with replacement [C]",
+        choices=("epoch", "copies", "iid"))
+    copies: int = setting(10, "copies of each video in a pass of draws=copies [A]", at_least=1)
     lr: float = setting(2e-4, "learning rate of Adam [A]", above=0)
     weight_decay: float = setting(1e-5, "L2 penalty of Adam [A]", at_least=0)
     schedule: str = setting("cosine", "after the warm-up [C; A: constant]",
@@ -288,6 +329,9 @@ class Toy:
 class Config:
     seed: int = setting(0, "decides everything random, the toy data included", at_least=0)
     out: str = setting("", "run folder; empty: runs/<name of the configuration>")
+    init: str = setting(
+        "", "checkpoint whose weights, and bank where it is of the same videos, training begins with"
+    )
     profile: bool = setting(False, "trace a few steps of training with torch's profiler")
     data: Data = field(default_factory=Data)
     video: Video = field(default_factory=Video)
@@ -297,6 +341,7 @@ class Config:
     loss: Loss = field(default_factory=Loss)
     temporal: Temporal = field(default_factory=Temporal)
     contrast: Contrast = field(default_factory=Contrast)
+    agreement: Agreement = field(default_factory=Agreement)
     weights: Weights = field(default_factory=Weights)
     optim: Optim = field(default_factory=Optim)
     finetune: Finetune = field(default_factory=Finetune)
@@ -372,6 +417,7 @@ def load(name="toy", overrides=(), base=None):
     except OmegaConfBaseException as error:
         raise ConfigError(_one_line(error, layers)) from None
     cfg.out = cfg.out or f"runs/{Path(name).stem if name else 'eval'}"
+    cfg.audio.statistics = statistics_text(cfg.audio.statistics)
     _check(cfg)
     return cfg
 
@@ -485,6 +531,15 @@ def _check(cfg):
         wrong("audio.seconds", "at least a window, audio.n_fft / audio.rate_hz")
     if audio.rate_hz % audio.frames_per_s:
         wrong("audio.frames_per_s", f"a divisor of audio.rate_hz = {audio.rate_hz}")
+    if (
+        audio.frontend == "avid"
+        and round(audio.seconds * audio.frames_per_s) * audio.rate_hz <= audio.n_fft * audio.frames_per_s
+    ):
+        wrong("audio.seconds", "more than half of AVID's window, audio.n_fft / audio.rate_hz")
+    if audio.frontend == "avid" and audio.n_fft % 2:
+        wrong("audio.n_fft", "an even number: AVID's bins are averaged in pairs")
+    if audio.statistics:
+        band_statistics(audio)
     if audio.mels > audio.n_fft // 2 + 1:
         wrong("audio.mels", f"at most {audio.n_fft // 2 + 1}, the linear bins")
     if cfg.toy.seconds * cfg.toy.fps < 1:
@@ -497,11 +552,88 @@ def _check(cfg):
         raise ConfigError(
             "bank.spread=true needs a count of bank.num_negatives: to read all memories is to hold them all"
         )
+    if bank.candidates == "own":
+        for key, there, needed in (
+            ("bank.num_negatives", bank.num_negatives != "all", "a count"),
+            ("bank.spread", not bank.spread, "false: each rank reads other memories"),
+            ("loss.soft", not cfg.loss.soft, "0: soft targets are over shared candidates"),
+        ):
+            if not there:
+                wrong(key, f"{needed}; or bank.candidates=shared")
+    if cfg.loss.form == "nce" and bank.candidates != "own":
+        wrong(
+            "loss.form",
+            "softmax; or bank.candidates=own, as nce takes the negatives of each sample by themselves",
+        )
     for f in dataclasses.fields(Weights):
         weight = getattr(cfg.weights, f.name)
         for needed in f.metadata["needs"] if weight else ():
             if not NEEDS[needed](cfg):
                 raise ConfigError(f"weights.{f.name}={weight} needs {needed}")
+
+
+def bands(audio):
+    """The number of bands of a spectrogram."""
+    return audio.mels if audio.frontend == "log" and audio.mels else audio.n_fft // 2 + 1
+
+
+NUMBER = r"[-+]?[0-9]*\.?[0-9]+(?:e[-+]?[0-9]+)?"
+
+
+def statistics_text(given):
+    """What audio.statistics holds, as text: mean/deviation of each band, in dB. given: that, or a .npz file
+    with mean and std.
+    """
+    if not given or re.fullmatch(rf"{NUMBER}/{NUMBER}(?: {NUMBER}/{NUMBER})*", given):
+        return given
+    try:
+        with np.load(given, allow_pickle=False) as arrays:  # numbers alone: no code is run from a file
+            mean, std = (np.asarray(arrays[name], np.float64).ravel() for name in ("mean", "std"))
+    except FileNotFoundError:
+        raise ConfigError(f"audio.statistics: no file {given}; {REMEDY}") from None
+    except Exception as error:  # what is no .npz can fail in any way
+        reason = getattr(error, "strerror", None) or f"numpy says {type(error).__name__}"
+        raise ConfigError(
+            f"audio.statistics: {given} is no .npz file with mean and std ({reason}); {REMEDY}"
+        ) from None
+    if (
+        len(mean) != len(std)
+        or not len(mean)
+        or not (np.isfinite(mean) & np.isfinite(std) & (std >= 0)).all()
+    ):
+        raise ConfigError(
+            f"audio.statistics: mean and std in {given} are no pairs of finite numbers; {REMEDY}"
+        )
+    return " ".join(f"{m:.6g}/{s:.6g}" for m, s in zip(mean, std, strict=True))
+
+
+REMEDY = (
+    "compute one with: python -m avid statistics --out FILE.npz …; that of AVID-CMA's released checkpoints "
+    "is datasets/assets/audio-spectDB-24k-513-norm-stats.npz of its repository"
+)
+
+
+def band_statistics(audio):
+    """(means, deviations) of the bands of a spectrogram, dB, two tuples, or None: the same for all bands.
+
+    Raises ConfigError where AVID's spectrogram has none, and where there are not as many as bands.
+    """
+    if not audio.statistics:
+        if audio.frontend == "avid":
+            raise ConfigError(f"audio.frontend=avid needs audio.statistics=FILE.npz; {REMEDY}")
+        return None
+    mean, std = _pairs(audio.statistics)
+    if len(mean) != bands(audio):
+        raise ConfigError(
+            f"audio.statistics holds {len(mean)} bands where audio.* give {bands(audio)}; compute it anew "
+            "with the same settings: python -m avid statistics"
+        )
+    return mean, std
+
+
+@functools.lru_cache
+def _pairs(text):
+    return tuple(zip(*(map(float, pair.split("/")) for pair in text.split()), strict=True))
 
 
 def stop(message):

@@ -31,13 +31,15 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from . import distributed, files, memory_bank, processes, temporal_tasks
+from . import config, distributed, files, memory_bank, processes, temporal_tasks
 from .config import ConfigError
-from .media import MODALITIES, Media, MediaError, in_memory, spectrogram
+from .media import MODALITIES, Media, MediaError, in_memory
+from .spectrogram import edge_s, spectrogram
 
 PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in grey [ITU-R BT.601]
-DB_MEAN, DB_STD = -50.0, 20.0  # a log spectrogram's usual level and spread [C]
+DB_MEAN, DB_STD = -50.0, 20.0  # a log spectrogram's usual level and spread, where no statistics are given [C]
+LEAST_STD = 1e-5  # added to the deviation of a band [A]
 OF_A_STEP = 3  # what begins the draws of a training step: (3, step, place in the global batch)
 # what torch and the system say where decoding processes cannot hand over their batches
 EXHAUSTED = re.compile(
@@ -84,6 +86,8 @@ class Clips(torch.utils.data.Dataset):
         self.table, self.cfg, self.training, self.modalities = table, cfg, training, modalities
         self.clips = clips or cfg.eval.clips
         self.given_up, self.reading = {}, None  # index → why; what each decoding process reads: see Loader
+        if "audio" in modalities:
+            config.band_statistics(cfg.audio)  # a ConfigError before anything is read
         self.length_s = max(
             cfg.video.frames / cfg.video.fps if "video" in modalities else 0.0,
             cfg.audio.seconds if "audio" in modalities else 0.0,
@@ -167,8 +171,8 @@ class Clips(torch.utils.data.Dataset):
 
     def usable(self, media):
         """Where clips may lie, s: no window of a spectrogram reaches past the sound."""
-        edge_s = self.cfg.audio.n_fft / 2 / self.cfg.audio.rate_hz if "audio" in self.modalities else 0.0
-        return media.first_s + edge_s, media.last_s - edge_s
+        edge = edge_s(self.cfg.audio) if "audio" in self.modalities else 0.0
+        return media.first_s + edge, media.last_s - edge
 
     def draws(self, clips, rng):
         """What the augmentations on the device do to each clip: flip and grey M, jitter M×4, mask M×4
@@ -185,6 +189,15 @@ class Clips(torch.utils.data.Dataset):
         """Picture and sound of a clip share their middle: the shorter of the two starts later."""
         return clip.start_s + clip.speed * (self.length_s - seconds) / 2
 
+    def moved(self, start_s, clip, media, rng):
+        """Another start of a clip's picture: its middle lies up to video.offset_s from the sound's, within the
+        file [A].
+        """
+        video, reach_s = self.cfg.video, self.cfg.video.offset_s * clip.speed
+        last_s = media.last_s - clip.speed * video.frames / video.fps
+        low, high = max(start_s - reach_s, media.first_s), min(start_s + reach_s, last_s)
+        return rng.uniform(low, high) if low < high else start_s
+
     def picture(self, media, clip, rng):
         """uint8 3×T×S×S: frames `speed` apart, cropped and resized alike.
 
@@ -192,6 +205,8 @@ class Clips(torch.utils.data.Dataset):
         """
         video = self.cfg.video
         start_s = self.start_of(clip, video.frames / video.fps)
+        if self.training and video.offset_s:
+            start_s = self.moved(start_s, clip, media, rng)
         times = start_s + (np.arange(video.frames) + 0.5) * clip.speed / video.fps
         times = media.first_s + (times - media.first_s) % (media.last_s - media.first_s)
         frames = media.frames(times[::-1] if clip.backward else times)  # T×H×W×3
@@ -224,12 +239,13 @@ class BatchSampler(torch.utils.data.Sampler):
     """Which instances each step takes: this rank's share of every global batch from `first_step` on, as lists
     of (index, draw).
 
-    how="epoch": shuffled passes over all n instances; how="iid": every place of a batch drawn independently.
-    Both are functions of (seed, step): resuming at a step, with any number of ranks, continues the same
-    sequence.
+    how="epoch": shuffled passes over all n instances; "copies": over `copies` copies of each, shuffled
+    together [A], so that what comes last in a pass is hardly older than the rest; "iid": every place of a
+    batch drawn independently, with replacement. All are functions of (seed, step): resuming at a step, with
+    any number of ranks, continues the same sequence.
     """
 
-    def __init__(self, n, batch_size, how, seed, first_step, last_step, rank=0, world=1):
+    def __init__(self, n, batch_size, how, seed, first_step, last_step, rank=0, world=1, copies=10):
         if batch_size > n:
             raise ConfigError(
                 f"a batch of {batch_size} is larger than the data set of {n} videos; lower optim.batch_size"
@@ -239,9 +255,10 @@ class BatchSampler(torch.utils.data.Sampler):
                 f"optim.batch_size = {batch_size} clips cannot be shared evenly by {world} processes"
             )
         self.n, self.batch_size, self.how, self.seed = n, batch_size, how, seed
+        self.copies = copies if how == "copies" else 1
         self.steps = range(first_step, last_step)
         self.local = range(rank * batch_size // world, (rank + 1) * batch_size // world)
-        self.epoch, self.order = None, None
+        self.number, self.order = None, None  # of the pass that the last step was in
 
     def __len__(self):
         return len(self.steps)
@@ -250,9 +267,11 @@ class BatchSampler(torch.utils.data.Sampler):
         """The batch_size instances of a step."""
         if self.how == "iid":
             return np.random.default_rng((self.seed, 1, step)).integers(self.n, size=self.batch_size)
-        epoch, place = divmod(step, self.n // self.batch_size)
-        if epoch != self.epoch:
-            self.epoch, self.order = epoch, np.random.default_rng((self.seed, 2, epoch)).permutation(self.n)
+        entries = self.copies * self.n
+        number, place = divmod(step, entries // self.batch_size)
+        if number != self.number:
+            rng = np.random.default_rng((self.seed, 2, number))
+            self.number, self.order = number, rng.permutation(entries) % self.n
         return self.order[place * self.batch_size : (place + 1) * self.batch_size]
 
     def __iter__(self):
@@ -441,9 +460,10 @@ class BadFiles:
 # ------------------------------------------------------------------------------------------- on the device
 
 
-def to_device(batch, device):
+def to_device(batch, device, audio):
     """Tensors moved, clips flattened (B·M first) and ready for the network: video float B·M×3×T×S×S, audio
-    float B·M×1×F×bins."""
+    float B·M×1×F×bins, normalised by the statistics of `audio`, config.Audio.
+    """
     batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
     if "video" in batch:
         video = batch["video"].flatten(0, 1)
@@ -454,9 +474,22 @@ def to_device(batch, device):
         mean, std = constant(PIXEL_MEAN, video.device), constant(PIXEL_STD, video.device)
         batch["video"] = video.sub_(mean[:, None, None, None]).div_(std[:, None, None, None])
     if "audio" in batch:
-        audio = (batch["audio"].flatten(0, 1).float() - DB_MEAN) / DB_STD
-        batch["audio"] = mask(audio, batch["mask"].flatten(0, 1)) if "mask" in batch else audio
+        sound = normalise(batch["audio"].flatten(0, 1).float(), audio)
+        batch["audio"] = mask(sound, batch["mask"].flatten(0, 1)) if "mask" in batch else sound
     return batch
+
+
+def normalise(image, audio):
+    """(x − mean) / deviation of each band by audio.statistics (docs/method.md 12a) [A]; where there are none,
+    −50 and 20 dB for all bands [C].
+
+    image …×bins, dB, audio: config.Audio → float32 of the same shape. Raises ConfigError where statistics are
+    missing.
+    """
+    if (statistics := config.band_statistics(audio)) is None:
+        return (image - DB_MEAN) / DB_STD
+    mean, std = (constant(values, image.device) for values in statistics)  # bins each
+    return (image - mean) / (std + LEAST_STD)
 
 
 @functools.lru_cache

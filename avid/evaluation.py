@@ -225,7 +225,7 @@ def extract(network, clips, device, title=None):
                 continue
             n = len(batch["index"])
             index.append(batch["index"].numpy())
-            batch = data.to_device(batch, device)
+            batch = data.to_device(batch, device, cfg.audio)
             with run.autocast(cfg.optim.amp, device):
                 encoded = {modality: network.encode(modality, batch[modality]) for modality in modalities}
             for modality, pair in encoded.items():  # the first copy waits for the device, which is done then
@@ -312,7 +312,7 @@ def calibrate_batch_norm(subject, table, modalities=data.MODALITIES):
         try:
             network.train()
             for batch in data.loader(clips, cfg.data.workers, batch_sampler=draws):
-                network.encode(modality, data.to_device(batch, subject.device)[modality])
+                network.encode(modality, data.to_device(batch, subject.device, cfg.audio)[modality])
         finally:
             network.eval()
         subject.hash += f", {modality} calibrated on {table.name}"
@@ -332,7 +332,7 @@ def confusions(network, table, cfg, device, draws=2):
     was_training = network.training
     network.eval()
     for batch in data.loader(data.Clips(table, cfg, training=True), cfg.data.workers, batch_sampler=batches):
-        batch = data.to_device(batch, device)
+        batch = data.to_device(batch, device, cfg.audio)
         with run.autocast(cfg.optim.amp, device):
             output = network(batch["video"], batch["audio"])
         for task, logits in output.temporal.items():

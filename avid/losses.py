@@ -220,3 +220,35 @@ def agreement(video, audio):
 def _exclude(valid):
     """0 where valid, −inf elsewhere: C (bool) -> C."""
     return torch.zeros_like(valid, dtype=torch.get_default_dtype()).masked_fill(~valid, -math.inf)
+
+
+# -------------------------------------------------------------------- each sample's own negatives, AVID's way
+
+
+def instance(x, positives, negatives, temperature):
+    """−1/P · Σ_p log [ e^{x·p/τ} / (e^{x·p/τ} + Σ_n e^{x·n/τ}) ], (12b): the softmax over own negatives.
+
+    x B×D, live; positives B×P×D, negatives B×K×D: memories -> B. The same as `contrast`, whose positives are
+    all memories.
+    """
+    return contrast(x, positives[:, 0].detach(), positives[:, 1:], negatives, temperature)
+
+
+def nce(x, positives, negatives, temperature, partition):
+    """−1/P · Σ_p log P(data|p) − Σ_n log P(noise|n), P(data|m) = e^{x·m/τ} / (e^{x·m/τ} + K·Z̄), (12c) [A].
+
+    Noise contrastive estimation: each memory by itself is told to be a positive or one of K draws of noise.
+    Z̄ (0-dim) stands for the mean of e^{x·m/τ} over the bank, of `partition`. x B×D, live; positives B×P×D,
+    negatives B×K×D: memories -> B.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        positive = torch.einsum("bd,bpd->bp", x.float(), positives.detach().float()) / temperature  # B×P
+        negative = torch.einsum("bd,bkd->bk", x.float(), negatives.detach().float()) / temperature  # B×K
+        noise = math.log(negative.shape[1]) + partition.log()  # log(K·Z̄)
+        return F.softplus(noise - positive).mean(1) + F.softplus(negative - noise).sum(1)
+
+
+@torch.no_grad()
+def partition(x, negatives, temperature):
+    """Z̄, the mean of e^{x·n/τ}, (12c) [A]: x B×D, negatives B×K×D -> scalar."""
+    return (torch.einsum("bd,bkd->bk", x.float(), negatives.float()) / temperature).exp().mean()

@@ -1,7 +1,7 @@
 """Pictures and sound out of one file, by time.
 
 In: a path. Frames come from decord, sound from PyAV, on one clock that begins with the file.
-Out: frames shown at given times, mono sound of an interval, its log spectrogram.
+Out: frames shown at given times, mono sound of an interval.
 """
 
 import contextlib
@@ -20,7 +20,6 @@ import numpy as np
 import torchaudio
 
 MODALITIES = ("video", "audio")
-QUIETEST = 1e-10  # power of -100 dB: what silence becomes
 WARM_UP_S = 0.15  # sound that a decoder needs before it is right
 RESAMPLER_S = 0.01  # more than the resampler's reach
 LOWEST_HZ, HIGHEST_HZ = 1000, 768000  # of sound; other rates stand in damaged headers
@@ -330,43 +329,3 @@ def resampler(source_hz, rate_hz):
     """Usual rates are simple fractions of each other. A filter for others (44101 Hz) would take gigabytes: they are off by 1e-6."""
     ratio = Fraction(source_hz, rate_hz).limit_denominator(1000)
     return torchaudio.transforms.Resample(*ratio.as_integer_ratio()) if ratio != 1 else torch.nn.Identity()
-
-
-@functools.lru_cache(maxsize=1)
-def hann(n):
-    """A Hann window of n samples, and its energy."""
-    window = torch.hann_window(n)
-    return window, window.square().sum()
-
-
-@functools.lru_cache(maxsize=1)
-def mel_filters(rate_hz, n_fft, mels):
-    return torchaudio.functional.melscale_fbanks(n_fft // 2 + 1, 0.0, rate_hz / 2, mels, rate_hz)  # bins×mels
-
-
-def columns(audio):
-    """F, the number of spectrogram columns of a sound clip."""
-    return round(audio.seconds * audio.frames_per_s)
-
-
-def spectrogram(media, start_s, audio, speed=1, distort=None):
-    """Log spectrogram of the sound from start_s on, dB: 1×F×bins, float32; `audio`: config.Audio.
-
-    Column k is centred on start_s + (k + ½)·speed / frames_per_s: at speed s the hop is s times longer, the window and so the
-    pitch are the same (docs/method.md section 6). distort: what is done to the sound before, float32 N → N.
-    """
-    hop = round(audio.rate_hz // audio.frames_per_s * speed)
-    samples = (columns(audio) - 1) * hop + audio.n_fft
-    waveform = torch.from_numpy(
-        media.sound(start_s + (hop - audio.n_fft) / 2 / audio.rate_hz, samples, audio.rate_hz)
-    )
-    if distort:
-        waveform = distort(waveform)
-    window, energy = hann(audio.n_fft)
-    spectrum = torch.stft(
-        waveform, audio.n_fft, hop, window=window, center=False, return_complex=True
-    ).T  # F×257
-    power = (spectrum.real.square() + spectrum.imag.square()) / energy
-    if audio.mels:
-        power = power @ mel_filters(audio.rate_hz, audio.n_fft, audio.mels)
-    return 10 * torch.log10(power + QUIETEST)[None]  # 1×F×bins

@@ -94,6 +94,22 @@ class MemoryBank(torch.nn.Module):
         valid = first == torch.arange(len(candidates), device=index.device)
         return Candidates(candidates, valid, first[: len(index)])
 
+    def own_negatives(self, index, num_negatives, generator_seed, excluded=None):
+        """Each sample's own K negatives, drawn uniformly with replacement, never the sample itself [A].
+
+        index B: instances of the global batch; generator_seed: the same on every rank; excluded B×k:
+        instances that are no negatives either, each once and without the sample itself -> B×K.
+        """
+        excluded = index[:, None] if excluded is None else torch.cat([index[:, None], excluded], 1)  # B×(1+k)
+        others = self.num_instances - excluded.shape[1]
+        if others < 1:
+            raise ConfigError(
+                f"agreement.positives leaves no negatives among {self.num_instances} videos; lower it"
+            )
+        generator = torch.Generator().manual_seed(generator_seed)  # on the CPU, as in `candidates`
+        place = torch.randint(others, (len(index), num_negatives), generator=generator)  # B×K
+        return _skip(place.to(index.device, non_blocking=True), excluded)
+
     @torch.no_grad()
     def neighbourhood(self, modality, index, contrast, seeds, draws=None):
         """Positives and negatives of each instance from the bank as it is now, section 7 [P: the idea, C: the

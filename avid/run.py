@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import config, datasets, distributed, files, progress
+from . import config, datasets, distributed, files, models, progress
 from .files import ConfigError
 from .tools import figures
 
@@ -274,7 +274,7 @@ class Folder(Checkpoint):
         table: the training videos; state: {name: what has a state_dict}. ConfigError where the folder belongs
         to another program or process, to a run of other settings, or to one of other videos.
         """
-        videos = {"count": len(table), "hash": datasets.table_hash(table)}
+        videos = self.videos = {"count": len(table), "hash": datasets.table_hash(table)}
 
         def same(saved):
             for text in config.same_run(saved["config"], self.cfg):
@@ -292,6 +292,30 @@ class Folder(Checkpoint):
         if not step:
             self.save_settings()  # they mark the folder as this run's
         return step
+
+    def begin_from(self, path, network, bank, ancestor):
+        """A new run begins with the weights of another one's checkpoint, and with its bank where that is of
+        the same videos.
+
+        path: empty, or a checkpoint of train.py or one released with AVID-CMA, of which only the weights can
+        be had; ancestor: avid_cma.Discrimination. Raises CheckpointError, ModelError; ConfigError where
+        agreement would be found in a bank at random.
+        """
+        saved = load_checkpoint(path) if path else {}
+        if path:
+            models.load(network, saved, path)
+        if same := saved.get("videos") == self.videos:
+            bank.load_state_dict(saved["bank"])
+            ancestor.take_partition(saved.get("ancestor", {}).get("partition"))
+        elif self.cfg.weights.cma and not self.cfg.loss.warmup_epochs:
+            raise ConfigError(
+                "weights.cma needs a bank that has learned: init=CHECKPOINT of a run on the same videos, "
+                "or loss.warmup_epochs"
+            )
+        if path:
+            other = "its bank is of other videos, or none: this one's begins at random"
+            text = f"beginning with the weights of {path}; {'with its bank' if same else other}"
+            distributed.say(self.world, text)
 
     def save(self, step):
         super().save(step)

@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from avid import cli, config
 
 SETTINGS = {  # name: (configuration, changes, files)
-    "A": ("avid", ["video.size=112"], "prepared"),
-    "B": ("avid", ["video.size=224"], "original"),
+    "A": ("xid", ["video.size=112"], "prepared"),
+    "B": ("xid", ["video.size=224"], "original"),
     "toy": ("toy", [], "toy"),
 }
 
@@ -183,7 +183,7 @@ def costs(cfg, files, samples):
             with timed(spent["collate"], BATCH):
                 batch = data.collate(items)
             with timed(spent["jitter"], BATCH):
-                data.to_device(batch, torch.device("cpu"))
+                data.to_device(batch, torch.device("cpu"), cfg.audio)
             items.clear()
     return {
         name: np.array(values[WARM_UP if len(values) > samples else 0 :]).T for name, values in spent.items()

@@ -31,7 +31,8 @@ if __name__ == "__main__":  # before the heavy imports: --help answers at once
 import numpy as np
 
 from avid import evaluation, progress
-from avid.media import Media, spectrogram
+from avid.media import Media
+from avid.spectrogram import edge_s, spectrogram
 
 
 def statistics(table, audio):
@@ -39,10 +40,8 @@ def statistics(table, audio):
     rows = []
     for path in progress.bar(table.paths, table.name, unit="file", leave=False):
         with Media(table.root / path, ("audio",)) as media:
-            audio.seconds = media.last_s - media.first_s - audio.n_fft / audio.rate_hz
-            image = spectrogram(media, media.first_s + audio.n_fft / 2 / audio.rate_hz, audio)[
-                0
-            ].numpy()  # F×bins
+            audio.seconds = media.last_s - media.first_s - 2 * edge_s(audio)
+            image = spectrogram(media, media.first_s + edge_s(audio), audio)[0].numpy()  # F×bins
         rows.append(np.concatenate([image.mean(0), image.std(0)]))
     return np.stack(rows)[:, None]
 
@@ -54,7 +53,7 @@ def main(arguments):
         f"data.split={arguments.split}",
         *arguments.overrides,
     ]
-    cfg = config.load("avid", given)
+    cfg = config.load("robust", given)
     with evaluation.plain_errors():
         top1 = []
         for train, test in evaluation.tables(cfg):

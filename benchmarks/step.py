@@ -1,7 +1,7 @@
 """A whole training step with data in memory: how fast, how much memory, which share of the GPU's arithmetic,
 and what each means adds.
 
-    python benchmarks/step.py [--cfg avid] [--sizes 8x112 8x224 16x112] [--batch 32] [--json FILE] [key=value]
+    python benchmarks/step.py [--cfg xid] [--sizes 8x112 8x224 16x112] [--batch 32] [--json FILE] [key=value]
     python benchmarks/step.py --loop [--cfg toy] [--json FILE] [key=value …]
 
 A step: uint8 clips in (pinned) memory go to the device, are augmented and normalised; the network, the
@@ -69,7 +69,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from avid import data, datasets, distributed, memory_bank, models, run, temporal_tasks
+from avid import data, datasets, distributed, memory_bank, models, run, spectrogram, temporal_tasks
 
 # dense bf16, from the data sheets at nvidia.com/en-us/data-center/<h100, h200, a100, l40s, l4, a10>
 PEAK_TFLOPS = {
@@ -90,10 +90,7 @@ def batches(cfg, n, count, instances, pin=None):
     """`count` batches of n random videos as the loader gives them, pinned for a GPU."""
     rng = np.random.default_rng(cfg.seed)
     clips = data.Clips(range(instances), cfg, training=True)
-    columns, bins = (
-        round(cfg.audio.seconds * cfg.audio.frames_per_s),
-        cfg.audio.mels or cfg.audio.n_fft // 2 + 1,
-    )
+    columns, bins = spectrogram.columns(cfg.audio), config.bands(cfg.audio)
     picture = (cfg.temporal.moments, 3, cfg.video.frames, cfg.video.size, cfg.video.size)
     pin = torch.cuda.is_available() if pin is None else pin
     for step in range(count):
@@ -155,7 +152,7 @@ class Step:
     def __call__(self, lap=lambda name: None):
         """lap(name) is called when a part is done."""
         cfg = self.cfg
-        batch = data.to_device(self.some[self.done % len(self.some)], self.world.device)
+        batch = data.to_device(self.some[self.done % len(self.some)], self.world.device, cfg.audio)
         lap("augmentation")
         with self.guard.forward() if self.guard else self.autocast:
             output = self.model(batch["video"], batch["audio"])
@@ -291,7 +288,7 @@ def loop(cfg, world, arguments):
     torch.manual_seed(cfg.seed)
     network = models.AudioVisual(cfg.model, temporal_tasks.classes(cfg)).to(world.device).train()
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, weight_decay=1e-5, fused=True)
-    ready = [data.to_device(batch, world.device) for batch in some]
+    ready = [data.to_device(batch, world.device, cfg.audio) for batch in some]
     ms = {"bare loop": [], "bare loop, augmented": [], "train.py": []}
 
     def bare(batch):
@@ -309,7 +306,7 @@ def loop(cfg, world, arguments):
                 if name == "bare loop":
                     bare(ready[turn % 2])
                 elif name == "bare loop, augmented":
-                    bare(data.to_device(some[turn % 2], world.device))
+                    bare(data.to_device(some[turn % 2], world.device, cfg.audio))
                 else:
                     yield dict(some[turn % 2])
                 report.synchronise()
@@ -337,7 +334,7 @@ def main(arguments):
     torch.backends.cudnn.benchmark = True
     try:
         cfg = config.load(
-            arguments.cfg or ("avid" if cuda and not arguments.loop else "toy"), arguments.overrides
+            arguments.cfg or ("xid" if cuda and not arguments.loop else "toy"), arguments.overrides
         )
     except config.ConfigError as error:
         config.stop(error)

@@ -46,7 +46,7 @@ import numpy as np
 import eval_linear
 from avid import data, datasets, evaluation, media
 
-from . import both, figures, measures, robust, temporal
+from . import both, figures, measures, robust, sources, temporal
 
 METHODS = (  # of each study, whose features are asked
     (
@@ -55,6 +55,7 @@ METHODS = (  # of each study, whose features are asked
     ),
     (temporal.STUDY, [{"method": m} for m in ("contrast", "all", "sound-alone")]),
     (both.STUDY, [{"method": "robust_temporal"}]),
+    (sources.STUDY, [sources.group("frontend", name) for name in sources.FRONTENDS]),
 )
 PIECE_S = 2.0  # of a real video
 
@@ -72,7 +73,8 @@ def esc10(path, root, folder, seeds):
     """A row for each checkpoint, and one for an untrained network of the same settings."""
     done = {(row["study"], row["method"], row["faulty"], row["seed"]) for row in runs.read(path)}
     for study, group, seed, out in checkpoints(folder, seeds):
-        for method in (group["method"], f"untrained, as in {study.name}"):
+        floor = f"untrained, {group['method'] if study is sources.STUDY else f'as in {study.name}'}"
+        for method in (group["method"], floor):
             facts = {
                 "study": study.name,
                 "method": method,

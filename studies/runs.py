@@ -326,7 +326,7 @@ def table(head, lines):
         found = mean_std(*value)
         if found is None:
             return ""
-        digits = 3 if "AUROC" in value[1] else 1
+        digits = 3 if value[1] in ("AUROC", "cosine") else 1
         mean, std = found
         return f"{mean:.{digits}f}" + ("" if std is None else f" ± {std:.{digits}f}")
 

@@ -122,9 +122,17 @@ def media_file(tmp_path):
 
 
 @pytest.fixture
-def real_media():
-    """The folder of real videos, see AVID_TEST_DATA."""
-    folder = Path(os.environ.get("AVID_TEST_DATA", Path(__file__).parents[2] / "shared" / "data")) / "media"
-    if not folder.is_dir():
-        pytest.skip(f"no real videos in {folder}: set AVID_TEST_DATA to the folder that holds media/")
+def real_data():
+    """The folder of real files, see AVID_TEST_DATA."""
+    folder = Path(os.environ.get("AVID_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not (folder / "media").is_dir():
+        pytest.skip(
+            f"no real videos in {folder / 'media'}: set AVID_TEST_DATA to the folder that holds media/"
+        )
     return folder
+
+
+@pytest.fixture
+def real_media(real_data):
+    """The folder of real videos."""
+    return real_data / "media"

@@ -79,7 +79,7 @@ def test_layers_win_in_order(tmp_path):
 )
 def test_overrides_become_what_their_setting_is(override, value):
     key = "audio.mels" if override.startswith("audio") else override.partition("=")[0]
-    found = get(config.load("avid", [override]), key)
+    found = get(config.load("xid", [override]), key)
     assert found == value
     assert type(found) is type(value)
 
@@ -89,6 +89,8 @@ def test_saved_and_loaded_it_is_the_same(tmp_path, name):
     cfg = config.load(
         name,
         [
+            "bank.candidates=shared",
+            "loss.form=softmax",
             "bank.num_negatives=all",
             "data.root=/a b/ü",
             "out=some/where",

@@ -81,7 +81,7 @@ def shown(video):
     return numbers(video.permute(1, 2, 3, 0).numpy())
 
 
-# --------------------------------------------------------------------------------------------------------- training clips
+# --------------------------------------------------------------------------------------------- training clips
 
 
 def test_the_draw_decides_every_bit(table):
@@ -203,7 +203,7 @@ def test_sound_is_never_taken_from_beyond_its_end(table):
         assert audio.amax(1).min() > -60
 
 
-# ------------------------------------------------------------------------------------------------------- picture and sound
+# ------------------------------------------------------------------------------------------ picture and sound
 
 
 def test_picture_and_sound_of_a_clip_share_their_middle(tmp_path):
@@ -215,6 +215,38 @@ def test_picture_and_sound_of_a_clip_share_their_middle(tmp_path):
     assert shown(item["video"][0]) == list(range(38, 63))  # 1 s around 2 s
     loudness = item["audio"][0, 0].amax(1)
     assert 12 <= loudness.argmax() <= 15  # 25 columns around 2 s; the chirp lasts three of them
+
+
+def test_the_picture_may_lie_elsewhere_in_the_widened_sound(table):
+    """AVID's: 0.5 s of picture anywhere within 2 s of sound widened by 0.5 s on both sides, its middle up to
+    1.25 s off.
+    """
+    cfg = settings(video={**WHOLE, "frames": 4, "fps": 8.0, "offset_s": 0.75}, audio={"seconds": 1.0})
+    clips, moved = Clips(table, cfg, training=True), []
+    starts_s = []
+    with Media(table.root / table.paths[0]) as media:
+        first_s, last_s = clips.usable(media)
+        for k in range(300):
+            rng = np.random.default_rng(k)
+            clip = Clip(rng.uniform(first_s, last_s - 1.0))
+            shared = clips.start_of(clip, 0.5)
+            start_s = clips.moved(shared, clip, media, rng)
+            assert media.first_s <= start_s <= media.last_s - 0.5
+            if 0.75 < shared - media.first_s < 4.0 - 0.5 - 0.75:
+                moved.append(start_s - shared)
+            starts_s.append(start_s)
+    assert min(moved) < -0.7 and max(moved) > 0.7 and np.abs(moved).max() <= 0.75
+    assert np.histogram(moved, 5, (-0.75, 0.75))[0].min() > 0.1 * len(moved)  # anywhere, as often
+    assert min(starts_s) < 0.15 and max(starts_s) > 3.3  # up to the ends of the file
+
+
+def test_without_an_offset_no_draw_is_spent_on_it(table):
+    """The same bits as ever; and evaluation has none."""
+    plain = Clips(table, settings(), training=True)[0, (3, 1, 0)]
+    assert same(Clips(table, settings(video={"offset_s": 0.0}), training=True)[0, (3, 1, 0)], plain)
+    assert not same(Clips(table, settings(video={"offset_s": 0.5}), training=True)[0, (3, 1, 0)], plain)
+    evaluated = [Clips(table, settings(video={"offset_s": x}), training=False)[1] for x in (0.0, 0.5)]
+    assert same(*evaluated)
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -270,7 +302,7 @@ def test_a_table_may_name_a_part_of_the_file(table):
     assert item["failures"] == [(0, "picture and sound, or the asked part, do not overlap in time")]
 
 
-# ------------------------------------------------------------------------------------------------------- evaluation clips
+# ------------------------------------------------------------------------------------------- evaluation clips
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 10])
@@ -298,7 +330,7 @@ def test_evaluation_takes_the_central_square(tmp_path):
     assert torch.equal(video, whole[..., 16:48, 16:48])
 
 
-# ------------------------------------------------------------------------------------------------------- unusable files
+# --------------------------------------------------------------------------------------------- unusable files
 
 
 def test_a_file_that_cannot_be_used_is_replaced_and_named(mixed):
@@ -393,7 +425,7 @@ def test_real_files_of_a_folder(real_media):
     assert (names.index("part_0.mp4"), "no sound") in replaced["failures"]
 
 
-# ------------------------------------------------------------------------------------------------------------------ draws
+# ------------------------------------------------------------------------------------------------------ draws
 
 
 def batches_of(draws):
@@ -425,15 +457,58 @@ def test_iid_draws_are_independent():
     assert distinct == pytest.approx(20 * (1 - (19 / 20) ** 10), abs=0.1)
 
 
-@pytest.mark.parametrize("how", ["epoch", "iid"])
+def test_a_pass_over_copies_holds_every_instance_so_often():
+    """5 copies of 12 instances, shuffled together: 60 draws, in which one may come again at once; then
+    another order.
+    """
+    sampler = BatchSampler(12, 4, "copies", seed=0, first_step=0, last_step=45, copies=5)
+    passes = np.array(batches_of(sampler)).reshape(3, 60)
+    for one in passes:
+        assert np.bincount(one, minlength=12).tolist() == [5] * 12
+        assert len(set(one[:12])) < 12  # no epoch within the pass
+    assert len({tuple(one) for one in passes}) == 3
+    alone = BatchSampler(12, 4, "copies", seed=0, first_step=0, last_step=9, copies=1)
+    assert batches_of(alone) == batches_of(BatchSampler(12, 4, "epoch", seed=0, first_step=0, last_step=9))
+
+
+def test_a_pass_over_copies_leaves_out_what_fills_no_batch():
+    sampler = BatchSampler(5, 4, "copies", seed=0, first_step=0, last_step=6, copies=3)
+    passes = np.array(batches_of(sampler)).reshape(2, 12)  # of 15 draws
+    assert all(np.bincount(one, minlength=5).max() <= 3 for one in passes)
+
+
+def test_with_copies_the_last_of_a_pass_are_hardly_older_than_the_rest():
+    """AVID's reason: at the end of an epoch exactly what is drawn next was not drawn for an epoch. Of the
+    draws in the last tenth of a pass, those whose instance has waited for longer than nine tenths of n draws:
+    all in epochs, e^-0.9 = 0.41 with replacement.
+    """
+    n, batch = 200, 10
+
+    def long_wait(how, copies=10):
+        steps = 3 * copies * n // batch
+        draws = np.concatenate(batches_of(BatchSampler(n, batch, how, 0, 0, steps, copies=copies)))
+        last, waits = {}, []
+        length = {"epoch": n, "copies": copies * n, "iid": copies * n}[how]
+        for place, instance in enumerate(draws):
+            if place >= 2 * n and place % length >= 0.9 * length:
+                waits.append(place - last[instance] > 0.9 * n)
+            last[instance] = place
+        return np.mean(waits)
+
+    assert long_wait("epoch") > 0.5
+    assert long_wait("copies") == pytest.approx(long_wait("iid"), abs=0.08)
+    assert long_wait("iid") == pytest.approx(np.exp(-0.9), abs=0.06)
+
+
+@pytest.mark.parametrize("how", ["epoch", "copies", "iid"])
 def test_resuming_at_a_step_continues_the_sequence(how):
-    whole = list(BatchSampler(10, 3, how, seed=5, first_step=0, last_step=12))
+    whole = list(BatchSampler(10, 3, how, seed=5, first_step=0, last_step=12, copies=2))
     for step in (1, 3, 7, 11):
-        assert list(BatchSampler(10, 3, how, seed=5, first_step=step, last_step=12)) == whole[step:]
-    assert whole != list(BatchSampler(10, 3, how, seed=6, first_step=0, last_step=12))
+        assert list(BatchSampler(10, 3, how, seed=5, first_step=step, last_step=12, copies=2)) == whole[step:]
+    assert whole != list(BatchSampler(10, 3, how, seed=6, first_step=0, last_step=12, copies=2))
 
 
-@pytest.mark.parametrize("how", ["epoch", "iid"])
+@pytest.mark.parametrize("how", ["epoch", "copies", "iid"])
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_the_ranks_shares_are_the_global_batch(how, world):
     whole = list(BatchSampler(30, 12, how, seed=0, first_step=2, last_step=8))
@@ -461,7 +536,7 @@ def test_a_batch_larger_than_the_data_set_is_refused():
     assert len(next(iter(BatchSampler(7, 7, "epoch", 0, 0, 1)))) == 7
 
 
-# -------------------------------------------------------------------------------------------------------------- cropping
+# --------------------------------------------------------------------------------------------------- cropping
 
 
 def test_a_random_crop_has_the_asked_area_and_shape():
@@ -495,7 +570,7 @@ def test_the_central_crop(height, width, share, expected):
     assert central_crop(height, width, share) == expected
 
 
-# ---------------------------------------------------------------------------------------------------------- augmentations
+# ---------------------------------------------------------------------------------------------- augmentations
 
 
 def test_masks_are_drawn_as_wide_as_asked(table):
@@ -531,7 +606,7 @@ def test_on_the_device_training_batches_are_augmented(table):
         **{name: torch.cat([item[name] for item in items]) for name in ("flip", "jitter", "grey")}
     )
     plain = torch.cat([item["video"] for item in items]).float() / 255
-    batch = to_device(collate(items), torch.device("cpu"))
+    batch = to_device(collate(items), torch.device("cpu"), config.Audio())
     mean, std = (
         torch.tensor(data.PIXEL_MEAN)[:, None, None, None],
         torch.tensor(data.PIXEL_STD)[:, None, None, None],

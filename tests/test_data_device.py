@@ -1,8 +1,10 @@
 """What is done to batches on the device: flip, colour, masks and normalisation, each against plain numbers."""
 
 import numpy as np
+import pytest
 import torch
 
+from avid import config
 from avid.data import augment, hue_rotation, mask, to_device
 
 
@@ -117,7 +119,9 @@ def test_on_the_device_clips_stand_in_one_row_and_are_normalised():
     )
     audio = torch.linspace(-100, 0, 2 * 2 * 5 * 6).view(2, 2, 1, 5, 6)
     batch = to_device(
-        {"video": video, "audio": audio, "index": torch.tensor([7, 9]), "failures": []}, torch.device("cpu")
+        {"video": video, "audio": audio, "index": torch.tensor([7, 9]), "failures": []},
+        torch.device("cpu"),
+        config.Audio(),
     )
     assert batch["video"].shape == (4, 3, 2, 3, 4)
     assert batch["audio"].shape == (4, 1, 5, 6)
@@ -128,3 +132,23 @@ def test_on_the_device_clips_stand_in_one_row_and_are_normalised():
             expected = (video[clip // 2, clip % 2, channel].numpy() / 255 - mean[channel]) / std[channel]
             np.testing.assert_allclose(batch["video"][clip, channel], expected, atol=1e-5)
     np.testing.assert_allclose(batch["audio"], (audio.flatten(0, 1) + 50) / 20, atol=1e-5)
+
+
+def test_each_band_is_normalised_by_its_own_statistics():
+    audio = torch.linspace(-100, 0, 2 * 1 * 5 * 3).view(2, 1, 1, 5, 3)
+    mean, std = torch.tensor([-80.0, -40.5, -10.0]), torch.tensor([10.0, 20.0, 5.25])
+    settings = config.Audio(mels=3, statistics="-80/10 -40.5/20 -10/5.25")
+    batch = to_device({"audio": audio, "index": torch.arange(2)}, torch.device("cpu"), settings)
+    torch.testing.assert_close(batch["audio"], (audio.flatten(0, 1) - mean) / (std + 1e-5))
+    masked = {"audio": audio, "index": torch.arange(2), "mask": torch.tensor([[[0.0, 1.0, 0.0, 0.0]]] * 2)}
+    assert not to_device(masked, torch.device("cpu"), settings)[
+        "audio"
+    ].any()  # masked is each band's own mean
+
+
+def test_statistics_of_another_number_of_bands_are_refused():
+    audio = torch.zeros(2, 1, 1, 5, 4)
+    with pytest.raises(config.ConfigError, match=r"audio.statistics holds 3 bands where audio.\* give 4"):
+        to_device(
+            {"audio": audio}, torch.device("cpu"), config.Audio(mels=4, statistics="-80/10 -40.5/20 -10/5.25")
+        )

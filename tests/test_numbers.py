@@ -34,12 +34,12 @@ class Watch:
             self.parts = {name: state[name] for name in ("network", "bank", "optimizer")}
             return resume(folder, table, **state)
 
-        def watched(batch, device):
+        def watched(batch, device, audio):
             if "mask" in batch:  # of training, not of a check
                 self.states.append(
                     copy.deepcopy({name: part.state_dict() for name, part in self.parts.items()})
                 )
-            return to_device(batch, device)
+            return to_device(batch, device, audio)
 
         monkeypatch.setattr(train.Objective, "__call__", spoilt)
         monkeypatch.setattr(train.data, "to_device", watched)

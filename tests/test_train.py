@@ -90,6 +90,10 @@ TASKS = (
     "video.grey=0.2 audio.mask_time=0.2 audio.mask_frequency=0.2 audio.seconds=0.25"
 ).split()
 ROBUST = "loss.w_min=0.25 loss.soft=0.5 loss.warmup_epochs=2".split()
+AVID_CMA = (
+    "optim.draws=copies loss.soft=0 bank.candidates=own loss.form=nce weights.cma=0.5 agreement.positives=4 "
+    "agreement.negatives=8 agreement.every_epochs=1"
+).split()
 
 
 def test_a_run_leaves_what_a_user_expects(whole):
@@ -120,7 +124,9 @@ def test_another_seed_gives_another_network(whole):
 
 
 @pytest.mark.parametrize(
-    "more", [["optim.draws=iid"], ["optim.draws=epoch", *TASKS]], ids=["robust, iid", "all tasks, epochs"]
+    "more",
+    [["optim.draws=iid"], ["optim.draws=epoch", *TASKS], AVID_CMA],
+    ids=["robust, iid", "all tasks, epochs", "AVID+CMA, copies"],
 )
 def test_killed_at_a_random_step_and_resumed_it_ends_in_the_same_bits(whole, more, tmp_path):
     root, _out, _ = whole
@@ -192,7 +198,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @pytest.mark.parametrize(
-    "more", [["optim.draws=iid"], ["optim.draws=epoch", *TASKS]], ids=["robust, iid", "all tasks, epochs"]
+    "more",
+    [["optim.draws=iid"], ["optim.draws=epoch", *TASKS], AVID_CMA],
+    ids=["robust, iid", "all tasks, epochs", "AVID+CMA, copies"],
 )
 def test_two_processes_are_one(whole, more, tmp_path):
     """Twelve steps, six of them robust, in float64: in float32 batch norm, max-pooling and Adam blow rounding

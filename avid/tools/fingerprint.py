@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from avid import config, data, datasets, evaluation, progress, temporal_tasks
-from avid.media import spectrogram
+from avid.spectrogram import spectrogram
 
 from .distortions import DISTORTIONS, Distortion
 from .figures import plt, write

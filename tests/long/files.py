@@ -224,7 +224,7 @@ def complaint(batch, modalities, clips):
         if name in modalities and "index" in batch:
             if batch[name].shape != (1, clips, *shape):
                 return f"{name} of shape {tuple(batch[name].shape)}"
-            if not data.to_device(batch, torch.device("cpu"))[name].isfinite().all():
+            if not data.to_device(batch, torch.device("cpu"), CONFIG.audio)[name].isfinite().all():
                 return f"{name} is not finite"
     for _, reason in batch["failures"]:
         if not 0 < len(reason) < 300 or not reason.isprintable():
