@@ -1,30 +1,62 @@
 """Pictures and sound out of one file, by time.
 
-In: a path. Frames come from decord, sound from PyAV, on one clock that begins with the file.
-Out: frames shown at given times, mono sound of an interval.
+In: a path. Out: frames shown at given times, mono sound of an interval, its log spectrogram, on one clock that begins with the file.
+Frames come from decord where a file is proven to be one that it reads right, else from PyAV; sound comes from PyAV.
 """
 
 import contextlib
+import ctypes
 import functools
 import itertools
 import os
 import re
+import zlib
 from fractions import Fraction
+from typing import NamedTuple
 
-import torch
-
-# isort: split
 import av
-import decord  # after torch: it offers NVIDIA's BLAS to every library loaded later, and torch's sums on a CPU end in a crash
 import numpy as np
+import torch
 import torchaudio
 
 MODALITIES = ("video", "audio")
 WARM_UP_S = 0.15  # sound that a decoder needs before it is right
 RESAMPLER_S = 0.01  # more than the resampler's reach
+PADDING_S = 0.1  # more than the part of the last packet that an encoder fills up
 LOWEST_HZ, HIGHEST_HZ = 1000, 768000  # of sound; other rates stand in damaged headers
+STAMPED = (
+    "mov",
+    "matroska",
+    "asf",
+)  # containers whose time stamps are true also after a seek; others are read through once
+SAME_S = 1e-4  # times of frames that lie closer are the same: decord has them in float32
+FAR_S = 5.0  # between two frames: to seek the later one costs less than to decode what lies between
+BACKWARDS_S = 0.5  # a time stamp this much before the one before it is a clock that was set back
 
-decord.logging.set_level(decord.logging.QUIET)  # what cannot be decoded is a MediaError
+
+def import_decord():
+    """decord, with its libraries for itself alone.
+
+    Its import opens NVIDIA's libraries and its own for the whole process, so that everything loaded later is given their symbols:
+    NVBLAS for BLAS, which returns wrong products. Decoding on a CPU needs none of NVIDIA's.
+    """
+    plain = ctypes.CDLL
+
+    def only_its_own(path, mode=ctypes.RTLD_LOCAL):
+        if "decord" not in os.path.basename(path):
+            raise OSError(f"{path} is not opened for decord")
+        return plain(path)
+
+    ctypes.CDLL = only_its_own
+    try:
+        import decord
+    finally:
+        ctypes.CDLL = plain
+    decord.logging.set_level(decord.logging.QUIET)  # what cannot be decoded is a MediaError
+    return decord
+
+
+decord = import_decord()
 
 
 class MediaError(Exception):
@@ -32,18 +64,16 @@ class MediaError(Exception):
 
 
 class Media:
-    """An open file: frames by decord, sound by PyAV, on one clock that begins with the file.
+    """An open file: frames and sound on one clock that begins with the file.
 
-    first_s and last_s bound the part where every wanted modality is present; start_s and end_s narrow it further.
+    first_s and last_s bound the part where every wanted modality is present; start_s and end_s narrow it further. reader gives the
+    frames (Counted or Timed), and why_not_decord says why they are not decord's ("": they are).
     Raises MediaError where a wanted modality is missing or cannot be read.
     """
 
     def __init__(self, path, modalities=MODALITIES, start_s=0.0, end_s=np.inf):
-        self.path, self.container, self.reader = (
-            os.path.abspath(path),
-            None,
-            None,
-        )  # a relative one may look like http:…
+        self.path = os.path.abspath(path)  # a relative one may look like http:…
+        self.container = self.reader = self.stream = None
         self.first_s, self.last_s = start_s, end_s
         with contextlib.ExitStack() as in_vain, faults("cannot be opened"):
             in_vain.callback(self.close)
@@ -55,10 +85,6 @@ class Media:
                 self._open_picture()
             if not self.last_s > self.first_s:
                 raise MediaError("picture and sound, or the asked part, do not overlap in time")
-            if self.last_s == np.inf:
-                raise MediaError(
-                    "its length is not known; write it anew, for example with: python -m avid prepare"
-                )
             in_vain.pop_all()
 
     def _open_sound(self):
@@ -71,69 +97,35 @@ class Media:
             raise MediaError(f"sound at an impossible rate of {self.stream.rate} Hz")
         self.stream.thread_count = 1
         self.source_hz = self.stream.rate
-        first_s, last_s = self._start_s(self.stream), np.inf
-        if self.stream.duration:
-            last_s = first_s + float(self.stream.duration * self.stream.time_base)
-        elif self.container.duration:
-            last_s = self.container.duration / av.time_base
+        self.sound_first_s = first_s = start_of(self.stream) - self.origin_s
+        if self.container.format.name.startswith(("mov", "wav")) and self.stream.duration:
+            last_s = self.promised_s = first_s + float(self.stream.duration * self.stream.time_base)
+        else:  # what it says of its length may be an estimate, or that of another stream
+            last_s = once_a_file(read_through, self.container, self.stream).end_s - self.origin_s
+            self.promised_s = last_s - PADDING_S  # until when there has to be sound
         self._usable(first_s, last_s)
-        self.sound_first_s = first_s
-        self.promised_s = last_s if self.stream.duration else first_s  # until when there has to be sound
 
     def _open_picture(self):
-        picture = self.container.streams.best("video")
-        if picture is None or picture.disposition & av.stream.Disposition.attached_pic:  # a cover is none
+        stream = self.container.streams.best("video")
+        if stream is None or stream.disposition & av.stream.Disposition.attached_pic:  # a cover is none
             raise MediaError("no picture")
-        self.reader = decord.VideoReader(self.path, num_threads=1)
-        if not len(self.reader):
-            raise MediaError("no picture in the video stream")
-        times = frame_times(self.reader)
-        self.in_order = times is None or not decord_finds_frames(self.container, picture)
-        if times is None:  # of a container of constant rate: MPEG program stream, AVI with B frames
-            times = np.arange(len(self.reader)) / self.reader.get_avg_fps()
-        self.frame_starts = self._start_s(picture) + times
-        self._usable(self.frame_starts[0], self.frame_starts[-1] + 1 / self.reader.get_avg_fps())
-
-    def _start_s(self, stream):
-        return (
-            float(stream.start_time * stream.time_base) - self.origin_s
-            if stream.start_time is not None
-            else 0.0
-        )
+        self.why_not_decord = once_a_file(why_not_decord, self.container, stream)
+        if not self.why_not_decord:
+            try:
+                self.reader = Counted(self.path, self.container, stream, self.origin_s)
+            except Exception as error:
+                self.why_not_decord = f"decord: {_reason(error)}"
+        if self.why_not_decord:
+            self.reader = Timed(self.path, self.container, stream, self.origin_s)
+        self._usable(self.reader.first_s, self.reader.last_s)
 
     def _usable(self, first_s, last_s):
         self.first_s, self.last_s = max(self.first_s, first_s), min(self.last_s, last_s)
 
-    def shown(self, times_s):
-        """The numbers of the frames shown at these times (T,): the first one also before, the last one also after."""
-        shown = (
-            np.searchsorted(self.frame_starts, np.asarray(times_s) + 1e-4, side="right") - 1
-        )  # decord's times are float32
-        return shown.clip(0, len(self.frame_starts) - 1)
-
     def frames(self, times_s):
-        """The frames shown at these times (any order, repeats allowed): uint8 T×H×W×3."""
-        wanted, back = np.unique(self.shown(times_s), return_inverse=True)
+        """The frames shown at these times (any order, repeats allowed): uint8 T×H×W×3. Before the first frame this one is shown."""
         with faults("picture cannot be decoded"):
-            return (
-                self._frames_in_order(wanted) if self.in_order else self.reader.get_batch(wanted).asnumpy()
-            )[back]
-
-    def _frames_in_order(self, wanted):
-        """Frames by ascending number, out of all from the file's beginning on: slow, and right where decord is not."""
-        images, frame = [], None
-        with av.open(self.path, metadata_errors="ignore") as container:
-            stream = container.streams.best("video")
-            stream.thread_count = 1
-            for number, frame in enumerate(container.decode(stream)):
-                if number == wanted[len(images)]:
-                    images.append(_upright(frame))
-                    if len(images) == len(wanted):
-                        break
-            if frame is None:
-                raise ValueError("no frame")
-            images += [_upright(frame)] * (len(wanted) - len(images))
-        return np.stack(images)
+            return self.reader.frames(np.asarray(times_s))
 
     def sound(self, start_s, samples, rate_hz):
         """`samples` samples of mono sound at rate_hz from start_s on: float32; silence where the file has none."""
@@ -146,26 +138,43 @@ class Media:
 
     def _decode(self, start_s, seconds):
         """The sound of an interval at the file's own rate, from a place before it on or else from the file's beginning."""
-        for from_s in (start_s - WARM_UP_S, 0.0):
+        nothing = False
+        # before the beginning lies the lead-in of many encoders
+        for from_s in (start_s - WARM_UP_S, start_s - 2.0, start_s - 8.0, -WARM_UP_S):
             self._seek(from_s)
             try:
                 placed = self._place(start_s, seconds, sought=from_s > 0)
+            except EOFError:  # from here on there is no sound
+                nothing = True
             except av.error.InvalidDataError:  # some containers' index leads into the middle of a packet
                 if from_s <= 0:
+                    if nothing:
+                        raise MediaError("the file is cut off") from None
                     raise
             else:
                 if placed is not None:
                     return placed
 
-    def _seek(self, time_s):
-        # not every container can be asked for a time before its beginning, where others have a lead-in
-        for at_s in (time_s, 0.0):
+    def _sounds(self):
+        """The frames of sound from here on. Packets before the first one that can be decoded are left out: a cut may go through one."""
+        begun = False
+        while True:
             try:
-                return self.container.seek(
-                    int((at_s + self.origin_s) / self.stream.time_base), stream=self.stream
-                )
+                for frame in self.container.decode(self.stream):
+                    begun = True
+                    yield frame
+                return
+            except av.error.InvalidDataError:
+                if begun:
+                    raise
+
+    def _seek(self, time_s):
+        # some containers cannot be asked for a time before their beginning, where others have a lead-in; some only for the picture's
+        for at_s, stream in ((time_s, self.stream), (time_s, None), (0.0, self.stream), (0.0, None)):
+            try:
+                return seek(self.container, stream, at_s + self.origin_s)
             except av.FFmpegError:
-                if at_s == 0:
+                if at_s == 0 and stream is None:
                     raise
 
     def _place(self, start_s, seconds, sought):
@@ -173,7 +182,7 @@ class Media:
         source_hz = self.source_hz
         planes = None  # for sounds of another sample format or rate
         placed, at = np.zeros(round(seconds * source_hz), np.float32), None
-        for frame in self.container.decode(self.stream):
+        for frame in self._sounds():
             if frame.time is not None:
                 begin = round((frame.time - self.origin_s - start_s) * source_hz)
             elif at is not None:
@@ -198,6 +207,8 @@ class Media:
                 channels = [np.frombuffer(plane, np.float32, part.samples) for plane in part.planes]  # n each
                 paste(np.mean(channels, 0) if len(channels) > 1 else channels[0], placed, at)
                 at += part.samples
+        if at is None and sought:
+            raise EOFError
         if (at is None or at <= 0) and start_s + seconds < self.promised_s:
             raise MediaError("the file is cut off")
         return placed
@@ -218,6 +229,131 @@ class Media:
         self.container = self.reader = self.stream = None
 
 
+class Counted:
+    """Frames by decord, by their number in the file: it seeks a key frame and counts from there."""
+
+    way = "decord"
+
+    def __init__(self, path, container, stream, origin_s):
+        self.reader = decord.VideoReader(path, num_threads=1)
+        self.starts_s = start_of(stream) - origin_s + frame_times(self.reader)  # N
+        self.fps = self.reader.get_avg_fps()
+        self.first_s, self.last_s = self.starts_s[0], self.starts_s[-1] + 1 / self.fps
+
+    def frames(self, times_s):
+        wanted, back = np.unique(shown(self.starts_s, times_s), return_inverse=True)
+        return self.reader.get_batch(wanted).asnumpy()[back]
+
+    def whole(self):
+        """When each frame is first shown (N,), and all of them N×H×W×3."""
+        return self.starts_s, self.reader.get_batch(np.arange(len(self.starts_s))).asnumpy()
+
+
+class Timed:
+    """Frames by PyAV, by their time stamps, decoded from a key frame before the asked time on.
+
+    Frames that an edit list hides are left out by the decoder, and those that are shown before that key frame by this class: they
+    lack what they were predicted from. Many containers give true time stamps only when they are read from the beginning on: that is
+    done once, and packets that are found by seeking get the stamps that they had then.
+    """
+
+    way = "PyAV"
+
+    def __init__(self, path, container, stream, origin_s):
+        self.path, self.container, self.stream, self.origin_s = path, container, stream, origin_s
+        self.stream.thread_count = 1
+        self.fps = float(stream.average_rate or 25)
+        self.packets = None
+        if not container.format.name.startswith(STAMPED):
+            self.packets = once_a_file(read_through, self._reopened(), self.stream)
+        # in which order AVI shows packets is a guess, which fails for the pyramids of B frames of these codecs
+        pyramids = stream.codec_context.name in ("h264", "hevc") and stream.codec_context.has_b_frames
+        self.in_order = container.format.name == "avi" and pyramids
+        self.first_s, self.last_s = once_a_file(self._extent, self.container, self.stream)
+
+    def _extent(self, *_):
+        """When the first frame is shown and until when the last one is, s."""
+        first_s, _ = next(self._decoded(self._reopened()), (None, None))
+        if first_s is None:
+            raise MediaError("no picture in the video stream")
+        return first_s, (self.packets or read_through(self.container, self.stream)).end_s - self.origin_s
+
+    def frames(self, times_s):
+        wanted, back = np.unique(times_s, return_inverse=True)
+        images, frames, now, ahead = [], iter(()), None, None
+        for time_s in wanted + SAME_S:
+            if now is None or time_s > now[0] + FAR_S:
+                frames = self._from(time_s)
+                now, ahead, image = next(frames, None), next(frames, None), None
+                if now is None:
+                    raise MediaError("no picture in the video stream")
+            while ahead is not None and ahead[0] <= time_s:
+                now, ahead, image = ahead, next(frames, None), None
+            image = upright(now[1]) if image is None else image
+            images.append(image)
+        return np.stack(images)[back]
+
+    def whole(self):
+        """When each frame is first shown (N,), and all of them N×H×W×3."""
+        frames = [(start_s, upright(frame)) for start_s, frame in self._decoded(self._reopened())]
+        return np.array([start_s for start_s, _ in frames]), np.stack([image for _, image in frames])
+
+    def _from(self, time_s):
+        """Yield (start, frame) in the order of time; the first one is shown at time_s already, or is the file's first."""
+        time_s = max(time_s, self.first_s + SAME_S)
+        for back_s in () if self.in_order else (0.0, 1.0, 3.0, 7.0, 15.0, 31.0):
+            with contextlib.suppress(av.FFmpegError):  # there is another place
+                seek(self.container, self.stream, max(time_s - back_s, self.first_s) + self.origin_s)
+                frames = self._decoded(self.container, until_s=time_s)
+                first = next(frames, None)
+                if first is not None and first[0] <= time_s:
+                    return itertools.chain([first], frames)
+        return self._decoded(self._reopened())
+
+    def _reopened(self):
+        self.container = av.open(self.path, metadata_errors="ignore")
+        self.stream = self.container.streams.best("video")
+        self.stream.thread_count = 1
+        return self.container
+
+    def _decoded(self, container, until_s=np.inf):
+        """Yield (start, frame) as the decoder gives them from the next key frame on; none if that is shown after until_s."""
+        key = number = start_s = None
+        for packet in container.demux(self.stream):
+            if number is None:
+                number = self._number(packet)
+                if number is None:
+                    continue
+                in_order = iter(sorted(self.packets.stamps)[number:] if self.in_order else ())
+            if self.packets and packet.size:
+                packet.pts, number = self.packets.stamps[number], number + 1
+            if key is None:
+                key = packet.pts
+                if key is not None and self._time(key) > until_s:
+                    return
+            for frame in packet.decode():
+                stamp = next(in_order, None) if self.in_order else frame.pts
+                if None not in (stamp, key) and stamp < key:
+                    continue
+                time_s = self._time(stamp) if stamp is not None else (start_s or 0.0) + 1 / self.fps
+                if start_s is not None and time_s < start_s - BACKWARDS_S:
+                    raise MediaError(f"its time stamps run backwards at {start_s:.1f} s")
+                start_s = time_s if start_s is None else max(start_s, time_s)
+                yield start_s, frame
+
+    def _number(self, packet):
+        """Which packet of the stream this is, if it is a key frame's, else None; 0 where the container's own stamps are true."""
+        if not packet.is_keyframe or self.packets is None:
+            return 0 if packet.is_keyframe else None
+        alike = self.packets.alike.get(zlib.crc32(packet), ())
+        return min(
+            alike, key=lambda number: abs(self.packets.stamps[number] - (packet.dts or 0)), default=None
+        )
+
+    def _time(self, stamp):
+        return float(stamp * self.stream.time_base) - self.origin_s
+
+
 class MediaInMemory(Media):
     """A file that was decoded whole and closed: the frames and the sound that Media gives, without decoding.
 
@@ -231,7 +367,7 @@ class MediaInMemory(Media):
         super().__init__(path, modalities, start_s, end_s)
         with self, faults("cannot be decoded"):  # and close it
             if "video" in modalities:
-                self.images = super().frames(self.frame_starts)  # N×H×W×3
+                self.starts_s, self.images = self.reader.whole()  # N, N×H×W×3
             if "audio" in modalities:
                 super()._decode(self.promised_s - 0.1, 0.05)  # is the end there?
                 seconds = (
@@ -244,7 +380,7 @@ class MediaInMemory(Media):
                 )  # silence follows anyway
 
     def frames(self, times_s):
-        return self.images[self.shown(times_s)]
+        return self.images[shown(self.starts_s, times_s)]
 
     def _decode(self, start_s, seconds):
         placed = np.zeros(round(seconds * self.source_hz), np.float32)
@@ -287,41 +423,132 @@ def _reason(error):
     return f"{type(error).__name__}: {next(filter(None, lines), 'no reason given')[-200:]}"
 
 
-def _upright(frame):
+def upright(frame):
     """A PyAV frame as an image H×W×3 uint8, turned as the file asks; decord does so itself."""
     return np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
 
 
+def shown(starts_s, times_s):
+    """The numbers of the frames, shown from starts_s (N,) on, at these times (T,): the first one before its time, too."""
+    return (np.searchsorted(starts_s, np.asarray(times_s) + SAME_S, side="right") - 1).clip(0)
+
+
 def frame_times(reader):
-    """When each frame of a decord reader is first shown, seconds from the first (N,); None where the file does not say."""
+    """When each frame of a decord reader is first shown, seconds from the first (N,). Raises ValueError where it does not say."""
     times = reader.get_frame_timestamp(np.arange(len(reader)))[:, 0].astype(float)
-    if not np.isfinite(times).all() or abs(times[0]) > 1e6 or (np.diff(times) < 0).any():
-        return None
+    if (
+        not len(times)
+        or not np.isfinite(times).all()
+        or abs(times).max() > 1e4
+        or (np.diff(times) <= 0).any()
+    ):
+        raise ValueError("no times of frames, or not exact ones")
     return times - times[0]
 
 
-def decord_finds_frames(container, stream):
-    """Whether decord's frame k is the file's frame k.
+def why_not_decord(container, stream):
+    """Why decord may not read the frames of this file; "" where its frame k is proven to be the k-th one shown.
 
-    It seeks a key frame and counts from there. So it miscounts where the container has no index, and where frames shown
-    before a key frame are stored after it (an open group of pictures: some are dropped). HEVC it decodes at times not at all, and of
-    some narrow pictures (16, 24, 32, 48, 96, 144 pixels) it takes the padding of the rows for channels.
+    It seeks a key frame and counts from there. So every frame has to be shown, and after a key frame none may be shown that comes
+    before it: H.264 says so of its IDR pictures, which the index leads to. Of some narrow pictures (16, 24, 32, 48, 96, 144 pixels)
+    decord takes the padding of the rows for channels.
     """
-    padded = -(-stream.width // 64) * 64
+    padded, entries = -(-stream.width // 64) * 64, list(stream.index_entries)
+    if not container.format.name.startswith("mov,") or stream.codec_context.name != "h264":
+        return f"{stream.codec_context.name} in {container.format.name}"
     if padded != stream.width and 3 * padded % stream.width == 0:
-        return False
-    if container.format.name in ("mpegts", "mpeg", "flv") or stream.codec_context.name == "hevc":
-        return False
-    key_pts = None
-    if stream.codec_context.has_b_frames:
-        for packet in itertools.islice(
-            container.demux(stream), 300
-        ):  # encoders start a group every 250 frames or sooner
-            if packet.is_keyframe:
-                key_pts = packet.pts
-            elif None not in (packet.pts, key_pts) and packet.pts < key_pts:
-                return False
-    return True
+        return "narrow picture"
+    if any(entry.is_discard for entry in entries):
+        return "an edit list hides frames"
+    if not entries or not entries[0].is_keyframe:
+        return "no index"
+    with open(container.name, "rb") as file:
+        if not all(is_idr(file, entry) for entry in entries if entry.is_keyframe):
+            return "open groups of pictures"
+    return ""
+
+
+def is_idr(file, entry):
+    """Whether the picture at an index entry of H.264 in MP4 is an IDR picture: the kind of its first NAL unit that is a slice."""
+    at, end = entry.pos, entry.pos + entry.size
+    while at + 5 <= end:
+        file.seek(at)
+        head = file.read(5)  # 4 bytes of length, and one with the kind in its lower bits
+        if len(head) < 5 or head[4] & 31 in (1, 2, 3, 4, 5):
+            return len(head) == 5 and head[4] & 31 == 5
+        at += 4 + int.from_bytes(head[:4])
+    return False
+
+
+def start_of(stream):
+    """The first time stamp, s; 0 where the file has none."""
+    return float((stream.start_time or 0) * stream.time_base)
+
+
+def seek(container, stream, time_s):
+    """Seek the last key frame of a stream, or of the one that the container prefers (None), that is not later than time_s."""
+    container.seek(int(time_s / (stream.time_base if stream else Fraction(1, av.time_base))), stream=stream)
+
+
+class Packets(NamedTuple):
+    """What reading the packets of a stream tells."""
+
+    end_s: float  # until when the last one lasts
+    stamps: list  # when each is shown, in the unit of the stream
+    alike: dict  # CRC-32 of a key frame's bytes → the numbers of its packets
+
+
+def read_through(container, stream):
+    """The Packets of a stream: those near its end where the container's time stamps are true after a seek, else all from here on.
+
+    Raises MediaError where time stamps run backwards, so that a time could mean two places.
+    """
+    if container.format.name.startswith(STAMPED) and container.duration:
+        with contextlib.suppress(av.FFmpegError):
+            seek(container, stream, ((container.start_time or 0) + container.duration) / av.time_base)
+    usual = (
+        1 / stream.average_rate / stream.time_base if stream.type == "video" and stream.average_rate else 0
+    )
+    for _ in range(2):
+        places, stamps, durations, alike = [], [], [], {}
+        for packet in container.demux(stream):
+            if not packet.size or packet.is_discard:
+                continue
+            if packet.is_keyframe and stream.type == "video":
+                alike.setdefault(zlib.crc32(packet), []).append(len(stamps))
+            places.append(packet.dts if packet.dts is not None else places[-1] if places else 0)
+            stamps.append(packet.pts if packet.pts is not None else places[-1])
+            durations.append(packet.duration or usual)
+            if len(places) > 1 and (places[-2] - places[-1]) * stream.time_base > BACKWARDS_S:
+                raise MediaError(
+                    f"its time stamps run backwards at {float(places[-2] * stream.time_base):.1f} s"
+                )
+        if stamps:
+            break
+        seek(container, stream, start_of(stream))  # the file is cut off before its index ends
+    else:
+        raise MediaError("a stream without packets")
+    if (
+        container.format.name == "avi"
+    ):  # it has only the places of packets; FFmpeg guesses in which order these are shown
+        places.sort()
+        stamps = [places[rank] for rank in np.argsort(np.argsort(stamps, kind="stable"))]
+    end = max(stamp + duration for stamp, duration in zip(stamps, durations, strict=True))
+    return Packets(float(end * stream.time_base), stamps, alike)
+
+
+_known = {}  # (what, a file, its size, its age, a stream): what `once_a_file` found
+
+
+def once_a_file(find, container, stream):
+    """What find(container, stream) finds out, remembered in this process as long as the file stays the same."""
+    status = os.stat(container.name)
+    key = find.__qualname__, container.name, status.st_size, status.st_mtime_ns, stream.index
+    if key not in _known:
+        if len(_known) > 500:
+            _known.clear()
+        _known[key] = find(container, stream)
+    return _known[key]
 
 
 @functools.lru_cache(maxsize=16)

@@ -69,7 +69,7 @@ import report
 import torch
 
 from avid import data, datasets, temporal_tasks, toy
-from avid.media import Media, av, decord, paste  # imported there after torch
+from avid.media import Media, av, decord, paste, shown
 from avid.tools import prepare
 
 SECONDS, WARM_UP, BATCH = 10, 8, 16
@@ -166,9 +166,8 @@ def costs(cfg, files, samples):
             rng = np.random.default_rng((cfg.seed, *draw))
             (clip, *_), _ = temporal_tasks.plan(*clips.usable(media), clips.length_s, cfg.temporal, rng)
             start_s = clips.start_of(clip, cfg.video.frames / cfg.video.fps)
-            frames = media.shown(
-                start_s + (np.arange(cfg.video.frames) + 0.5) * clip.speed / cfg.video.fps
-            ).tolist()
+            times = start_s + (np.arange(cfg.video.frames) + 0.5) * clip.speed / cfg.video.fps
+            frames = shown(media.reader.starts_s, times).tolist()
         sound = (clips.start_of(clip, cfg.audio.seconds), cfg.audio.seconds * clip.speed)
         ways = {
             "bare": lambda a=(path, frames, *sound): bare(*a),

@@ -40,7 +40,7 @@ import time
 import numpy as np
 import torch
 
-from avid.media import Media, MediaError, decord  # imported there after torch
+from avid.media import Media, MediaError
 from avid.tools.prepare import Small, prepare
 
 FRAMES, FPS, SOUND_S, RATE_HZ = 8, 16, 2.0, 24000
@@ -63,7 +63,6 @@ def clip_ms(path, modalities, clips):
 
 def main(arguments):
     torch.set_num_threads(1)
-    decord.logging.set_level(decord.logging.QUIET)
     with tempfile.TemporaryDirectory() as folder:
         prepare(arguments.folder, folder, Small(), os.cpu_count())
         print(

@@ -376,7 +376,9 @@ def test_another_data_set_does_not_resume(tmp_path):
 
 def test_a_checkpoint_of_something_else_does_not_resume(tmp_path):
     running.save_checkpoint(tmp_path / "run" / "last.pt", {"model": {}, "optimizer": {}})
-    with pytest.raises(config.ConfigError, match="last.pt is no checkpoint of this program, it lacks config"):
+    with pytest.raises(
+        config.ConfigError, match=r"last\.pt is no checkpoint of this program, it lacks config"
+    ):
         in_process(tmp_path).resume()
 
 

@@ -36,7 +36,7 @@ MODALITIES = {
     "audio": ("audio",),
 }  # as the command line has them
 PART = ".avid-part"  # ending of a file that is being written
-COLUMNS = "path usable reason seconds fps width height audio_rate_hz channels modality".split()
+COLUMNS = "path usable reason seconds fps width height audio_rate_hz channels modality frames_by".split()
 PIECE_S = 60.0  # sound decoded at a time
 FULL = os.strerror(errno.ENOSPC)
 CHECK_LIMIT_S, PREPARE_LIMIT_S = 600.0, 6 * 3600.0  # a file that takes longer hangs
@@ -88,13 +88,8 @@ def check(table, modalities, out, workers, timeout_s=60.0):
 def examine(root, path, start_s, end_s, modalities, timeout_s=60.0):
     """A file's values of COLUMNS: a frame at its beginning and one at its end are decoded, and all of its
     sound."""
-    import decord  # here: a worker needs them, the command line and its help do not
+    from avid.media import Media, MediaError  # here: a worker needs it, the command line and its help do not
 
-    from avid.media import Media, MediaError
-
-    decord.logging.set_level(
-        decord.logging.QUIET
-    )  # complaints about a stream; what cannot be decoded is an exception
     media, facts = None, {"usable": "yes", "reason": ""}
     try:
         media = Media(os.path.join(root, path), modalities, start_s, end_s)
@@ -106,7 +101,10 @@ def examine(root, path, start_s, end_s, modalities, timeout_s=60.0):
                 time.monotonic() - before_s > 2 * timeout_s
             ):  # training gives a clip, one of the two, no longer
                 raise MediaError(f"its decoder takes longer than data.timeout_s = {timeout_s:g} s a clip")
-            facts |= {"fps": f"{media.reader.get_avg_fps():.3f}", "width": width, "height": height}
+            facts |= {"fps": f"{media.reader.fps:.3f}", "width": width, "height": height}
+            facts["frames_by"] = media.reader.way + (
+                f": {media.why_not_decord}" if media.why_not_decord else ""
+            )
         if "audio" in modalities:
             rate_hz, loudest = media.stream.rate, 0.0
             facts |= {"audio_rate_hz": rate_hz, "channels": media.stream.codec_context.channels}
