@@ -1,0 +1,69 @@
+"""Files that other people's tools wrote: a clip's picture belongs to its sound, streamed and in memory.
+
+A small part of tests/long/media_matrix.py, whose table is in docs/reliability.md; and real files that carry their truth.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "long"))
+pytest.importorskip("imageio_ffmpeg", reason="no ffmpeg to write the files with: pip install imageio-ffmpeg")
+import media_matrix
+
+from avid.media import Media, MediaInMemory
+
+CASES = [  # container, codec of the picture, of the sound, what was done to it, who has to read it
+    ("mp4", "libx264", "aac", "whole", "decord"),
+    ("mp4", "libx264", "aac", "cut by copy", "PyAV"),
+    ("mp4", "libx264", "aac", "open groups of 400", "PyAV"),
+    ("mov", "libx265", "pcm_s16le", "late picture", "PyAV"),
+    ("avi", "mpeg4", "libmp3lame", "pause of 4 s", "PyAV"),
+    ("wmv", "wmv2", "wmav2", "whole", "PyAV"),
+    ("mkv", "libx264", "aac", "first time stamp 100 s", "PyAV"),
+    ("", "", "", "variable rate without a table.mp3", "PyAV"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The folder of the source that all files are made of."""
+    folder = tmp_path_factory.mktemp("matrix")
+    media_matrix.write_source(folder)
+    return folder
+
+
+@pytest.mark.parametrize("ending, codec, sound, condition, way", CASES)
+def test_pictures_belong_to_their_sound(folder, ending, codec, sound, condition, way):
+    if ending:
+        file = media_matrix.make(folder, f"{condition} {codec}.{ending}", codec, sound, condition)
+    else:
+        file = media_matrix.make_sound(folder, condition, "whole")
+    if file is None or isinstance(file, str):
+        pytest.skip(f"this ffmpeg cannot make {codec} in {ending}: {file}")
+    verdict = media_matrix.judge(file, clips=4)
+    assert not verdict.reason and verdict.right and verdict.way == way, verdict
+
+
+def test_a_real_cut_by_copy(real_media):
+    """Its frames, numbered by 16 blocks, are those of the sine's frequency, 500 + 400·t Hz; the same in memory."""
+    path = real_media / "cut_by_copy.mp4"
+    whole = MediaInMemory(path)
+    for at_s in np.random.default_rng(0).uniform(0.1, 9.0, 12):
+        times = at_s + np.arange(4) / 16
+        with Media(path) as media:
+            images, wave = media.frames(times), media.sound(at_s, 1200, 24000)
+        np.testing.assert_array_equal(whole.frames(times), images)
+        spectrum = np.abs(np.fft.rfft(wave * np.hanning(len(wave)), 1 << 17))
+        source_s = (spectrum.argmax() * 24000 / (1 << 17) - 500) / 400 - 0.025
+        numbers = np.array([media_matrix.number(image) for image in images])
+        np.testing.assert_allclose(numbers / 25, source_s + np.arange(4) / 16, atol=0.06)
+
+
+def test_a_real_pause_of_the_picture_does_not_shift_what_follows(real_media):
+    with Media(real_media / "gap.avi") as media:
+        assert media.last_s == pytest.approx(20.0, abs=0.1)
+        still, later = media.frames([6.5, 9.5]), media.frames([10.5, 12.0])
+    assert np.abs(still[0].astype(int) - still[1]).mean() < 2 < np.abs(later[0].astype(int) - later[1]).mean()
