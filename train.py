@@ -12,7 +12,6 @@ from avid import cli
 if __name__ == "__main__":  # before the heavy imports: --help and a wrong setting answer at once
     cfg = cli.training(__doc__)
 
-import dataclasses
 import functools
 import math
 import os
@@ -35,9 +34,9 @@ from avid import (
     models,
     run,
     temporal_tasks,
+    toy,
 )
 from avid.tools import figures
-from avid.toy import write as write_toy
 
 COLLAPSED = 0.95  # mean cosine within a bank that calls for a warning
 REMEDY = "the same command goes on with a lower optim.lr, an optim.clip_grad or optim.amp=none"
@@ -230,23 +229,19 @@ def pair_weights(index, bank, loss, robust):
 
 def videos(cfg, world):
     """The training videos and some held-out ones; the toy is written first where it is not there yet."""
-    source = cfg.data
-    if source.name == "toy":
-        if world.rank > 0:
-            distributed.wait()
-        root = write_toy(source.root, cfg.toy, cfg.seed, os.cpu_count())
-        source = dataclasses.replace(source, root=str(root))
-        if world.rank == 0:
-            distributed.wait()  # the others go on and find it written
+    if world.rank > 0:
+        distributed.wait()
+    source = toy.source(cfg)
+    if world.rank == 0:
+        distributed.wait()  # the others go on and find the toy written
     train_table = datasets.load(source, source.split or "train")
     distributed.say(world, train_table.report())
     if not cfg.log.check_epochs:
         return train_table, None
     held_out = datasets.held_out(source, train_table)
     if held_out is None:
-        distributed.say(
-            world, "nothing is held out: checks tell of the bank alone; a folder may have train/ and test/"
-        )
+        text = "nothing is held out: checks tell of the bank alone; a folder may have train/ and test/"
+        distributed.say(world, text)
         return train_table, None
     distributed.say(world, f"{held_out.report()}, for the checks (log.check_epochs=0: none)")
     few = np.linspace(0, len(held_out) - 1, min(len(held_out), cfg.log.check_videos)).astype(int)

@@ -95,9 +95,7 @@ def training(description, argv=None):
     try:
         out = [f"out={arguments.out}"] if arguments.out else []
         cfg = config.load(arguments.cfg or "toy", overrides(arguments) + out)
-        if (
-            cfg.data.name == "toy"
-        ):  # of other data sets the number of videos is known when their lists are read
+        if datasets.DATA[cfg.data.name].written:  # else lists tell the number of videos, when they are read
             fits(cfg, cfg.toy.train, int(os.environ.get("WORLD_SIZE", 1)))
         config.band_statistics(cfg.audio)
         if cfg.init and not Path(cfg.init).is_file():
@@ -165,7 +163,7 @@ def fits(cfg, videos, processes=1):
         raise ConfigError(
             f"contrast.k_pos={contrast.k_pos} leaves no negatives among {videos} videos; lower it"
         )
-    if cfg.data.name == "toy":  # its videos are all of one length
+    if datasets.DATA[cfg.data.name].written:  # its videos are all of one length
         clip_s = max(cfg.video.frames / cfg.video.fps, cfg.audio.seconds)
         room_s = cfg.toy.seconds - cfg.audio.n_fft / cfg.audio.rate_hz
         slow, *faster = cfg.temporal.speeds

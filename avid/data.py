@@ -16,11 +16,16 @@ if __name__ == "__main__":  # python -m avid check|prepare is python -m avid che
     raise SystemExit(main())
 
 import atexit
+import copy
 import csv
+import errno
 import functools
 import multiprocessing
+import os
 import re
+import resource
 import signal
+import sys
 import weakref
 from collections import Counter, deque
 from contextlib import contextmanager
@@ -43,12 +48,15 @@ LEAST_STD = 1e-5  # added to the deviation of a band [A]
 OF_A_STEP = 3  # what begins the draws of a training step: (3, step, place in the global batch)
 # what torch and the system say where decoding processes cannot hand over their batches
 EXHAUSTED = re.compile(
-    "No space left on device|Too many open files|Cannot allocate memory|received 0 items of ancdata|[Uu]nable to .*shared memory"
+    "No space left on device|Too many open files|Cannot allocate memory|received 0 items of ancdata"
+    "|[Uu]nable to .*shared memory|[Uu]nable to mmap|EOFError"
 )
 REMEDY = (
-    "decoding processes hand batches over in /dev/shm and by open files, and one of them is exhausted (df -h /dev/shm, ulimit -n); "
-    "lower data.workers or optim.batch_size, or allow more: docker run --shm-size=8g, ulimit -n 4096"
+    "decoding processes hand batches over in /dev/shm and by open files, and one of them is exhausted "
+    "(df -h /dev/shm, ulimit -n); lower data.workers or optim.batch_size (eval.batch_size), or allow more: "
+    "docker run --shm-size=8g, ulimit -n 4096"
 )
+OPEN_FILES = 24  # of a decoding process: its pipes, and a dozen tensors of each of two batches that wait
 TRIES = 20  # files a sample tries before it gives up
 DEATHS = 2  # of decoding processes on a file before it is given up; the first may be a disk's or the memory's fault
 torch.utils.data._utils.signal_handling._SIGCHLD_handler_set = (
@@ -106,6 +114,10 @@ class Clips(torch.utils.data.Dataset):
                     item = self.read(index, rng) | (self.neighbours(draw) if self.training else {})
                     return {"index": index, "failures": failures, **item}
             except MediaError as error:
+                if getattr(error.__cause__, "errno", None) in (errno.EMFILE, errno.ENFILE):
+                    raise OSError(
+                        error.__cause__.errno, "Too many open files"
+                    ) from None  # not the file's fault
                 failures.append((index, str(error)))
             if not self.training:
                 return {"index": index, "failures": failures}
@@ -149,7 +161,7 @@ class Clips(torch.utils.data.Dataset):
         """The clips of one video: M×…, as the module says."""
         table = self.table
         file = (table.root / table.paths[index], self.modalities, table.start_s[index], table.end_s[index])
-        with (self.cfg.data.in_memory and in_memory(*file)) or Media(*file) as media:
+        with (self.cfg.data.in_memory and part_in_memory(*file)) or Media(*file) as media:
             first_s, last_s = self.usable(media)
             if self.training:
                 clips, labels = temporal_tasks.plan(first_s, last_s, self.length_s, self.cfg.temporal, rng)
@@ -288,11 +300,42 @@ def collate(items):
     return {**batch, "failures": failures}
 
 
+def part_in_memory(path, modalities, start_s, end_s):
+    """A part of a file that was decoded whole, once for all of its parts; None where it cannot be decoded whole."""
+    whole = in_memory(path, modalities)
+    if whole is None:
+        return None
+    part = copy.copy(whole)  # pictures and sound are shared
+    part.first_s, part.last_s = max(whole.first_s, start_s), min(whole.last_s, end_s)
+    if not part.last_s > part.first_s:
+        raise MediaError("picture and sound, or the asked part, do not overlap in time")
+    return part
+
+
 def at_start(_):
-    """Of a decoding process: its parent decides when it ends, or the clock."""
+    """Of a decoding process: its parent decides when it ends, or the clock, or a batch that it cannot hand over."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(not_handed_over)
+
+
+def not_handed_over(error, batch):
+    """End a decoding process whose batch did not leave it: Python would go on, and the parent wait for ever."""
+    print(f"a batch was not handed over: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def allow_open_files(workers):
+    """Raise this process's soft limit of open files to what so many decoding processes take. Raises ConfigError."""
+    needed = len(os.listdir("/dev/fd")) + OPEN_FILES * (workers + 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        if hard != resource.RLIM_INFINITY and hard < needed:
+            raise ConfigError(
+                f"data.workers={workers} takes up to {needed} open files, {hard} are allowed: {REMEDY}"
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 DECODING = weakref.WeakSet()  # processes of all Loaders
@@ -341,6 +384,8 @@ class Loader:
 
         while True:
             ahead, decoding = None, []
+            if self.workers:
+                allow_open_files(self.workers)
             try:
                 reading = torch.full((self.workers,), -1).share_memory_() if self.workers else None
                 self.clips.reading = reading
@@ -357,10 +402,9 @@ class Loader:
                 ended = {
                     n: process.exitcode for n, process in enumerate(decoding) if process.exitcode is not None
                 }
-                if not ended and (isinstance(error, EOFError) or EXHAUSTED.search(str(error))):
-                    reason = EXHAUSTED.search(str(error) or "Too many open files")[0]
-                    raise ConfigError(f"{reason}: {REMEDY}") from None
                 if not ended:
+                    if exhausted := EXHAUSTED.search(f"{type(error).__name__}: {error}"):
+                        raise ConfigError(f"{exhausted[0]}: {REMEDY}") from None
                     raise
                 for n, code in ended.items():
                     self.blame(int(reading[n]), code)

@@ -154,11 +154,10 @@ class Table:
 
 
 def instance_name(path, start_s=0.0, end_s=np.inf):
-    """How reports name an instance: a.mp4, or a.mp4 [12.0-22.0 s] where it is a part of the file."""
+    """How reports name an instance, no two alike: a.mp4, or a.mp4 [12.0-22.0 s] where it is a part of the file."""
     if start_s == 0 and end_s == np.inf:
         return path
-    end = "end" if end_s == np.inf else f"{round(float(end_s), 3)} s"
-    return f"{path} [{round(float(start_s), 3)}-{end}]"
+    return f"{path} [{float(start_s)}-{'end' if end_s == np.inf else f'{float(end_s)} s'}]"
 
 
 def load(data, split):
@@ -328,7 +327,7 @@ def folder(root, split, name="folder"):
     to which links lead, too, is there once.
     """
     files, linked, notes, split = [], {}, [], SPELLED.get(split, split)
-    for folder, names in _walk(root, linked):
+    for folder, names in walk(root, linked):
         files += [folder + name for name in names if name[name.rfind(".") :].lower() in ENDINGS]
     files.sort(key=_by_name)
     tops = dict.fromkeys(file.partition("/")[0] for file in files if "/" in file)
@@ -640,7 +639,7 @@ def _names(folder):
         return [entry.name for entry in entries if entry.name[0] != "." and not entry.is_dir()]
 
 
-def _walk(root, linked=None):
+def walk(root, linked=None):
     """(a folder below `root` as "" or "x/y/", names of files in it) of all folders; hidden ones are left out.
 
     Links are followed, each once, but not to a folder that they are in. linked: a dict, which is given {file: its
@@ -700,7 +699,7 @@ def _by_name(path):
 
 
 def _once(files, linked, root, notes):
-    """The files without those that links give once more (see _walk); says so in `notes`."""
+    """The files without those that links give once more (see walk); says so in `notes`."""
     if links := [link for link in linked if link.endswith("/")]:
         notes.append(f"{len(links):,} links to folders that it has already were left out, e.g. {links[0]}")
     root = os.path.realpath(root)
@@ -721,7 +720,7 @@ def _by_stem(root, folders, with_class=False):
     """
     found = {ending: {} for ending in MEDIA}
     for top in [folder for folder in folders if (root / folder).is_dir()] or [""]:
-        for folder, names in _walk(root / top):
+        for folder, names in walk(root / top):
             prefix = f"{top}/{folder}" if top else folder
             label = folder[folder.rfind("/", 0, -1) + 1 :] if with_class else ""
             for name in names:

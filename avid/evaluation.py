@@ -119,11 +119,7 @@ def tables(cfg):
     The toy is written if need be. Where a data set has no parts of its own, a fifth of each class is held
     out, by the seed [C]. Raises DataError.
     """
-    source = cfg.data
-    if source.name == "toy":
-        source = dataclasses.replace(
-            source, root=str(toy.write(source.root, cfg.toy, cfg.seed, os.cpu_count()))
-        )
+    source = toy.source(cfg)
     if divisions := datasets.DATA[source.name].divisions:
         numbers = range(1, divisions + 1) if source.split == "all" else [source.split or "1"]
         pairs = [(f"train{n}", f"test{n}") for n in numbers]

@@ -27,8 +27,8 @@ from typing import NamedTuple
 import av
 import numpy as np
 
+from . import datasets
 from .config import ConfigError
-from .datasets import MEDIA
 from .progress import bar as progress_bar
 
 WORLD = 5  # counts the changes of what this file draws: each makes a new folder
@@ -500,18 +500,31 @@ def write(root, toy, seed, workers, progress=True):
     return folder
 
 
+def source(cfg, workers=None):
+    """cfg.data as datasets.load takes it: of the toy, which is written first where it is not there, with its folder."""
+    if not datasets.DATA[cfg.data.name].written:
+        return cfg.data
+    root = write(cfg.data.root, cfg.toy, cfg.seed, workers or os.cpu_count())
+    return dataclasses.replace(cfg.data, root=str(root))
+
+
 def _refuse_a_collection(root):
-    """Raise ConfigError where `root`, or a folder in it, holds media that are not the toy's: data.name was
-    forgotten."""
-    folders = [root, *(path for path in root.iterdir() if path.is_dir())] if root.is_dir() else []
-    for folder in folders:
-        if folder.name.startswith(("toy-", ".")):
-            continue
-        media = (path for path in folder.iterdir() if path.suffix.lower() in MEDIA and path.is_file())
-        if found := next(media, None):
+    """Raise ConfigError where `root` is a folder of videos, flat, by class or in parts: data.name was forgotten.
+
+    Data sets in folders of their own below it, as data/kinetics400 beside the toy in data/, are none of its business.
+    """
+
+    def below(folder):
+        return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "toy-")))
+
+    classes = below(root) if root.is_dir() else []
+    parts = [folder for folder in classes if datasets.part_of(folder.name)]
+    for folder in [*[root] * root.is_dir(), *classes, *(inner for part in parts for inner in below(part))]:
+        files = (path for path in sorted(folder.iterdir()) if path.suffix.lower() in datasets.ENDINGS)
+        if found := next(files, None):
             raise ConfigError(
-                f"data.root={root} holds videos or sounds of yours, such as {found.relative_to(root)}, and the toy would be "
-                "written there; to train on them say data.name=folder, else choose another data.root"
+                f"data.root={root} holds videos or sounds of yours, such as {found.relative_to(root)}, and the toy "
+                "would be written there; to train on them say data.name=folder, else choose another data.root"
             )
 
 

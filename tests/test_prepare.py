@@ -14,9 +14,10 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 from conftest import chirp_time, chirps, numbers, tone
 
-from avid import config, datasets
+from avid import config, data, datasets
 from avid.media import Media
 from avid.tools import prepare
 from avid.tools.prepare import Small
@@ -426,8 +427,23 @@ def test_another_folder_has_another_csv(media_file, tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("check-folder-videos-*-all-both.csv"))) == 2
 
 
-def test_a_file_whose_clips_take_too_long_is_not_usable(media_file, tmp_path, monkeypatch):
-    """As in training: data.timeout_s is for a clip."""
+def test_a_file_is_judged_as_training_would(media_file, tmp_path, monkeypatch):
+    """Clips at its beginning and its end, within data.timeout_s."""
     media_file("x.mp4", frame_s=FRAMES_S, wave=tone(440, 2, 24000), rate_hz=24000)
-    found = prepare.examine(str(tmp_path), "x.mp4", 0.0, np.inf, ("video", "audio"), timeout_s=1e-9)
-    assert found["usable"] == "no" and "takes longer than data.timeout_s" in found["reason"]
+    file = str(tmp_path), "x.mp4", 0.0, np.inf, ("video", "audio")
+    assert prepare.examine(*file, config.load("toy"))["usable"] == "yes"
+    found = prepare.examine(*file, config.load("toy", ["data.timeout_s=1e-9"]))
+    assert found["usable"] == "no" and "takes longer than data.timeout_s = 1e-09 s" in found["reason"]
+    read = []
+    monkeypatch.setattr(
+        data.Clips, "picture", lambda clips, media, clip, rng: read.append(clip.start_s) or torch.zeros(1)
+    )
+    prepare.examine(*file, config.load("toy", ["audio.seconds=0.5"]))
+    assert len(read) == 2 and read[0] < 0.1 and read[1] > 1.2
+
+
+def test_a_check_takes_its_limits_from_the_settings(media_file, tmp_path):
+    media_file("in/x.mp4", frame_s=FRAMES_S, wave=tone(440, 2, 24000), rate_hz=24000)
+    command = "check", "--data", "folder", "--root", tmp_path / "in", "--out", tmp_path / "out.csv"
+    assert run(*command, "data.timeout_s=1e-9") == 1
+    assert "data.timeout_s" in rows(tmp_path / "out.csv")["x.mp4"]["reason"]

@@ -13,6 +13,7 @@ import io
 import json
 import os
 import posixpath
+import re
 import shutil
 import signal
 import subprocess
@@ -26,7 +27,7 @@ import numpy as np
 
 from avid import cli, config, datasets, processes, progress
 from avid.datasets import MEDIA, DataError
-from avid.files import check_folder
+from avid.files import check_folder, replacing
 from avid.processes import Crash
 
 SOUND = MEDIA[MEDIA.index(".wav") :]  # endings of files without picture
@@ -45,13 +46,12 @@ CHECK_LIMIT_S, PREPARE_LIMIT_S = 600.0, 6 * 3600.0  # a file that takes longer h
 # ------------------------------------------------------------------------------------------------------ check
 
 
-def check(table, modalities, out, workers, timeout_s=60.0):
-    """Read every file of a datasets.Table once, append a row a file (COLUMNS) to the CSV `out`, print a
-    summary.
+def check(table, modalities, out, workers, cfg=None):
+    """Read every instance of a datasets.Table once, append a row (COLUMNS) to the CSV `out`, print a summary.
 
-    modalities: what a file needs to be usable, of ("video", "audio"); timeout_s: for a clip of it, as
-    data.timeout_s. Files with a row in `out` are not read again. Returns the number of usable files. Raises
-    DataError where `out` is something else.
+    modalities: what a file needs to be usable, of ("video", "audio"); cfg: config.Config, whose clips and timeout
+    judge it. Instances with a row in `out` are not read again. Returns the number of usable ones. Raises DataError
+    where `out` is something else.
     """
     needs = "+".join(modalities)
     rows = _earlier(out, needs, table)
@@ -62,10 +62,8 @@ def check(table, modalities, out, workers, timeout_s=60.0):
     print(table.report())
     if rows:
         print(f"{len(rows):,} of them were read before, see {out}; delete it to read them again")
-    tasks = [
-        (str(table.root), table.paths[i], table.start_s[i], table.end_s[i], modalities, timeout_s)
-        for i in todo
-    ]
+    root = str(table.root)
+    tasks = [(root, table.paths[i], table.start_s[i], table.end_s[i], modalities, cfg) for i in todo]
     bar = progress.bar(desc="reading", total=len(table), initial=len(rows), unit="file")
     with bar, open(out, "a", newline="", encoding="utf-8", errors="surrogateescape") as file:
         lines = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
@@ -85,26 +83,20 @@ def check(table, modalities, out, workers, timeout_s=60.0):
     return sum(row["usable"] == "yes" for row in rows.values())
 
 
-def examine(root, path, start_s, end_s, modalities, timeout_s=60.0):
-    """A file's values of COLUMNS: a frame at its beginning and one at its end are decoded, and all of its
-    sound."""
+def examine(root, path, start_s, end_s, modalities, cfg=None):
+    """A file's values of COLUMNS: its first and last clip are read as for training, and all of its sound."""
     from avid.media import Media, MediaError  # here: a worker needs it, the command line and its help do not
 
     media, facts = None, {"usable": "yes", "reason": ""}
     try:
         media = Media(os.path.join(root, path), modalities, start_s, end_s)
         facts["seconds"] = f"{media.last_s - media.first_s:.3f}"
+        read_clips(root, path, start_s, end_s, modalities, cfg or config.Config())
         if "video" in modalities:
-            before_s = time.monotonic()
             height, width = media.frames([media.first_s, media.last_s]).shape[1:3]
-            if (
-                time.monotonic() - before_s > 2 * timeout_s
-            ):  # training gives a clip, one of the two, no longer
-                raise MediaError(f"its decoder takes longer than data.timeout_s = {timeout_s:g} s a clip")
             facts |= {"fps": f"{media.reader.fps:.3f}", "width": width, "height": height}
-            facts["frames_by"] = media.reader.way + (
-                f": {media.why_not_decord}" if media.why_not_decord else ""
-            )
+            why = f": {media.why_not_decord}" if media.why_not_decord else ""
+            facts["frames_by"] = media.reader.way + why
         if "audio" in modalities:
             rate_hz, loudest = media.stream.rate, 0.0
             facts |= {"audio_rate_hz": rate_hz, "channels": media.stream.codec_context.channels}
@@ -116,7 +108,7 @@ def examine(root, path, start_s, end_s, modalities, timeout_s=60.0):
     except MediaError as error:
         facts |= {"usable": "no", "reason": str(error)}
         if str(error) == "no sound" and "video" in modalities:  # is it of use for the picture at least?
-            picture = examine(root, path, start_s, end_s, ("video",), timeout_s)
+            picture = examine(root, path, start_s, end_s, ("video",), cfg)
             facts |= picture | {"usable": "no", "reason": picture["reason"] or "no sound"}
     finally:
         if media is not None:
@@ -124,8 +116,22 @@ def examine(root, path, start_s, end_s, modalities, timeout_s=60.0):
     return facts
 
 
+def read_clips(root, path, start_s, end_s, modalities, cfg):
+    """Read the first and the last clip of a file, as training and evaluation do. Raises MediaError where they could not."""
+    from avid import data
+
+    one, whole = np.zeros(1), np.zeros(1, np.int64)
+    table = datasets.Table("", Path(root), [path], whole - 1, [], one + start_s, one + end_s, whole, {}, [])
+    before_s = time.monotonic()
+    data.Clips(table, cfg, training=False, modalities=modalities, clips=2).read(0, np.random.default_rng(0))
+    if time.monotonic() - before_s > 2 * cfg.data.timeout_s:  # training gives a clip no longer
+        raise data.MediaError(
+            f"its decoder takes longer than data.timeout_s = {cfg.data.timeout_s:g} s a clip"
+        )
+
+
 def _earlier(out, needs, table):
-    """{path: row} of the CSV of an interrupted check. The half line that a killed one left is cut off."""
+    """{instance: row} of the CSV of an interrupted check. The half line that a killed one left is cut off."""
     text = out.read_bytes() if out.exists() else b""
     header = (",".join(COLUMNS) + "\n").encode()
     if not (text.startswith(header) or header.startswith(text)):
@@ -139,8 +145,8 @@ def _earlier(out, needs, table):
     for path, row in rows.items():
         if path not in listed or row["modality"] != needs:
             raise DataError(
-                f"{out} is the CSV of another check: {path} was read for {row['modality']}; this one reads {table.name} for "
-                f"{needs}; delete it, or name another one with --out"
+                f"{out} is the CSV of another check: {path} was read for {row['modality']}; this one reads "
+                f"{table.name} for {needs}; delete it, or name another one with --out"
             )
     if text:
         os.truncate(out, len(whole))
@@ -275,7 +281,7 @@ def encode(ffmpeg, source, target, small):
     """
     import av  # here: a worker needs them, the command line does not
 
-    from avid.media import Media, MediaError
+    from avid.media import MediaError
 
     part = target + PART
     try:
@@ -291,7 +297,8 @@ def encode(ffmpeg, source, target, small):
         inputs = ["-copyts", "-i", source, "-output_ts_offset", f"{-origin_s:.6f}"]
         if reason := _run(_command(ffmpeg, inputs, picture, sound, small, part)):
             return reason, False
-        Media(part, [name for name, stream in (("video", picture), ("audio", sound)) if stream]).close()
+        held = tuple(name for name, stream in (("video", picture), ("audio", sound)) if stream)
+        read_clips("", part, 0.0, np.inf, held, config.Config())
         os.replace(part, target)
         return "", sound is not None
     except (av.FFmpegError, ValueError, OSError) as error:
@@ -372,7 +379,8 @@ def _ffmpeg(dst, small):
 def _same_settings(path, small):
     """A folder holds files of one kind: its prepare.json says which."""
     if not path.exists():
-        path.write_text(json.dumps(small._asdict()) + "\n", encoding="utf-8")
+        with replacing(path) as file:
+            file.write(json.dumps(small._asdict()) + "\n")
     elif (there := path.read_text(encoding="utf-8").strip()) != json.dumps(small._asdict()):
         raise DataError(
             f"{path.parent} holds files prepared with {there}; ask for the same, or name another folder"
@@ -381,23 +389,7 @@ def _same_settings(path, small):
 
 def _files(root):
     """The files below root, relative, '/'-separated and sorted; hidden ones are left out."""
-
-    def stop(error):
-        raise error
-
-    files = []
-    for folder, names, here in os.walk(root, onerror=stop, followlinks=True):
-        inside = os.path.realpath(folder) + os.sep  # a link back to a folder above would be followed for ever
-        names[:] = [
-            name
-            for name in names
-            if not inside.startswith(os.path.realpath(os.path.join(folder, name)) + os.sep)
-        ]
-        names[:] = [name for name in names if not name.startswith(".")]
-        files += [
-            Path(folder, name).relative_to(root).as_posix() for name in here if not name.startswith(".")
-        ]
-    return sorted(files)
+    return sorted(folder + name for folder, names in datasets.walk(root) for name in names)
 
 
 def copy_list(src, dst, file, renamed):
@@ -409,10 +401,8 @@ def copy_list(src, dst, file, renamed):
     content = (src / file).read_bytes()
     if file.lower().endswith(".csv"):
         content = _new_endings(content, posixpath.dirname(file), renamed)
-    part = dst / (file + PART)
-    part.parent.mkdir(parents=True, exist_ok=True)
-    part.write_bytes(content)
-    os.replace(part, dst / file)
+    with replacing(dst / file, "wb") as copy:
+        copy.write(content)
 
 
 def _new_endings(content, folder, renamed):
@@ -467,11 +457,11 @@ def _check(arguments):
     cfg = config.load("", arguments.overrides, base={"data": {"name": name, "root": arguments.root}})
     modalities = MODALITIES[arguments.modality] if arguments.modality else datasets.DATA[name].needs
     modality = next(text for text, wanted in MODALITIES.items() if wanted == modalities)
-    root = Path(cfg.data.root).expanduser().resolve()  # another folder has another CSV
-    mark = hashlib.sha256(os.fsencode(root)).hexdigest()[:6]
-    out = arguments.out or Path(f"check-{name}-{root.name}-{mark}-{split}-{modality}.csv")
+    folder = Path(arguments.root).expanduser().resolve()  # another folder of this name has another CSV
+    place = f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', folder.name)[:40]}-{hashlib.sha256(bytes(folder)).hexdigest()[:6]}"
+    out = arguments.out or Path(f"check-{name}-{place}-{split}-{modality}.csv")
     workers = arguments.workers or max(cfg.data.workers, 1)
-    return check(datasets.load(cfg.data, split), modalities, out, workers, cfg.data.timeout_s)
+    return check(datasets.load(cfg.data, split), modalities, out, workers, cfg)
 
 
 def _prepare(arguments):

@@ -7,7 +7,6 @@ In: a run folder, or a configuration. Out: PNG files.
 """
 
 import argparse
-import dataclasses
 from pathlib import Path
 
 from avid import config
@@ -54,7 +53,7 @@ def weights(folder, path, root=None):
             f"{Path(folder) / 'last.pt'} is no checkpoint of train.py, it lacks {min(lacking)}"
         )
     cfg = config.load(None, [f"data.root={root}"] if root else [], base=saved["config"])
-    if cfg.data.name != "toy" or not cfg.toy.faulty:
+    if not datasets.DATA[cfg.data.name].written or not cfg.toy.faulty:
         raise config.ConfigError(
             f"{folder} is a run without known faulty pairs; train on the toy with toy.faulty=0.3"
         )
@@ -62,8 +61,7 @@ def weights(folder, path, root=None):
         len(saved["bank"]["agreement"]), cfg.model.embedding, cfg.bank.momentum, cfg.seed
     )
     bank.load_state_dict(saved["bank"])
-    world = toy.write(cfg.data.root, cfg.toy, cfg.seed, 1)
-    table = datasets.load(dataclasses.replace(cfg.data, root=str(world)), "train")
+    table = datasets.load(toy.source(cfg, workers=1), "train")
     faulty = np.array(table.columns["faulty"]) == "1"
     if not faulty.any():
         raise config.ConfigError(f"{table.name} has no faulty pairs; raise toy.faulty")
