@@ -1,5 +1,7 @@
 """The tables that all readers give, and the lists and folders of no benchmark; the benchmarks' are in test_benchmarks_lists.py."""
 
+import hashlib
+import json
 import os
 from collections import Counter
 
@@ -340,3 +342,223 @@ def test_one_part_alone_is_a_part_and_a_class_called_train_is_a_class(tmp_path):
         "bus/b.mp4": "bus",
         "train/a.mp4": "train",
     }
+
+
+# parts by any name, links, depth
+
+
+@pytest.mark.parametrize(
+    "train, test",
+    [
+        ("Train", "Test"),
+        ("training", "testing"),
+        ("train_256", "eval"),
+        ("TRAIN", "Evaluation"),
+        ("train set", "test-2"),
+    ],
+)
+def test_parts_are_known_by_any_usual_name(train, test, tmp_path):
+    touch(tmp_path, f"{train}/dog/a.mp4", f"{train}/cat/b.mp4", f"{test}/dog/c.mp4", "val_256/cat/d.mp4")
+    assert set(labelled(load(tmp_path, "folder", "train")).values()) == {"dog", "cat"}
+    assert labelled(load(tmp_path, "folder", "test")) == {f"{test}/dog/c.mp4": "dog"}
+    assert labelled(load(tmp_path, "folder", "valid")) == {"val_256/cat/d.mp4": "cat"}
+    for name in ("kinetics400", "folder"):
+        assert load(tmp_path, name, "train").classes == ["cat", "dog"]
+
+
+def test_names_that_only_begin_like_a_part_are_classes(tmp_path):
+    touch(tmp_path, "trainer/a.mp4", "test tube/b.mp4", "evaluate/c.mp4")
+    assert load(tmp_path, "folder", "train").classes == ["evaluate", "test tube", "trainer"]
+
+
+def test_what_lies_beside_the_parts_and_parts_of_several_folders_are_said(tmp_path):
+    touch(tmp_path, "train_1/a/a.mp4", "train_2/a/b.mp4", "test/a/c.mp4", "spare/d.mp4", "e.mp4")
+    said = load(tmp_path, "folder", "train").report()
+    assert "2 files beside its parts were left out, e.g. e.mp4" in said
+    assert "train_1 and train_2 are its train part" in said
+
+
+def test_no_file_is_too_deep(tmp_path):
+    deep = "/".join("abcdefghij")
+    touch(tmp_path, f"x/{deep}/a.mp4")
+    assert labelled(load(tmp_path, "folder", "train")) == {f"x/{deep}/a.mp4": "x"}
+    write(tmp_path, "vggsound.csv", "k,0,dog,train")
+    touch(tmp_path, f"{deep}/k_000000.mp4")
+    assert load(tmp_path, "vggsound", "train").paths == [f"{deep}/k_000000.mp4"]
+
+
+def test_a_file_that_links_give_again_is_there_once_and_it_is_said(tmp_path):
+    touch(tmp_path, "in/x/a.mp4", "in/y/b.mp4", "out/c.mp4")
+    (tmp_path / "in/x/loop").symlink_to(tmp_path / "in")
+    (tmp_path / "in/again").symlink_to(tmp_path / "in/y")
+    (tmp_path / "in/y/a too.mp4").symlink_to("../x/a.mp4")
+    (tmp_path / "in/z").symlink_to(tmp_path / "out")
+    (tmp_path / "in/z too").symlink_to(tmp_path / "out")
+    table = load(tmp_path / "in", "folder", "train")
+    assert table.paths == ["x/a.mp4", "y/b.mp4", "z/c.mp4"]
+    assert "1 links to folders that it has already were left out, e.g. x/loop/" in table.report()
+    assert "; 4 files that links give once more were left out" in table.report()
+
+
+def test_a_folder_of_links_is_as_it_looks(tmp_path):
+    touch(tmp_path, "store/1.mp4", "store/2.mp4")
+    (tmp_path / "in/train").mkdir(parents=True)
+    (tmp_path / "in/test").mkdir()
+    (tmp_path / "in/train/a.mp4").symlink_to(tmp_path / "store/1.mp4")
+    (tmp_path / "in/test/b.mp4").symlink_to("../../store/2.mp4")
+    assert load(tmp_path / "in", "folder", "train").paths == ["train/a.mp4"]
+    assert load(tmp_path / "in", "folder", "test").paths == ["test/b.mp4"]
+    assert ";" not in load(tmp_path / "in", "folder", "train").report()
+
+
+# instances
+
+
+def test_a_file_may_give_several_instances(tmp_path):
+    write(
+        tmp_path,
+        "manifest.csv",
+        "path,label,start,end",
+        "a.mp4,x,0,10",
+        "a.mp4,y,12,22",
+        "b.mp4,x,,",
+        "a.mp4,x,40,",
+    )
+    touch(tmp_path, "a.mp4", "b.mp4")
+    table = load(tmp_path, "manifest", "train")
+    assert table.paths == ["a.mp4", "a.mp4", "b.mp4", "a.mp4"]
+    names = ["a.mp4 [0.0-10.0 s]", "a.mp4 [12.0-22.0 s]", "b.mp4", "a.mp4 [40.0-end]"]
+    assert [table.name_of(i) for i in range(4)] == names
+    assert table.report().endswith("train: 4 clips of 2 files, 2 classes")
+
+
+def test_the_same_part_twice_is_an_error_that_names_it(tmp_path):
+    write(tmp_path, "manifest.csv", "path,start,end", "a.mp4,0,10", "a.mp4,12,22", "a.mp4,12.0,22")
+    touch(tmp_path, "a.mp4")
+    assert error(tmp_path, "manifest", "train") == (
+        f"{tmp_path / 'manifest.csv'}, line 4: a.mp4 [12.0-22.0 s] again, as in manifest.csv, line 3; keep one of them"
+    )
+
+
+@pytest.mark.parametrize("name", ["kinetics400", "vggsound", "audioset", "ucf101", "hmdb51", "esc50"])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_row_that_an_official_list_has_twice_is_left_out_and_said(name, there, tmp_path):
+    write(tmp_path, "train.csv", KINETICS, *["x,k,0,10,train,0", "x,l,0,10,train,0"] * 2)
+    write(tmp_path, "vggsound.csv", *["k,0,x,train", "l,0,x,train"] * 2)
+    write(tmp_path, "class_labels_indices.csv", "index,mid,display_name", "0,/m/x,x")
+    write(
+        tmp_path, "balanced_train_segments.csv", *['k, 0.000, 10.000, "/m/x"', 'l, 0.000, 10.000, "/m/x"'] * 2
+    )
+    ucf101(tmp_path, 1, ["x/k.avi 1", "x/l.avi 1"] * 2, ["x/m.avi"])
+    write(tmp_path, "testTrainMulti_7030_splits/x_test_split1.txt", *["k.avi 1", "l.avi 1"] * 2)
+    write(
+        tmp_path, "meta/esc50.csv", "filename,fold,category,esc10", *["k.wav,2,x,True", "l.wav,2,x,True"] * 2
+    )
+    stem = {"kinetics400": "{}_000000_000010", "vggsound": "{}_000000", "audioset": "{}_000000"}.get(
+        name, "x/{}"
+    )
+    touch(tmp_path, stem.format("l") + ".mp4", *[stem.format("k") + ".mp4"] * there)
+    table = load(tmp_path, name, "train")
+    assert len(table) == 1 + there and len(table.missing) == 1 - there
+    assert "; warning: 2 lines name a file again and were left out, e.g. " in table.report()
+
+
+def test_lines_are_named_rightly_wherever_a_list_is_cut_into_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "PIECE", 100)
+    rows = [f"v/{i}.mp4,ä{i % 3},{i % 7},\n" for i in range(300)]
+    touch(tmp_path, *(row.partition(",")[0] for row in rows))
+    head = "path,label,start,end\n"
+    (tmp_path / "manifest.csv").write_text(head + "".join(rows))
+    table = load(tmp_path, "manifest", "train")
+    assert table.paths == [f"v/{i}.mp4" for i in range(300)] and table.start_s.tolist() == [
+        i % 7 for i in range(300)
+    ]
+    assert [table.classes[i] for i in table.labels[:4]] == ["ä0", "ä1", "ä2", "ä0"]
+    for fault, said in (
+        ('"v/x.mp4,a,,\n', "not CSV: unexpected end of data"),
+        ("v/x.mp4,a,now,\n", "'now' where a number"),
+        ("v/x.mp4,a\n", "2 fields where 4 belong"),
+        ("v/x\0.mp4,a,,\n", "a zero byte"),
+        ("v/\udcff.mp4,a,,\n", "not UTF-8"),
+        ("v/17.mp4,a,3,\n", "v/17.mp4 [3.0-end] again, as in manifest.csv, line 19; keep"),
+    ):
+        text = head + "".join(rows[:200]) + "\n" + fault + "".join(rows[200:])
+        (tmp_path / "manifest.csv").write_bytes(text.encode(errors="surrogateescape"))
+        assert error(tmp_path, "manifest", "train").startswith(
+            f"{tmp_path / 'manifest.csv'}, line 203: {said}"
+        )
+
+
+def test_the_hash_is_that_of_the_whole_json(tmp_path, monkeypatch):
+    """Run folders of before hold it."""
+    write(
+        tmp_path, "manifest.csv", "path,start,end", 'ä"b.mp4,0.1,', "c.mp4,,7.25", "d.mp4,,", "c.mp4,7.25,8"
+    )
+    (tmp_path / "manifest.csv").write_text(
+        'path,start,end\n"ä ""b.mp4",0.1,\nc.mp4,,7.25\nd.mp4,,\nc.mp4,7.25,8\n'
+    )
+    touch(tmp_path, 'ä "b.mp4', "c.mp4", "d.mp4")
+    table = load(tmp_path, "manifest", "train")
+    assert len(table) == 4
+    whole = json.dumps([table.paths, table.start_s.tolist(), table.end_s.tolist()])
+    expected = hashlib.sha256(whole.encode()).hexdigest()[:12]
+    for piece in (1, 2, 3, 100):
+        monkeypatch.setattr(datasets, "PIECE", piece)
+        assert datasets.table_hash(table) == expected
+
+
+# what is held out
+
+
+def test_a_fifth_of_each_class_is_held_out_by_the_seed(tmp_path):
+    touch(tmp_path, *(f"{label}/{i}.mp4" for label, n in (("a", 10), ("b", 4), ("c", 17)) for i in range(n)))
+    table = load(tmp_path, "folder", "train")
+    rng, held = np.random.default_rng(7), set()
+    for label in range(3):  # as evaluations have done from the beginning
+        alike = np.flatnonzero(table.labels == label)
+        held |= {table.paths[i] for i in rng.permutation(alike)[: max(len(alike) // 5, 1)]}
+    train, test = datasets.hold_out(table, 7)
+    assert set(test.paths) == held and len(test) == 2 + 1 + 3
+    assert sorted(train.paths + test.paths) == sorted(table.paths)
+    assert (train.name, test.name) == ("folder train (train)", "folder train (test)")
+
+
+def test_all_instances_of_a_file_are_held_out_together(tmp_path):
+    rows = [f"{i}.mp4,{k},{k + 1}" for i in range(10) for k in range(20)]
+    write(tmp_path, "manifest.csv", "path,start,end", *rows)
+    touch(tmp_path, *(f"{i}.mp4" for i in range(10)))
+    train, test = datasets.hold_out(load(tmp_path, "manifest", "train"), 0)
+    assert len(test) == 40 and len(set(test.paths)) == 2 and not set(train.paths) & set(test.paths)
+
+
+def test_what_training_sees_is_not_held_out(tmp_path):
+    touch(tmp_path / "whole", "a/1.mp4", "b/2.mp4")
+    touch(tmp_path / "parts", "train/1.mp4", "val/2.mp4")
+    touch(tmp_path / "list", "1.mp4", "2.mp4")
+    write(
+        tmp_path / "list",
+        "manifest.csv",
+        "path,split,start,end",
+        "1.mp4,train,,",
+        "2.mp4,,0,5",
+        "2.mp4,test,5,9",
+    )
+
+    def held_out(name, folder):
+        source = config.Data(name=name, root=str(tmp_path / folder))
+        return datasets.held_out(source, datasets.load(source, "train"))
+
+    assert held_out("folder", "whole") is None
+    assert held_out("folder", "parts").paths == ["val/2.mp4"]
+    only = held_out("manifest", "list")
+    assert [only.name_of(i) for i in range(len(only))] == ["2.mp4 [5.0-9.0 s]"]
+
+
+def test_a_training_on_a_numbered_division_is_checked_on_its_test_part(tmp_path):
+    ucf101(tmp_path, 1, ["A/a.avi 1"], ["A/b.avi"])
+    ucf101(tmp_path, 2, ["A/b.avi 1"], ["A/a.avi"])
+    touch(tmp_path, "A/a.avi", "A/b.avi")
+    for split, expected in (("", "A/b.avi"), ("train2", "A/a.avi")):
+        source = config.Data(name="ucf101", root=str(tmp_path), split=split)
+        train = datasets.load(source, split or "train")
+        assert datasets.held_out(source, train).paths == [expected]
