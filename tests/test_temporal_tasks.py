@@ -157,8 +157,8 @@ def test_heads_see_the_clips_that_their_labels_are_about():
 
 
 def test_every_task_has_a_weight_labels_and_a_head():
-    """And every weight that is not of xid or a contrast is a task's: none in config.py is without effect."""
-    weights = {name for name in vars(config.Weights()) if name != "xid" and not name.startswith("contrast_")}
+    """And every other weight is of xid, cma or a contrast: none in config.py is without effect."""
+    weights = {name for name in vars(config.Weights()) if not name.startswith(("xid", "cma", "contrast_"))}
     assert weights == TASKS.keys()
     _, labels = plan(0.0, 100.0, 0.5, FOUR, np.random.default_rng(0))
     batch = {kind: torch.tensor([label, label]) for kind, label in labels.items()}  # of two videos
