@@ -247,6 +247,9 @@ def test_autocast_changes_no_bit_of_the_whole_objective(half):
     video, audio = unit(8, 8, seed=1), unit(8, 8, seed=2)
     batch = {"index": index, "speed": torch.tensor([[0, 1]] * 4), "direction": torch.tensor([[1, 0]] * 4)}
     batch["order"] = torch.tensor([0, 1, 2, -1])
+    for key in ("video", "audio"):  # as the decoding processes draw them
+        draws = [memory_bank.draw_neighbours(40, cfg.contrast, seed) for seed in range(4)]
+        batch[f"near_{key}"], batch[f"far_{key}"] = map(torch.stack, zip(*draws, strict=True))
     logits = {
         name: torch.randn(len(task.targets(batch)), len(task.classes(cfg.temporal))).to(half)
         for name, task in temporal_tasks.TASKS.items()

@@ -98,7 +98,8 @@ def test_clips_show_what_their_labels_say(tmp_path, fps):
         tmp_path / "a.mp4", frame_s=np.arange(round(seconds * fps)) / fps, wave=sweep, rate_hz=rate_hz
     )
     whole = "video.size=64 video.crop_area=[1,1] video.crop_ratio=[1,1] video.flip=0"
-    cfg = config.load("toy_temporal", [*whole.split(), "audio.mels=0", "audio.volume=0"])
+    alone = [f"weights.contrast_{name}=0" for name in ("vv", "aa", "va", "av")]  # one video has no neighbours
+    cfg = config.load("toy_temporal", [*whole.split(), "audio.mels=0", "audio.volume=0", *alone])
     one = SimpleNamespace(paths=[path.name], root=tmp_path, start_s=[0.0], end_s=[np.inf])
     clips = data.Clips(one, cfg, training=True)
     time_of_bin = (np.arange(257) * rate_hz / 512 - 300) / climb_hz
@@ -156,8 +157,8 @@ def test_heads_see_the_clips_that_their_labels_are_about():
 
 
 def test_every_task_has_a_weight_labels_and_a_head():
-    """And every weight that is not of xid or a contrast is a task's: none in config.py is without effect."""
-    weights = {name for name in vars(config.Weights()) if name != "xid" and not name.startswith("contrast_")}
+    """And every other weight is of xid, cma or a contrast: none in config.py is without effect."""
+    weights = {name for name in vars(config.Weights()) if not name.startswith(("xid", "cma", "contrast_"))}
     assert weights == TASKS.keys()
     _, labels = plan(0.0, 100.0, 0.5, FOUR, np.random.default_rng(0))
     batch = {kind: torch.tensor([label, label]) for kind, label in labels.items()}  # of two videos
