@@ -258,7 +258,11 @@ def pretended(watch, world):
         # what is read two steps later has no data; nor has what is saved
         mock.patch.object(run.LaggedNumbers, "due", lambda lagged, everything=False: ()),
         mock.patch.multiple(
-            run.Folder, resume=lambda *_, **__: 0, save=lambda *_: None, log=lambda *_, **__: None
+            run.Folder,
+            resume=lambda *_, **__: 0,
+            begin_from=lambda *_: None,
+            save=lambda *_: None,
+            log=lambda *_, **__: None,
         ),
     ]
     if world > 1:
