@@ -42,9 +42,9 @@ def finetune(subject, train_table, test_table, modality, out):
     checkpoint. The settings are `finetune.*`; the clips are plain ones of `video.*` and `audio.*`. A stopped
     run goes on from its checkpoint, on a CPU to the same bits; a finished one is only tested. SIGTERM and
     Ctrl-C end the step, save and leave.
-    → {top1, top5: of test videos, the softmax averaged over eval.clips clips; clip_top1: of clips, in percent;
-    videos, train_videos: how many were used; skipped: how many of both could not be}. Raises DataError,
-    MediaError, ConfigError, CheckpointError, FloatingPointError.
+    → {top1, top5: of test videos, the softmax averaged over eval.clips clips; clip_top1: of clips, in
+    percent; videos, train_videos: how many were used; skipped: how many of both could not be}. Raises
+    DataError, MediaError, ConfigError, CheckpointError, FloatingPointError.
     """
     world = distributed.start()
     # plain clips: one a video, at its own speed, forwards

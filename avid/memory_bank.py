@@ -108,7 +108,7 @@ class MemoryBank(torch.nn.Module):
             )
         generator = torch.Generator().manual_seed(generator_seed)  # on the CPU, as in `candidates`
         place = torch.randint(others, (len(index), num_negatives), generator=generator)  # B×K
-        return _skip(place.to(index.device, non_blocking=True), excluded)
+        return _skip(distributed.to_device(place, index.device), excluded)
 
     @torch.no_grad()
     def neighbourhood(self, modality, index, contrast, seeds, draws=None):

@@ -2,7 +2,7 @@
 GPU, without one.
 
     python tests/fake_cuda.py [--world 8] [--instances 232067] CFG key=value …   what a step asks for
-    python tests/fake_cuda.py --cases FILE.json                                  many steps, a line of JSON each
+    python tests/fake_cuda.py --cases FILE.json                                  many, a line of JSON each
 
 In: settings, and how many processes (of which this one is rank 0; nothing is sent). Out: a Step. A mismatch
 of devices or dtypes raises as it does on a GPU. What is not known here is the speed, and what the numbers
@@ -258,7 +258,11 @@ def pretended(watch, world):
         # what is read two steps later has no data; nor has what is saved
         mock.patch.object(run.LaggedNumbers, "due", lambda lagged, everything=False: ()),
         mock.patch.multiple(
-            run.Folder, resume=lambda *_, **__: 0, save=lambda *_: None, log=lambda *_, **__: None
+            run.Folder,
+            resume=lambda *_, **__: 0,
+            begin_from=lambda *_: None,
+            save=lambda *_: None,
+            log=lambda *_, **__: None,
         ),
     ]
     if world > 1:

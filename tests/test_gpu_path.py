@@ -29,6 +29,8 @@ CASES = {
     "a spread bank": ("robust", 8, ["bank.spread=true"]),
     "a spread bank in half precision": ("robust", 8, ["bank.spread=true", "bank.dtype=float16"]),
     "all candidates": ("robust", 8, ["bank.num_negatives=all"]),
+    "each sample's own candidates": ("xid", 8, ["bank.candidates=own", "loss.form=nce"]),
+    "agreement": ("xid", 1, ["bank.candidates=own", "loss.form=nce", "weights.cma=0.25", "init=x.pt"]),
     "harder negatives": ("temporal", 8, ["contrast.tau_n=0.5"]),
     "activations computed again": ("robust_temporal", 8, ["optim.checkpoint_activations=true"]),
     "a batch in parts": ("robust_temporal", 8, ["optim.accumulate=2"]),
@@ -45,7 +47,7 @@ def results_of(*arguments):
     """What a process of Python's prints as RESULT, a line of JSON each."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
 
