@@ -458,6 +458,8 @@ def why_not_decord(container, stream):
         return f"{stream.codec_context.name} in {container.format.name}"
     if padded != stream.width and 3 * padded % stream.width == 0:
         return "narrow picture"
+    if len(stream.codec_context.extradata or b"") < 5 or stream.codec_context.extradata[4] & 3 != 3:
+        return "lengths of other than 4 bytes between its pictures"
     if any(entry.is_discard for entry in entries):
         return "an edit list hides frames"
     if not entries or not entries[0].is_keyframe:

@@ -14,15 +14,20 @@ from test_train import ENVIRONMENT, TINY
 
 import train
 from avid import (
+    avid_cma,
     config,
     data,
     datasets,
+    distributed,
     evaluation,
     finetune,
     losses,
     media,
     memory_bank,
     models,
+    protocols,
+    run,
+    spectrogram,
     temporal_tasks,
     toy,
 )
@@ -85,6 +90,7 @@ def run(project, *settings, spy=""):
 
 
 MODULES = [train, config, data, datasets, distortions, evaluation, fingerprint, finetune, losses, media]
+MODULES += [avid_cma, protocols, spectrogram, run, distributed]
 MODULES += [memory_bank, models, temporal_tasks, memory_bank.MemoryBank, train.Objective]
 
 
@@ -130,9 +136,9 @@ def test_a_loss_term(changed, world):
 PRINT_TICKS = """
 from avid.tools import figures
 write = figures.write
-def spy(figure, path):
+def spy(figure, path, **options):
     print(path.name, [text.get_text() for text in figure.axes[0].get_xticklabels()])
-    write(figure, path)
+    write(figure, path, **options)
 figures.write = spy
 """
 

@@ -1,6 +1,7 @@
 """Frames and sound at known times, in files of known content, with the faults that files have."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import chirp_time, chirps, numbers, tone
 
-from avid.media import Media, MediaError
+from avid.media import Media, MediaError, Timed
 
 MS = 1e-3
 TWO_SECONDS = np.arange(50) / 25  # 25 frames a second
@@ -439,3 +440,64 @@ def test_a_rotated_video_stands_upright(real_media):
 
 def test_real_files_without_sound(real_media):
     assert complaint(real_media / "part_0.mp4") == complaint(real_media / "corrupted.mp4") == "no sound"
+
+
+def in_another_process(code, **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_decords_libraries_are_for_itself_alone(tmp_path):
+    """Nothing that is loaded after avid finds symbols of decord, and NVIDIA's libraries are not opened for it."""
+    library = tmp_path / "nvidia" / "made_up" / "lib" / "libmade_up.so"
+    library.parent.mkdir(parents=True)
+    import _ctypes
+
+    shutil.copy(_ctypes.__file__, library)  # any library will do
+    code = """if True:
+        import ctypes
+        import avid.media
+        everyones = ctypes.CDLL(None)
+        assert not hasattr(everyones, "DECORDGetLastError")
+        assert not hasattr(everyones, "avcodec_version")
+        assert "libmade_up" not in open("/proc/self/maps").read()
+    """
+    in_another_process(code, PYTHONPATH=str(tmp_path))
+
+
+def test_faiss_loaded_after_avid_finds_the_nearest():
+    pytest.importorskip("faiss", reason="faiss is not installed: pip install faiss-cpu")
+    code = """if True:
+        import avid.media, faiss
+        import numpy as np
+        rng = np.random.default_rng(0)
+        queries, rows = (rng.normal(size=(n, 512)).astype("f4") for n in (2000, 20000))
+        index = faiss.IndexFlatIP(512)
+        index.add(rows)
+        assert (index.search(queries, 1)[1][:, 0] == (queries @ rows.T).argmax(1)).all()
+    """
+    in_another_process(code)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.ts"])
+def test_a_clip_costs_the_same_wherever_it_lies(media_file, monkeypatch, name):
+    """What HEVC has to decode for the last second of a file is what it has to for the first ones, not all before."""
+    encoder = {"x265-params": "log-level=none:keyint=25:min-keyint=25:scenecut=0"}
+    path = media_file(name, frame_s=np.arange(250) / 25, codecs=("libx265",), encoder=encoder)
+    decoded, plain = [], Timed._decoded
+    monkeypatch.setattr(Timed, "_decoded", lambda *a, **k: (decoded.append(1) or f for f in plain(*a, **k)))
+    costs = []
+    for at_s in (2.5, 9.0):
+        media = Media(path, ("video",))
+        decoded.clear()
+        first = round(at_s * 25)
+        assert numbers(media.frames(at_s + 0.02 + np.arange(4) / 25)) == list(range(first, first + 4))
+        costs.append(len(decoded))
+    assert max(costs) <= 60
