@@ -26,7 +26,6 @@ from avid import (
     memory_bank,
     models,
     protocols,
-    run,
     spectrogram,
     temporal_tasks,
     toy,
@@ -90,7 +89,7 @@ def run(project, *settings, spy=""):
 
 
 MODULES = [train, config, data, datasets, distortions, evaluation, fingerprint, finetune, losses, media]
-MODULES += [avid_cma, protocols, spectrogram, run, distributed]
+MODULES += [avid_cma, protocols, spectrogram, distributed]
 MODULES += [memory_bank, models, temporal_tasks, memory_bank.MemoryBank, train.Objective]
 
 
@@ -100,7 +99,11 @@ def test_the_pages_name_functions_and_settings_that_exist(page):
     text = re.sub(r"^```.*?^```$", "", (ROOT / "docs" / page).read_text(encoding="utf-8"), flags=re.M | re.S)
     text = re.sub(r"https?://\S+", "", text)
     names = set(re.findall(r"\b([A-Za-z_]{2,}(?:\.[A-Za-z_]\w*)+)", text))
-    names = {name for name in names if not name.endswith((".md", ".py", ".diff")) and name != "nn.Sequential"}
+    names = {
+        name
+        for name in names
+        if not name.endswith((".md", ".py", ".diff", ".yaml")) and name != "nn.Sequential"
+    }
     places = {place.__name__.rpartition(".")[2]: place for place in MODULES}
     settings = {key for key, _, _ in config.settings()}
     settings |= {"weights.pace_video", "weights.uniformity"}  # of the diffs
