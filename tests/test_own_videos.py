@@ -238,7 +238,7 @@ def test_a_checkpoint_released_with_avid_cma(folder, tmp_path):
     )
     model = avid.load(tmp_path / "AVID.pth.tar", "cpu", settings=small)
     assert model.cfg.audio == cfg.audio
-    with pytest.raises(config.ConfigError, match="needs audio.statistics=FILE"):  # of each band, AVID's
+    with pytest.raises(config.ConfigError, match=r"needs audio\.statistics=FILE"):  # of each band, AVID's
         model.embed(folder / "videos/dogs/0.mp4")
     model = avid.load(tmp_path / "AVID.pth.tar", "cpu", settings=[*small, "audio.frontend=log"])
     assert model.embed(folder / "videos/dogs/0.mp4").audio.shape == (16,)
