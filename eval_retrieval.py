@@ -3,6 +3,7 @@
     python eval_retrieval.py --ckpt runs/toy/last.pt                 what it finds, with a contact sheet each
     python eval_retrieval.py --ckpt random --task cross              the floor: an untrained network
     python eval_retrieval.py --ckpt runs/toy/last.pt --task sync
+    python eval_retrieval.py --ckpt runs/toy/last.pt --task where --page
     python eval_retrieval.py --ckpt runs/toy/last.pt --task fingerprint
 
 video, audio   evaluation videos query the training videos by their features: is one of the k nearest of the
@@ -11,6 +12,8 @@ cross          among the evaluation videos, by embeddings: does a picture find i
                class, and the other way?
 sync           the sound of the evaluation videos is shifted by −2 … 2 s: which shift does the network prefer?
                only where asked for
+where          a heat map of each picture for its own sound; where a manifest knows the place of the thing, as
+               the toy's does: is the map brightest there? only where asked for
 fingerprint    distorted copies of the evaluation videos, each of 13 distortions at 3 strengths: does a copy
                find its original? only where asked for: it reads the files some 40 times
 
@@ -21,7 +24,7 @@ docs/evaluate.md says more.
 
 from avid import cli, config
 
-TASKS = ("video", "audio", "cross", "sync", "fingerprint")
+TASKS = ("video", "audio", "cross", "sync", "where", "fingerprint")
 
 
 def command_line(argv=None):
@@ -30,9 +33,13 @@ def command_line(argv=None):
     arguments.add_argument("--task", choices=TASKS, help=what)
     what = "of sync: seconds between two shifts (default: half of the shorter clip, at most 0.5)"
     arguments.add_argument("--step", type=float, metavar="S", help=what)
+    what = "also write a page that plays some queries and what they found; not of sync and fingerprint"
+    arguments.add_argument("--page", action="store_true", help=what)
     given = cli.evaluation(arguments, argv)
     if given.step is not None and given.task != "sync":
         config.stop("--step is of --task sync alone; leave it out")
+    if given.page and given.task in ("sync", "fingerprint"):
+        config.stop(f"--page shows what queries found, or heat maps; leave it out with --task {given.task}")
     return given
 
 
@@ -42,16 +49,18 @@ if __name__ == "__main__":  # before the heavy imports: --help and a wrong argum
 import numpy as np
 
 from avid import data, datasets, evaluation
-from avid.tools import figures, fingerprint, sync
+from avid.tools import figures, fingerprint, page, sync, where
 
 RANKS = (1, 5, 10, 20)
 SHOWN = 6  # queries on a contact sheet, and videos found by each
+ON_PAGE, FOUND_ON_PAGE = 20, 10  # queries on a page, and videos found by each
+MAPS = 24  # heat maps in a picture, and on a page
 
 
 def main(arguments):
     subject = evaluation.subject(arguments)
     held = evaluation.modalities_of(subject.cfg)
-    if arguments.task in ("video", "cross", "sync") and "video" not in held:
+    if arguments.task in ("video", "cross", "sync", "where") and "video" not in held:
         config.stop(
             f"--task {arguments.task} needs pictures, and {subject.cfg.data.name} has none; use --task audio"
         )
@@ -61,6 +70,7 @@ def main(arguments):
     for task in tasks:
         evaluation.result_file(subject, f"retrieval-{task}")
         figures.check_picture(picture(subject, task))
+        page.check_page(picture(subject, task).with_suffix(".html"))
     divisions = list(evaluation.tables(subject.cfg))
     if {"video", "audio"} & {*tasks}:
         for part in (part for pair in divisions for part in pair):
@@ -71,9 +81,8 @@ def main(arguments):
         for task in list(results):
             try:
                 evaluation.calibrate_batch_norm(subject, train_table, held if task not in held else (task,))
-                results[task].append(
-                    measure(subject, task, train_table, table, arguments.step, not results[task])
-                )
+                result = measure(subject, task, train_table, table, arguments, not results[task])
+                results[task].append(result)
             except data.MediaError as error:  # such as a folder of mute videos
                 if len(results) == 1:
                     raise
@@ -86,12 +95,17 @@ def main(arguments):
         show(subject, task, evaluation.write_result(subject, f"retrieval-{task}", row))
 
 
-def measure(subject, task, train_table, table, step_s, first):
-    """The result of a task on one division, a flat dict; of the first one, a contact sheet is drawn."""
+def measure(subject, task, train_table, table, arguments, first):
+    """The result of a task on one division, a flat dict; of the first one, what was found is drawn."""
     if task == "fingerprint":
         return fingerprint.measure(subject, table, evaluation.modalities_of(subject.cfg), RANKS)
     if task == "sync":
-        return sync.measure(subject, table, step_s)
+        return sync.measure(subject, table, arguments.step)
+    if task == "where":
+        result, maps = where.measure(subject, table)
+        if first:
+            draw_maps(subject, table, maps, arguments.page)
+        return result
     gallery_table = table if task == "cross" else train_table
     if task == "cross":
         parts = [evaluation.features_of(subject, table, modality) for modality in data.MODALITIES]
@@ -106,7 +120,10 @@ def measure(subject, task, train_table, table, step_s, first):
         query, key = (part.video_level("features", task) for part in (found, gallery))
         result = by_class(query, key, table.labels[found.index], train_table.labels[gallery.index])
     if first:
-        draw(subject, task, found, table, gallery, gallery_table, evaluation.nearest(query, key, SHOWN))
+        nearest = evaluation.nearest(query, key, FOUND_ON_PAGE)
+        draw(subject, task, found, table, gallery, gallery_table, nearest[:, :SHOWN])
+        if arguments.page:
+            write_page(subject, task, (found, table), (gallery, gallery_table), nearest)
     counts = {"videos": len(query), "files": len(table), "gallery_videos": len(key)}
     return {**counts, "gallery_files": len(gallery_table), "skipped": len(table) - len(query), **result}
 
@@ -133,6 +150,11 @@ def show(subject, task, row):
         lines = list(tool.rows(row))
         tool.draw(path, row)
         print(f"written: {path}")
+    elif task == "where":
+        lines = [{"share of the videos": name, "%": row[name]} for name in scores(row)]
+        if not lines:
+            print("nobody knows where the things are: heat maps alone")
+            return
     else:
         names = [name.removesuffix("R@1") for name in row if name.endswith("R@1")]
         lines = [
@@ -156,6 +178,26 @@ def draw(subject, task, found, table, gallery, gallery_table, nearest):
     shown = ("video", "audio") if task == "cross" else (task, task)
     figures.contact_sheet(path, queries, finds, *shown, subject.cfg)
     print(f"written: {path}")
+
+
+def write_page(subject, task, queries, gallery, nearest):
+    """A page of some queries, drawn by the seed, and what each found; queries, gallery: (Features, Table)."""
+    some = np.random.default_rng(subject.cfg.seed).permutation(len(nearest))[:ON_PAGE]
+    path = picture(subject, task).with_suffix(".html")
+    page.write_retrieval(path, subject, task, queries, gallery, {q: nearest[q] for q in some.tolist()})
+    print(f"written: {path}")
+
+
+def draw_maps(subject, table, maps, on_page):
+    """Some heat maps, drawn by the seed, as a picture and, where asked for, on a page."""
+    some = [maps[i] for i in np.random.default_rng(subject.cfg.seed).permutation(len(maps))[:MAPS]]
+    path = picture(subject, "where")
+    where.draw(path, table, some, subject.cfg)
+    print(f"written: {path}")
+    if on_page:
+        path = path.with_suffix(".html")
+        where.write_page(path, table, some, subject)
+        print(f"written: {path}")
 
 
 if __name__ == "__main__":

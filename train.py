@@ -110,7 +110,7 @@ def main(cfg):
     watch.finish(folder.out / "skipped.csv")
     folder.draw_curves()
     last = folder.path
-    distributed.say(world, f"{last_step} steps done: {last}; now: python eval_linear.py --ckpt {last}")
+    distributed.say(world, f"{last_step} steps done: {last}; now: {run.next_command(train_table, last)}")
     distributed.end()
 
 

@@ -3,6 +3,9 @@
     python -m avid check --data folder --root DIR     what of a data set can be used, and why the rest cannot
     python -m avid prepare SRC DST                    small copies of a folder's videos, which decode fast
     python -m avid statistics --out FILE.npz          mean and deviation of each band of a data set's sound
+    python -m avid embed --ckpt C DIR --out F.npz     embeddings of your own videos and sounds
+    python -m avid search --ckpt C DIR QUERY          which of them are like a video, a picture or a sound
+    python -m avid page RUN                           a page to look at, of all that a run folder holds
     python -m avid weights RUN                        weights of true and of faulty pairs of a run on the toy
     python -m avid tasks                              clips as the temporal tasks take them
 
@@ -16,6 +19,9 @@ COMMANDS = {
     "check": "prepare",
     "prepare": "prepare",
     "statistics": "statistics",
+    "embed": "collection",
+    "search": "collection",
+    "page": "page",
     "weights": "show",
     "tasks": "show",
 }  # their modules in avid.tools

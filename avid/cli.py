@@ -35,6 +35,14 @@ class CommandLine(argparse.ArgumentParser):
         super().error(message)
 
 
+def positive(text):
+    """The type of an option that counts something."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return number
+
+
 class Help(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog):
         super().__init__(prog, width=120, max_help_position=30)

@@ -453,8 +453,7 @@ class Loader:
 
 def shown(table, index):
     """The path of a file in one line that any terminal takes."""
-    path = str(table.root / table.name_of(index))
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in path)
+    return files.printable(table.root / table.name_of(index))
 
 
 class BadFiles:

@@ -191,6 +191,14 @@ def _no_collection():
             gc.enable()
 
 
+def of_files(paths):
+    """The table of some files, without classes; a relative path begins in the working folder."""
+    paths = [os.fspath(path) for path in paths]
+    n = len(paths)
+    start_s, end_s = np.zeros(n), np.full(n, np.inf)
+    return Table("files", Path(), paths, np.full(n, -1), [], start_s, end_s, np.zeros(n, np.int64), {}, [])
+
+
 def take(table, positions):
     """The rows at `positions` (indices or a mask), in that order; the classes keep their numbers."""
     at = np.arange(len(table))[positions]

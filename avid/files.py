@@ -108,6 +108,15 @@ def check_folder(out):
         )
 
 
+def state(path):
+    """Size and time of a file, in ns; None where it cannot be had, as of a link that leads nowhere."""
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return None
+    return stat.st_size, stat.st_mtime_ns
+
+
 def file_hash(path):
     """The first 12 hex digits of the file's SHA-256: names a checkpoint in results."""
     digest = hashlib.sha256()
@@ -115,3 +124,8 @@ def file_hash(path):
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()[:12]
+
+
+def printable(text):
+    """A path, or any text, in one line that every terminal takes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))

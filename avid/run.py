@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 import time
 import zipfile
@@ -25,7 +26,6 @@ from tqdm import tqdm
 
 from . import config, datasets, distributed, files, models, progress
 from .files import ConfigError
-from .tools import figures
 
 LAG = 2  # steps after which a step's numbers are read: the host never waits for the device
 LOSS_SCALE = 2.0**16  # of fp16 at the beginning, as torch.amp.GradScaler's
@@ -329,6 +329,8 @@ class Folder(Checkpoint):
     def draw_curves(self):
         """Curves can be drawn again at any time: where they cannot be written, training goes on."""
         if self.world.rank == 0:
+            from .tools import figures  # here: who only loads a checkpoint needs no matplotlib
+
             path = self.out / "curves.png"
             try:
                 figures.curves(self.metrics, path)
@@ -351,6 +353,13 @@ def describe(cfg, world):
             "CUDA_VISIBLE_DEVICES hides the GPU"
         )
     return f"{device}, {world.size} process{'es' * (world.size > 1)}, {precision}"
+
+
+def next_command(table, checkpoint):
+    """What to do with a checkpoint that was trained on a table: an evaluation or, without classes, a search."""
+    if table.classes:
+        return f"python eval_linear.py --ckpt {checkpoint}"
+    return f"python -m avid search --ckpt {shlex.quote(str(checkpoint))} {shlex.quote(str(table.root))} QUERY"
 
 
 # -------------------------------------------------------------------------------------------------- the guard

@@ -51,7 +51,11 @@ WHISTLE, WHISTLE_HZ, WHISTLE_OCTAVES = (
 LEAD_S = 1.0  # the world runs this long before the first frame, so that trails and sounds have a past
 AAC_RATES_HZ = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 PART = ".part"
-COLUMNS = "path label split motion tempo faulty sound pitch_hz".split()
+COLUMNS = (
+    "path label split motion tempo faulty sound pitch_hz x y radius".split()
+)  # x, y, radius: see `place`
+RADIUS = 0.34, 0.42  # of a thing of scale 1, share of the picture's side
+MARGIN = 0.95  # radii that stay between the middle of a thing of scale 1 and the picture's edge
 
 
 # ------------------------------------------------------------------------------------------------------ looks
@@ -289,7 +293,7 @@ def picture(kind, track, toy, rng):
     """Frames (T, S, S, 3) uint8 of a thing of `kind` on `track`."""
     size, lead = toy.size, int(LEAD_S * toy.fps)
     t = np.arange(-lead, round(toy.seconds * toy.fps)) / toy.fps
-    radius = rng.uniform(0.34, 0.42) * size
+    radius = rng.uniform(*RADIUS) * size
     background = _background(size, rng)
     lights = rng.permutation([rng.uniform(0.02, 0.2), rng.uniform(0.8, 0.98)])
     one, other = (_colour(rng, light) for light in lights)
@@ -306,7 +310,7 @@ def picture(kind, track, toy, rng):
 
     # every pixel of every frame in the coordinates of the thing
     x, y, scale, angle = (np.asarray(a, np.float32)[:, None, None] for a in track.at(t))
-    low, high = radius * 0.95, size - radius * 0.95
+    low, high = radius * MARGIN, size - radius * MARGIN
     pixel = np.arange(size, dtype=np.float32) + 0.5
     dx, dy = pixel - (low + (high - low) * x), pixel[:, None] - (low + (high - low) * y)
     step = fine / 2.4 / (radius * scale)
@@ -405,7 +409,9 @@ def table(toy, seed):
             kind, motion = list(KINDS)[i % len(KINDS)], list(TEMPO)[i // len(KINDS) % len(TEMPO)]
             tempo = TEMPO[motion] * (1 + TEMPO_JITTER * rng.uniform(-1, 1))
             values = f"{split}/{i:05d}.mp4", kind, split, motion, round(tempo, 4), 0, kind
-            rows.append(dict(zip(COLUMNS, (*values, round(PITCH_HZ * 2 ** rng.uniform(), 2)), strict=True)))
+            values += (round(PITCH_HZ * 2 ** rng.uniform(), 2), "", "", "")
+            row = dict(zip(COLUMNS, values, strict=True))
+            rows.append(row | place(toy, seed, row))
     rng = np.random.default_rng([seed, 2])
     wrong = rng.permutation(toy.train)[: round(toy.faulty * toy.train)]
     for n, i in enumerate(wrong):
@@ -414,10 +420,27 @@ def table(toy, seed):
     return rows
 
 
+def place(toy, seed, row):
+    """Where the thing of a row of `table` is in the middle of its video: x, y of its middle from the upper left corner, and its
+    radius, shares of the picture's side. Nothing else is drawn by it."""
+    seen, _ = _draws(seed, row)
+    track = course(row["motion"], row["tempo"], toy.seconds, seen)
+    radius = seen.uniform(*RADIUS)  # as `picture` draws it
+    x, y, scale, _ = (float(a[0]) for a in track.at(np.array([toy.seconds / 2])))
+    low, high = radius * MARGIN, 1 - radius * MARGIN
+    values = low + (high - low) * x, low + (high - low) * y, radius * scale
+    return {name: round(value, 4) for name, value in zip(("x", "y", "radius"), values, strict=True)}
+
+
+def _draws(seed, row):
+    """The generators of what is seen and of what is heard in a row's video."""
+    split_id, i = ("train", "test").index(row["split"]), int(Path(row["path"]).stem)
+    return np.random.default_rng([seed, split_id, i]).spawn(2)
+
+
 def render(toy, seed, row):
     """Frames (T, S, S, 3) uint8 and samples (N,) float32 in −1 … 1 of one row of `table`."""
-    split_id, i = ("train", "test").index(row["split"]), int(Path(row["path"]).stem)
-    seen, heard = np.random.default_rng([seed, split_id, i]).spawn(2)
+    seen, heard = _draws(seed, row)
     track = course(row["motion"], row["tempo"], toy.seconds, seen)
     frames = picture(row["label"], track, toy, seen)
     if row["sound"] == "music":

@@ -1,0 +1,400 @@
+"""Pages, in a real browser: everything loads and plays from its moment, nothing complains, and nobody needs
+eyes or a mouse."""
+
+import html.parser
+import json
+import os
+import re
+import subprocess
+import sys
+import urllib.parse
+from pathlib import Path
+
+import numpy as np
+import pytest
+from browser import CHROMIUM, MISSING, Browser
+from conftest import chirps, write_media
+from test_train import TINY
+
+from avid import config
+from avid.tools import page
+
+NAMES = (  # as people's files are called
+    "【公式】とても長い名前の動画 – Ünïcödé & “quotes” 'n' <b>tags 100% #1 [dQw4w9WgXcQ] "
+    + "x" * 120
+    + ".mp4",
+    "فيديو طويل جدا.mp4",
+    "a?b=c&d;e+f%20g.mp4",
+    "-leading dash and  two spaces.mp4",
+    "javascript:alert(1).mp4",
+)
+
+PLAYS = """(async () => {
+  const played = [];
+  for (const media of document.querySelectorAll("video, audio")) {
+    media.muted = true;
+    const from = parseFloat(media.getAttribute("src").split("#t=")[1]);
+    let how = "plays";
+    try { await media.play(); } catch (error) { how = String(error); }
+    played.push([media.ariaLabel, how, from, media.currentTime]);
+    media.pause();
+  }
+  return played;
+})()"""
+PICTURES = """[...document.images].map(image => [image.alt, image.complete && image.naturalWidth])"""
+POSTERS = """Promise.all([...document.querySelectorAll("video[poster]")].map(video => new Promise(done => {
+  const image = new Image();
+  image.onload = () => done(image.naturalWidth);
+  image.onerror = () => done(0);
+  image.src = video.poster;
+})))"""
+CONTRASTS = """[...document.querySelectorAll("h1, h2, h3, p, a, li, td, th, caption, summary")].flatMap(
+  element => {
+  const numbers = text => text.match(/[\\d.]+/g).map(Number);
+  const linear = x => x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4;
+  const light = ([r, g, b]) =>
+    0.2126 * linear(r / 255) + 0.7152 * linear(g / 255) + 0.0722 * linear(b / 255);
+  let ground = element;
+  while (ground && numbers(getComputedStyle(ground).backgroundColor)[3] === 0) ground = ground.parentElement;
+  if (!element.textContent.trim() || element.className === "skip") return [];
+  const colours = [getComputedStyle(element).color, getComputedStyle(ground).backgroundColor];
+  const pair = colours.map(numbers).map(light);
+  return [(Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05)];
+})"""
+
+
+@pytest.fixture(scope="session")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip(MISSING)
+    with Browser() as there:
+        yield there
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Files with hard names, a mute one, a sound, one that is broken and one that browsers do not play."""
+    root = tmp_path_factory.mktemp("pages")
+    wave = chirps((0.4, 1.9), 2.4, 48000)
+    plain = write_media(root / "plain.mp4", np.arange(60) / 25, wave)
+    for name in NAMES:
+        (root / "below here" / name).parent.mkdir(exist_ok=True)
+        os.link(plain, root / "below here" / name)
+    write_media(root / "mute.mp4", np.arange(40) / 20)
+    write_media(root / "sound.wav", wave=wave, codecs=("", "pcm_s16le"))
+    write_media(root / "old.avi", np.arange(50) / 25, codecs=("mpeg4", ""))
+    (root / "broken.mp4").write_bytes(b"no video")
+    return root
+
+
+@pytest.fixture(scope="module")
+def written(folder):
+    """A page in a folder beside the files', of a query and of lists of all kinds; one has 200 files."""
+    cfg = config.load("toy", TINY)
+    query = page.look(folder / "sound.wav", 0.0, cfg, whole=True, name="sound.wav", label="chirp")
+    hard = [
+        page.look(
+            folder / "below here" / name,
+            1.3,
+            cfg,
+            name=name,
+            label="chirp" * (i % 3 > 0),
+            score=0.9 - i / 10,
+            same=(None, True, False)[i % 3],
+            rank=i + 1,
+        )
+        for i, name in enumerate(NAMES)
+    ]
+    odd = [
+        page.look(folder / name, 0.7, cfg, name=name, score=0.5, rank=i)
+        for i, name in enumerate(("mute.mp4", "sound.wav", "broken.mp4"), 1)
+    ]
+    many = [
+        page.look(folder / "plain.mp4", 0.5 + i / 200, cfg, name=f"{i}.mp4", score=0.5, rank=i)
+        for i in range(1, 201)
+    ]
+    path = folder / "pages" / "found.html"
+    lists = [
+        ("Like its picture", hard),
+        ("Like its sound", odd),
+        ("Sounds for its picture", []),
+        ("Pictures for its sound", many),
+    ]
+    page.write_found(
+        path,
+        "What was found",
+        "files & <their> names",
+        [(query, lists), (hard[0], [("Like its picture", odd)])],
+    )
+    return path
+
+
+class Links(html.parser.HTMLParser):
+    """Every address on a page, by tag; an error where tags are not closed in their order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found, self.open, self.ids = [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.found += [(tag, attributes[key]) for key in ("src", "href", "poster") if key in attributes]
+        self.ids += [attributes["id"]] if "id" in attributes else []
+        if tag not in ("meta", "link", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_links_are_relative_and_lead_to_the_files(written, folder):
+    """Without a browser: nothing from elsewhere, and a page that moves with its files goes on working."""
+    links = Links(written.read_text(encoding="utf-8"))
+    assert len(links.ids) == len(set(links.ids))
+    files = set()
+    for _, address in links.found:
+        if address.startswith("#"):
+            assert address[1:] in links.ids
+        elif not address.startswith("data:"):
+            parts = urllib.parse.urlsplit(address)
+            assert (
+                not parts.scheme and not parts.netloc and not parts.path.startswith("/") and not parts.query
+            )
+            files.add((written.parent / urllib.parse.unquote(parts.path)).resolve())
+    assert files == {folder / "below here" / name for name in NAMES} | {
+        folder / name for name in ("mute.mp4", "sound.wav", "plain.mp4", "broken.mp4")
+    }
+    assert written.stat().st_size < 2_000_000  # 212 files
+
+
+def test_every_file_plays_from_its_moment_and_nothing_complains(written, browser):
+    browser.complaints.clear()
+    browser.open(written)
+    played = browser.evaluate(PLAYS)
+    assert len(played) == 1 + 5 + 2 + 200 + 1 + 2
+    wrong = [one for one in played if one[1] != "plays" or not one[2] - 0.05 <= one[3] < one[2] + 0.5]
+    assert not wrong
+    assert [width for _, width in browser.evaluate(PICTURES) if not width] == []
+    posters = browser.evaluate(POSTERS)
+    assert len(posters) == 5 + 1 + 200 + 1 + 1 and min(posters) == page.WIDTH
+    assert browser.complaints == []
+
+
+def test_one_file_plays_at_a_time(written, browser):
+    browser.open(written)
+    playing = """(async () => {
+      const [first, second] = document.querySelectorAll("video");
+      first.muted = second.muted = true;
+      await first.play();
+      await second.play();
+      return [first.paused, second.paused];
+    })()"""
+    assert browser.evaluate(playing) == [True, False]
+
+
+def test_a_file_that_the_browser_cannot_play_says_so(folder, browser):
+    """AVI, as UCF101 has it: in the card, and to a screen reader; the link is there for other programs."""
+    cfg = config.load("toy", TINY)
+    query = page.look(folder / "old.avi", 0.0, cfg, name="old.avi")
+    assert query.picture
+    page.write_found(folder / "old.html", "Found", "", [(query, [])])
+    browser.open(folder / "old.html")
+    (played,) = browser.evaluate(PLAYS)
+    assert played[1].startswith("NotSupportedError")
+    said = "This browser cannot play this file; its name leads to it."
+    assert browser.evaluate("document.querySelector('.fault').textContent") == said
+    assert browser.evaluate("document.querySelector('[role=status]').textContent") == f"old.avi: {said}"
+
+
+@pytest.mark.parametrize("width", [320, 1280])
+def test_no_name_is_wider_than_the_page(written, browser, width):
+    browser.open(written, width=width)
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    wider = """[...document.querySelectorAll("figure")].filter(figure => {
+      const edge = figure.getBoundingClientRect().right + 1;
+      return [...figure.querySelectorAll("*")].some(part => part.getBoundingClientRect().right > edge);
+    }).length"""
+    assert browser.evaluate(wider) == 0
+
+
+def test_a_screen_reader_is_told_everything(written, browser):
+    browser.open(written)
+    told = browser.names()
+    roles = [role for role, _ in told]
+    assert roles.count("main") == 1 and roles.count("navigation") == 1 and roles.count("banner") == 1
+    assert ("heading", "What was found") in told and ("heading", "Pictures for its sound") in told
+    assert ("region", "Like its picture") in told
+    for role, name in told:
+        if role in ("link", "image", "Video", "Audio", "region", "navigation", "button"):
+            assert name.strip(), role
+    for name in NAMES:
+        assert ("link", name.replace("  ", " ")) in told or ("link", name) in told
+    assert any(role == "Audio" and name == "2. sound.wav, from 0:00.7" for role, name in told)
+    assert ("image", "spectrogram of 2. sound.wav, from 0:00.7") in told
+    text = " ".join(name for role, name in told if role == "StaticText")
+    for said in (
+        "no sound",
+        "no picture",
+        "score 0.900",
+        "✓ same class: chirp",
+        "✗ other class: chirp",
+        "No file has one.",
+    ):
+        assert said in text
+
+
+def test_the_keyboard_reaches_everything_and_shows_where_it_is(written, browser):
+    browser.open(written)
+    focus = """(() => {
+      const at = document.activeElement, figure = at.closest("figure"), style = getComputedStyle(at);
+      const last = [...document.querySelectorAll("figure")].at(-1);
+      const card = figure && getComputedStyle(figure).borderColor !== getComputedStyle(last).borderColor;
+      return [at.tagName, at.textContent, style.outlineStyle !== "none", card];
+    })()"""
+    reached = []
+    for _ in range(8):
+        browser.press("Tab")
+        reached.append(browser.evaluate(focus))
+    assert reached[0][:2] == ["A", "to the content"]
+    assert [tag for tag, *_ in reached[1:4]] == ["A", "A", "AUDIO"]  # the sections, the query
+    for tag, _, outlined, card in reached:  # within a player the browser marks its buttons itself
+        assert card if tag in ("AUDIO", "VIDEO") else outlined
+    browser.open(written)
+    browser.press("Tab")
+    browser.press("Enter")
+    assert browser.evaluate("document.activeElement.id") == "content"
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_text_can_be_read_in_light_and_in_dark(written, browser, dark):
+    """Contrasts of at least 4.5, as WCAG 2 asks for (AA)."""
+    browser.open(written, dark=dark)
+    ground = browser.evaluate("getComputedStyle(document.body).backgroundColor")
+    red = int(re.search(r"\d+", ground)[0])
+    assert red < 60 if dark else red > 200
+    contrasts = browser.evaluate(CONTRASTS)
+    assert len(contrasts) > 200 and min(contrasts) >= 4.5
+
+
+def test_something_else_is_not_overwritten(tmp_path):
+    (tmp_path / "mine.html").write_text("<p>mine")
+    with pytest.raises(config.ConfigError, match=r"mine\.html is no page of avid's; move it away"):
+        page.check_page(tmp_path / "mine.html")
+    page.write(tmp_path / "ours.html", "Title", "", "")
+    page.check_page(tmp_path / "ours.html")
+
+
+def test_clock():
+    assert [page.clock(s) for s in (0, 9.96, 59.96, 61.04, 3723.5)] == [
+        "0:00.0",
+        "0:10.0",
+        "1:00.0",
+        "1:01.0",
+        "62:03.5",
+    ]
+
+
+# ----------------------------------------------------------------------------------------------- a whole run
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """What a run and its evaluations leave, without running them."""
+    folder = tmp_path / "runs" / "a & b"
+    folder.mkdir(parents=True)
+    cfg = config.load("toy_temporal", ["optim.lr=0.5", "data.root=/data/<mine>"])
+    config.save(cfg, folder / "config.yaml")
+    lines = [
+        {"step": s, "epoch": s / 25, "loss": 5 - s / 50, "lr": 0.1, "grad_norm": 2.0, "clips_per_s": 99.0}
+        for s in range(5, 55, 5)
+    ]
+    lines.append({"step": 30, "epoch": 1.2, "not_finite": "loss nan", "files": ["bad <1>.mp4"]})
+    for epoch in (1, 2):
+        numbers = {
+            "cosine_video": 0.0123,
+            "agreement_mean": 0.5,
+            "v→a class R@1": 40.25,
+            "held-out speed_video %": 77.7,
+        }
+        lines.append({"step": 25 * epoch, "epoch": epoch, **numbers})
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    about = {
+        "checkpoint": "last.pt",
+        "checkpoint_hash": "0123456789ab",
+        "data": "toy",
+        "split": "test",
+        "seed": 0,
+    }
+    for modality, top1 in (("video", 98.76), ("audio", 91.23)):
+        result = {
+            **about,
+            "mode": "linear",
+            "modality": modality,
+            "top1": top1,
+            "divisions": [{"top1": top1 - 1}, {"top1": top1 + 1}],
+        }
+        (folder / f"linear-{modality}-toy-test.json").write_text(json.dumps(result))
+    wide = {**about, **{f"crop {i} video R@1": float(i) for i in range(60)}}
+    (folder / "retrieval-fingerprint-toy-test.json").write_text(json.dumps(wide))
+    (folder / "other.json").write_text('{"mine": 1}')
+    (folder / "skipped.csv").write_text("path,reason\nx.mp4,no sound\n")
+    for name in ("retrieval-cross-toy.png", "temporal.png", "weights.png"):
+        from avid.tools import figures
+
+        figure, _ = figures.plt.subplots(figsize=(2, 2))
+        figures.write(figure, folder / name)
+    page.write(folder / "retrieval-cross-toy.html", "Cross", "", "")
+    return folder
+
+
+def test_a_page_of_a_run_has_all_that_it_holds(run_folder):
+    page.main(["page", str(run_folder)])
+    text = (run_folder / "page.html").read_text(encoding="utf-8")
+    links = {address for _, address in Links(text).found}
+    pictures = {"curves.png", "temporal.png", "weights.png", "retrieval-cross-toy.png"}
+    assert links >= pictures | {"retrieval-cross-toy.html"}
+    assert all((run_folder / name).is_file() for name in pictures)  # the curves were drawn
+    for said in (
+        ">Run a &amp; b<", "step 50, epoch 2 of 32", "0.012", "40.2", "77.7", ">98.8<", ">91.2<", "99.8",
+        "linear-video-toy-test, division 2", "crop 59 video R@1", "bad &lt;1&gt;.mp4", "x.mp4", "no sound",
+        "/data/&lt;mine&gt;", "optim.lr",
+    ):  # fmt: skip
+        assert said in text, said
+    assert "mine&quot;" not in text and text.count("<table>") >= 8
+    page.main(["page", str(run_folder)])  # again
+
+
+def test_a_page_of_a_run_in_the_browser(run_folder, browser):
+    page.main(["page", str(run_folder)])
+    browser.complaints.clear()
+    browser.open(run_folder / "page.html", width=400, dark=True)
+    assert [alt for alt, width in browser.evaluate(PICTURES) if not width or not alt] == []
+    assert browser.evaluate("document.documentElement.scrollWidth") <= 400
+    assert min(browser.evaluate(CONTRASTS)) >= 4.5
+    told = browser.names()
+    assert (
+        ("heading", "Settings") in told
+        and ("rowheader", "optim.lr") in told
+        and ("columnheader", "default") in told
+    )
+    assert browser.complaints == []
+
+
+def test_what_is_no_run_is_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        page.main(["page", str(tmp_path)])
+    assert stop.value.code == 2
+    assert f"{tmp_path} holds no run of train.py; name its --out, such as runs/toy" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["embed", "search", "page"])
+def test_help_and_wrong_arguments_answer_without_torch(command, tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(root)])}
+    for more, code, said in (("--help", 0, "usage: python -m avid"), ("--wings", 2, "error: ")):
+        asked = [sys.executable, "-m", "avid", command, more]
+        done = subprocess.run(asked, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == code and said in done.stdout + done.stderr, done.stderr
