@@ -30,7 +30,7 @@ from avid import (
     temporal_tasks,
     toy,
 )
-from avid.tools import distortions, fingerprint
+from avid.tools import distortions, fingerprint, statistics, sync, where
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
@@ -89,7 +89,7 @@ def run(project, *settings, spy=""):
 
 
 MODULES = [train, config, data, datasets, distortions, evaluation, fingerprint, finetune, losses, media]
-MODULES += [avid_cma, protocols, spectrogram, distributed]
+MODULES += [avid_cma, protocols, spectrogram, distributed, statistics, sync, where]
 MODULES += [memory_bank, models, temporal_tasks, memory_bank.MemoryBank, train.Objective]
 
 
@@ -102,7 +102,7 @@ def test_the_pages_name_functions_and_settings_that_exist(page):
     names = {
         name
         for name in names
-        if not name.endswith((".md", ".py", ".diff", ".yaml")) and name != "nn.Sequential"
+        if not name.endswith((".md", ".py", ".diff", ".yaml", ".npz")) and name != "nn.Sequential"
     }
     places = {place.__name__.rpartition(".")[2]: place for place in MODULES}
     settings = {key for key, _, _ in config.settings()}
