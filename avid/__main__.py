@@ -2,6 +2,7 @@
 
     python -m avid check --data folder --root DIR     what of a data set can be used, and why the rest cannot
     python -m avid prepare SRC DST                    small copies of a folder's videos, which decode fast
+    python -m avid pack DATA DST                      a data set in shards, of which no video needs to be decoded
     python -m avid statistics --out FILE.npz          mean and deviation of each band of a data set's sound
     python -m avid weights RUN                        weights of true and of faulty pairs of a run on the toy
     python -m avid tasks                              clips as the temporal tasks take them
@@ -15,6 +16,7 @@ import sys
 COMMANDS = {
     "check": "prepare",
     "prepare": "prepare",
+    "pack": "pack",
     "statistics": "statistics",
     "weights": "show",
     "tasks": "show",

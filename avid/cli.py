@@ -128,7 +128,7 @@ def evaluation(parser, argv=None):
 def fits(cfg, videos, processes=1):
     """Raise ConfigError where training cannot be done on so many videos, by so many processes."""
     batch, contrast, weights = cfg.optim.batch_size, cfg.contrast, vars(cfg.weights)
-    if "video" not in datasets.DATA[cfg.data.name].modalities:
+    if "video" not in datasets.row(cfg.data).modalities:
         raise ConfigError(
             f"data.name={cfg.data.name} has no pictures, and training needs them; choose another data set"
         )
@@ -150,10 +150,12 @@ def fits(cfg, videos, processes=1):
         raise ConfigError(
             f"optim.batch_size={batch} is larger than the data set of {videos} videos; lower it"
         )
-    if batch % processes:
+    clips = cfg.data.clips_per_open
+    if batch % (processes * clips):
+        sharing = f"{processes} processes" + f", {clips} clips a file" * (clips > 1)
         raise ConfigError(
-            f"optim.batch_size={batch} cannot be shared evenly by {processes} processes; make it a multiple "
-            f"of {processes}"
+            f"optim.batch_size={batch} cannot be shared evenly by {sharing}; make it a multiple of "
+            f"{processes * clips}"
         )
     if batch // processes % cfg.optim.accumulate:
         raise ConfigError(
@@ -161,9 +163,10 @@ def fits(cfg, videos, processes=1):
             "choose a divisor"
         )
     contrasts = any(weight for name, weight in weights.items() if name.startswith("contrast"))
-    if contrasts and contrast.k_pos + 1 >= videos:
+    among = min(contrast.sample or videos, videos)
+    if contrasts and contrast.k_pos + 1 >= among:
         raise ConfigError(
-            f"contrast.k_pos={contrast.k_pos} leaves no negatives among {videos} videos; lower it"
+            f"contrast.k_pos={contrast.k_pos} leaves no negatives among {among} videos; lower it"
         )
     if cfg.data.name == "toy":  # its videos are all of one length
         clip_s = max(cfg.video.frames / cfg.video.fps, cfg.audio.seconds)

@@ -91,6 +91,14 @@ class Data:
         "s; a file on which a decoding process takes longer, twice, is given up [C]", above=0, at_most=86400)
     in_memory: bool = setting(False,
         "each process keeps what it decoded, whole and as it is: for small data sets [C]")
+    clips_per_open: int = setting(1,
+        "places of a batch that take clips of one opened file: cheaper, less mixed batches [C]", at_least=1)
+    decode: str = setting("cpu",
+        "device: of packed data, decoding processes only read bytes; the device does the rest [C]",
+        choices=("cpu", "device"))
+    shuffle: str = setting("full",
+        "shards: of packed data, a batch comes out of one shard or two, for slow disks [C]",
+        choices=("full", "shards"))
     max_bad_share: float = setting(0.1,
         "stop when more than this share of the drawn files cannot be used [C]", at_least=0, at_most=1)
 
@@ -197,6 +205,8 @@ class Contrast:
         at_least=0)
     tau_p: float = setting(0.1, "τ_p: drawn with probability ∝ exp(sim/τ_p) [C]", above=0)
     negatives: int = setting(1024, "negatives drawn for each instance [C]", at_least=1)
+    sample: int = setting(0,
+        "look for them among so many instances, drawn each step; 0: among all, docs/scaling.md [C]", at_least=0)
     tau_n: float = setting(float("inf"),
         "τ_n: drawn with probability ∝ exp(sim/τ_n); .inf: uniformly, smaller: harder [C]", above=0)
 
@@ -216,7 +226,8 @@ NEEDS = {  # of a term: the setting, and whether it is so; the classes of a task
     "temporal.moments=2": lambda cfg: cfg.temporal.moments == 2,
     "temporal.speeds=[1,2,4,8]": lambda cfg: len(cfg.temporal.speeds) > 1,
     "temporal.reverse=true": lambda cfg: cfg.temporal.reverse,
-    "bank.spread=false": lambda cfg: not cfg.bank.spread,  # each rank looks for neighbours in the whole bank
+    # a rank looks for neighbours in the whole bank, or all ranks together in a sample of it
+    "bank.spread=false, or a contrast.sample": lambda cfg: not cfg.bank.spread or cfg.contrast.sample > 0,
     "video.offset_s=0": lambda cfg: not cfg.video.offset_s,  # picture and sound cover the same interval
     "weights.xid above 0": lambda cfg: cfg.weights.xid > 0,  # which makes the memories
 }
@@ -520,6 +531,9 @@ def _check(cfg):
             wrong(key, f"one of {', '.join(among)}")
     if row.written and data.subset:
         wrong("data.subset", "one of nothing")
+    for key, default in {"data.decode": "cpu", "data.shuffle": "full"}.items():
+        if data.name != "packed" and value(key) != default:
+            wrong(key, f"{default}, as data.name={data.name} is not packed; see python -m avid pack")
     for key in ("video.crop_area", "video.crop_ratio"):
         if len(value(key)) != 2 or value(key)[0] > value(key)[1]:
             wrong(key, "[least, largest]")
@@ -658,7 +672,7 @@ def save(cfg, path):
 
 
 MAY_CHANGE = (  # when a run goes on
-    "out", "profile", "log", "eval", "finetune", "data.root", "data.workers", "data.in_memory", "data.timeout_s",
+    "out", "profile", "log", "eval", "finetune", "data.root", "data.workers", "data.in_memory", "data.decode", "data.timeout_s",
     "data.max_bad_share", "bank.spread", "optim.accumulate", "optim.checkpoint_activations", "optim.epochs",
     "optim.max_bad_steps", "optim.lr", "optim.clip_grad", "optim.amp",
 )  # fmt: skip

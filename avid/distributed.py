@@ -5,13 +5,17 @@ Out: `start()` tells rank, world size and device; the rest works alike for one a
 """
 
 import contextlib
+import itertools
 import os
 import re
 import signal
 import sys
 import time
 import traceback
+import warnings
+import zlib
 from datetime import timedelta
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -139,6 +143,114 @@ def gather_objects(x):
 def wait():
     """Until all ranks are here."""
     any_rank(False)
+
+
+# ------------------------------------------------------------------------------ tensors whose rows are spread over the ranks
+# torch.distributed.checkpoint writes them, each rank its rows, and reads any rows again, whatever number of ranks wrote them.
+# Its index would be a pickle, which may run code when it is read: it is written as tensors and plain values instead.
+
+
+def save_rows(folder, local, count):
+    """Write tensors of `count` rows, of which this rank holds ⌈count/R⌉ or, at the end, what is left, into a new folder.
+
+    local: {name: this rank's rows}. Every rank calls. → {file: its CRC-32}, on every rank the same. OSError.
+    """
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
+    class Writer(FileSystemWriter):
+        def finish(self, metadata, results):
+            tensors = {
+                name: (x.properties.dtype, [*x.size], [([*c.offsets], [*c.sizes]) for c in x.chunks])
+                for name, x in metadata.state_dict_metadata.items()
+            }
+            places = [
+                (one.index.fqn, [*one.index.offset], place.relative_path, place.offset, place.length)
+                for one in itertools.chain(*results)
+                for place in [one.storage_data]
+            ]
+            torch.save({"tensors": tensors, "places": places}, Path(folder) / ROWS)
+
+    with _failures():
+        checkpoint.save(_spread(local, count), storage_writer=Writer(folder), no_dist=world_size() == 1)
+    written = [ROWS] if rank() == 0 else []
+    written += sorted(path.name for path in Path(folder).glob(f"__{rank()}_*"))
+    checks = gather_objects({name: file_crc32(Path(folder) / name) for name in written})
+    return {name: check for part in checks for name, check in part.items()}
+
+
+def load_rows(folder, local, count):
+    """Read into tensors what `save_rows` of any number of ranks wrote: arguments as there. Every rank calls."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint import metadata as meta
+    from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+
+    class Reader(FileSystemReader):
+        def read_metadata(self, *_, **__):
+            index = torch.load(Path(folder) / ROWS, weights_only=True)
+            tensors = {
+                name: meta.TensorStorageMetadata(
+                    meta.TensorProperties(dtype=dtype),
+                    torch.Size(size),
+                    [
+                        meta.ChunkStorageMetadata(torch.Size(begin), torch.Size(rows))
+                        for begin, rows in chunks
+                    ],
+                )
+                for name, (dtype, size, chunks) in index["tensors"].items()
+            }
+            places = {
+                meta.MetadataIndex(name, begin): _StorageInfo(file, offset, length)
+                for name, begin, file, offset, length in index["places"]
+            }
+            return meta.Metadata(tensors, storage_data=places, storage_meta=meta.StorageMeta())
+
+    with _failures():
+        checkpoint.load(_spread(local, count), storage_reader=Reader(folder), no_dist=world_size() == 1)
+
+
+@contextlib.contextmanager
+def _failures():
+    """What one rank could not do, every rank hears, as an OSError."""
+    from torch.distributed.checkpoint import CheckpointException
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that there is one process
+            yield
+    except CheckpointException as error:
+        rank, (fault, _) = next(iter(error.failures.items()))
+        raise OSError(
+            getattr(fault, "errno", None), f"rank {rank}: {getattr(fault, 'strerror', None) or fault}"
+        ) from error
+
+
+ROWS = "rows.pt"  # says which rows lie in which file
+
+
+def _spread(local, count):
+    """Each rank's rows as parts of tensors of `count` rows; one that holds all of them gives them as they are."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    if world_size() == 1 or all(len(x) == count for x in local.values()):
+        return dict(local)
+    mesh = init_device_mesh(next(iter(local.values())).device.type, (world_size(),))
+    return {
+        name: DTensor.from_local(
+            x, mesh, [Shard(0)], run_check=False, shape=torch.Size((count, *x.shape[1:])), stride=x.stride()
+        )
+        for name, x in local.items()
+    }
+
+
+def file_crc32(path):
+    """The CRC-32 of a file's bytes."""
+    check = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            check = zlib.crc32(block, check)
+    return check
 
 
 def to_device(x, device):

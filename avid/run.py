@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import time
 import zipfile
@@ -124,26 +125,34 @@ def _check_sums(path):
                 raise zipfile.BadZipFile(f"{record} is damaged")
 
 
-def newest(path, owner=True):
+def newest(path, owner=True, fault_of=lambda state: ""):
     """What a run at `path` goes on from: (state, remark), or (None, "") where nothing was saved yet.
 
     That is `path`, or `previous(path)` where the last one is damaged or missing; the remark then says so.
     owner: this process is the one that writes the run, and renames a damaged file, so that the next
-    `save_checkpoint` does not put it in place of the whole one. Raises CheckpointError where there is
-    something, but nothing whole: a run never begins anew by itself.
+    `save_checkpoint` does not put it in place of the whole one. fault_of(state): what is wrong with the files
+    that a checkpoint names, empty where nothing is. Raises CheckpointError where there is something, but
+    nothing whole: a run never begins anew by itself.
     """
+
+    def load(path):
+        state = load_checkpoint(path)
+        if fault := fault_of(state):
+            raise Damaged(f"cannot read the checkpoint {path}: {fault}")
+        return state
+
     path = Path(path)
     before = previous(path)
     if not path.exists() and not before.exists():
         return None, ""
     try:
-        return load_checkpoint(path), ""
+        return load(path), ""
     except CheckpointError as error:
         if path.exists() and not isinstance(error, Damaged):
             raise
         fault = str(error)
     try:
-        state = load_checkpoint(before)
+        state = load(before)
     except CheckpointError as error:
         raise CheckpointError(
             f"{fault}; {error}; restore one of them, or choose another --out to begin anew"
@@ -169,6 +178,7 @@ class Checkpoint:
     def __init__(self, path, metrics, name, cfg, world):
         self.path, self.metrics, self.name = Path(path), Path(metrics), name
         self.cfg, self.world, self.out = cfg, world, self.path.parent
+        self.folders = set()  # that the last checkpoint refers to
 
     def resume(self, facts, same, state):
         """Load the checkpoint, or the one before where it is damaged, into `state`; returns the number of
@@ -180,7 +190,7 @@ class Checkpoint:
         """
         self.facts, self.state = facts, state
         self.lock()
-        saved, remark = newest(self.path, owner=self.world.rank == 0)
+        saved, remark = newest(self.path, self.world.rank == 0, self.fault_of_rows)
         self.resumed_at = 0 if saved is None else saved.get("step", 0)
         if saved is None:
             self.cut_log(0)
@@ -194,7 +204,11 @@ class Checkpoint:
             )
         same(saved)
         for name, part in state.items():
-            part.load_state_dict(saved[name])
+            if "folder" in saved[name]:
+                part.load_rows(self.out / saved[name]["folder"], saved[name])
+            else:
+                part.load_state_dict(saved[name])
+        self.folders = self.folders_of(saved)
         self.cut_log(saved.get("metrics_bytes", 0))
         distributed.say(self.world, f"resuming {self.name} after step {saved['step']}")
         return saved["step"]
@@ -218,14 +232,56 @@ class Checkpoint:
             raise ConfigError(fault)
 
     def save(self, step):
-        # by all ranks: each may hold a part
-        state = {name: part.state_dict() for name, part in self.state.items()}
+        state = {  # by all ranks: each may hold a part
+            name: self.save_rows(name, part, step) if hasattr(part, "save_rows") else part.state_dict()
+            for name, part in self.state.items()
+        }
         if self.world.rank == 0:
             with writing(self.metrics), open(self.metrics, "ab") as file:
                 # a checkpoint never knows of lines that a crash of the machine could take
                 os.fsync(file.fileno())
                 state |= {"metrics_bytes": file.tell()}
             save_checkpoint(self.path, {**state, "step": step, **self.facts})
+            keep = self.folders | self.folders_of(state)  # those of this checkpoint and of the one before
+            for folder in self.out.glob(f"{self.path.stem}.*-*"):
+                if folder.is_dir() and folder.name not in keep:
+                    shutil.rmtree(folder, ignore_errors=True)
+        self.folders = self.folders_of(state)
+
+    def save_rows(self, name, part, step):
+        """What is spread over the ranks goes into a folder beside the checkpoint, each rank its rows. → what the checkpoint keeps of it."""
+        folder = self.path.with_suffix(f".{name}-{step:09d}")
+        new = folder.with_name(folder.name + ".part")
+        if self.world.rank == 0:
+            for old in (folder, new):  # left by an interrupted run
+                shutil.rmtree(old, ignore_errors=True)
+        distributed.wait()
+        with writing(new):
+            rest = part.save_rows(new)
+            if self.world.rank == 0:
+                os.replace(new, folder)
+        return {"folder": folder.name, **rest}
+
+    def folders_of(self, state):
+        """The names of the folders that a checkpoint refers to."""
+        return {part["folder"] for part in state.values() if isinstance(part, dict) and "folder" in part}
+
+    def fault_of_rows(self, state):
+        """What is wrong with the folders of a checkpoint: every rank reads a share of the files, and hears of all faults."""
+        files_of = [
+            (self.out / part["folder"] / name, check)
+            for part in state.values()
+            if isinstance(part, dict) and "folder" in part
+            for name, check in sorted(part["crc32"].items())
+        ]
+        faults = []
+        for path, check in files_of[self.world.rank :: self.world.size]:
+            try:
+                if distributed.file_crc32(path) != check:
+                    faults.append(f"{path} is damaged")
+            except OSError as error:
+                faults.append(f"{path}: {error.strerror}")
+        return "; ".join(fault for share in distributed.gather_objects(faults) for fault in share)
 
     def cut_log(self, size):
         """Leave the first `size` bytes of the log: what was logged after the checkpoint comes again."""

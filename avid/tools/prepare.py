@@ -488,9 +488,9 @@ def _parser():
     add(
         "--data",
         required=True,
-        choices=datasets.DATA,
+        choices=datasets.UNPACKED,
         metavar="D",
-        help=f"data set: {', '.join(datasets.DATA)}",
+        help=f"data set: {', '.join(datasets.UNPACKED)}",
     )
     add("--root", required=True, metavar="R", help="folder of the data set")
     add("--split", default="all", metavar="S", help="part to read (default: all)")
