@@ -313,7 +313,7 @@ def test_a_stopped_run_goes_on_with_the_same_positives_and_partition(world, form
         def stop(watch, step, *arguments):
             after(watch, step, *arguments)
             if step == 4:
-                watch.folder.save(step + 1)
+                watch.kept.save(step + 1)
                 raise KeyboardInterrupt
 
         patch.setattr(train.run.Watch, "after", stop)

@@ -254,13 +254,13 @@ def test_every_setting_says_what_it_is():
     units = r"\b(s|Hz|pixels|videos|frames a second|share|minutes|steps|epochs|processes|everything random)\b"
     for key, (default, help) in SETTINGS.items():
         assert len(help) >= 5, key
-        assert re.search(r"\[[PAFC][\]:;]", help) or isinstance(default, str) or re.search(units, help), key
+        assert re.search(r"\[[PAFCS][\]:;]", help) or isinstance(default, str) or re.search(units, help), key
 
 
 def test_method_settings_name_their_source():
     for key, (_, help) in SETTINGS.items():
         if key.partition(".")[0] in ("video", "audio", "model", "bank", "loss", "weights", "optim"):
-            assert re.search(r"\[[PAFC][\]:;]", help) or re.search(r"robust: .* \[F\]", help), key
+            assert re.search(r"\[[PAFCS][\]:;]", help) or re.search(r"robust: .* \[F\]", help), key
 
 
 def test_help_lists_every_setting_with_its_default(capsys):
