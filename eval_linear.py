@@ -11,9 +11,11 @@ svm        linear SVM on frozen features
 fewshot    linear SVM from 1, 5 and 20 labelled videos a class, mean and deviation over 20 draws
 finetune   the whole network, trained on (settings finetune.*); under torchrun on several GPUs; the same
            command resumes
-linear_layers  AVID's protocol on Kinetics: batch norm and a linear layer on each stage of the video network,
-           by Adam; the same command resumes
-crisscross CrissCross's on ESC-50: linear SVM on one clip of 5 s, C chosen on the test part (docs/reproduce.md)
+linear_layers
+           AVID's protocol on Kinetics: batch norm and a linear layer on each stage of the video network, by
+           Adam; the same command resumes
+crisscross CrissCross's on ESC-50: linear SVM on one clip of 5 s, C chosen on the test part
+           (docs/reproduce.md)
 
 Each modality is judged on all files that have it. Printed, and written as JSON beside the checkpoint: top-1
 and top-5 accuracy of videos; where a file has several classes (AudioSet), linear and svm give the mean
@@ -51,10 +53,8 @@ TRAINED = {"finetune": finetune.finetune, **protocols.PROTOCOLS}  # with a train
 
 def main(arguments):
     subject = evaluation.subject(arguments)
-    mode, modalities = (
-        arguments.mode,
-        evaluation.modalities_of(subject.cfg, arguments.modality or protocols.MODALITY.get(arguments.mode)),
-    )
+    mode = arguments.mode
+    modalities = evaluation.modalities_of(subject.cfg, arguments.modality or protocols.MODALITY.get(mode))
     for modality in modalities:
         evaluation.result_file(subject, f"{mode}-{modality}")
     tables = list(evaluation.tables(subject.cfg))
@@ -97,8 +97,7 @@ def main(arguments):
 
 
 def judge(subject, train_table, test_table, modality, mode):
-    """What one modality's features know, of all files that have it: scores and counts, and the tested
-    Features."""
+    """What one modality knows of all files that have it: scores and counts; and the tested Features."""
     evaluation.calibrate_batch_norm(subject, train_table, (modality,))
     if mode in TRAINED:
         return TRAINED[mode](subject, train_table, test_table, modality, subject.out), None

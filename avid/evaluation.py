@@ -165,6 +165,9 @@ def has_class(labels):
     return labels.any(1) if labels.ndim > 1 else labels >= 0
 
 
+# --------------------------------------------------------------------------------------------------- features
+
+
 @dataclass
 class Features:
     """n videos that could be read, K clips each."""

@@ -106,6 +106,7 @@ def test_a_run_leaves_what_a_user_expects(whole):
     assert [line["step"] for line in checks] == [6, 12]
     assert {"cosine_video", "cosine_audio", "agreement_mean"} <= checks[0].keys()
     assert "eval_linear.py --ckpt" in text
+    assert "\r" not in text  # no terminal: progress in plain lines
 
 
 def test_the_same_seed_gives_the_same_bits(whole):
