@@ -205,7 +205,7 @@ def watch(tmp_path):
     """A run.Watch, that logs every step and stops at three bad ones in a row."""
     cfg = settings(tmp_path, "optim.max_bad_steps=3")
     optimizer = SimpleNamespace(param_groups=[{"lr": 1.0}])
-    bad_files = SimpleNamespace(table=SimpleNamespace(paths=["a.mp4", "b.mp4"]), reasons={})
+    bad_files = SimpleNamespace(table=SimpleNamespace(name_of=["a.mp4", "b.mp4"].__getitem__), reasons={})
     watch = run.Watch(
         Kept(cfg), SimpleNamespace(optimizer=optimizer), bad_files, range(100), 100, 8, "lower lr"
     )
