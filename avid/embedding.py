@@ -18,6 +18,7 @@ from tqdm import tqdm
 from . import config, data, datasets, models, run, temporal_tasks
 from .files import file_hash, printable
 from .media import MODALITIES, Media, MediaError, faults
+from .progress import bar as progress_bar
 from .spectrogram import columns
 
 ARRAYS = [modality + what for what in ("", "_features", "_clips") for modality in MODALITIES]
@@ -190,7 +191,7 @@ class Model:
         self.calibrate(table, workers)
         shown = len(table) > 8 if progress is None else progress
         parts = []
-        with tqdm(total=len(table), desc="embedding", unit="file", disable=not shown) as bar:
+        with progress_bar(desc="embedding", total=len(table), unit="file", disable=not shown) as bar:
             for count, _, part in self.parts(table, workers):
                 parts.append(part)
                 bar.update(count)

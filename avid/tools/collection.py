@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from avid import cli, config, datasets, files
+from avid import cli, config, datasets, files, progress
 from avid.files import ConfigError
 
 from . import page
@@ -211,14 +211,13 @@ def whole(path):
 
 def fill(model, table, todo, workers):
     """Write the parts that are missing: todo, [(rows of the table, path)]."""
-    from tqdm import tqdm
 
     from avid import embedding
 
     left = [row for chunk, _ in todo for row in chunk]
     todo, seen, rows, found = iter(todo), 0, [], []
     chunk, path = next(todo, (None, None))
-    with tqdm(total=len(table), initial=len(table) - len(left), desc="embedding", unit="file") as bar:
+    with progress.bar(None, "embedding", len(table), len(table) - len(left), unit="file") as bar:
         for count, usable, part in model.parts(table, workers, left):
             seen, rows, found = seen + count, rows + usable, [*found, part]
             bar.update(count)

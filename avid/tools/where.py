@@ -8,9 +8,8 @@ import dataclasses
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from avid import data, datasets
+from avid import data, datasets, progress
 from avid.files import ConfigError
 
 PLACE = ("x", "y", "radius")  # columns of a manifest: see toy.place
@@ -60,7 +59,7 @@ def measure(subject, table):
         )
     clips, maps, skipped = data.Clips(table, cfg, training=False, clips=1), [], 0
     batches = data.loader(clips, cfg.data.workers, batch_size=cfg.eval.batch_size)
-    for batch in tqdm(batches, desc=table.name, unit="batch", leave=False):
+    for batch in progress.bar(batches, table.name, unit="batch", leave=False):
         skipped += len(batch["failures"])
         if "index" in batch:
             batch = data.to_device(batch, subject.device, cfg.audio)
