@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import signal
 import sys
 from dataclasses import dataclass, field
@@ -252,7 +251,7 @@ def features(subject, clips, *what, level="clip"):
     """
     cfg, table = subject.cfg, clips.table
     content = [subject.hash, str(table.root.resolve()), table.paths]
-    content += [[_state(table.root / path) for path in table.paths]]
+    content += [[files.state(table.root / path) for path in table.paths]]
     content += [table.start_s.tolist(), table.end_s.tolist(), clips.modalities, clips.clips, level, what]
     content += [dataclasses.asdict(part) for part in (cfg.video, cfg.audio, cfg.model, cfg.eval)]
     path = subject.out / "features" / f"{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]}.npz"
@@ -286,15 +285,6 @@ def in_common(parts):
         found.features |= {modality: x[here] for modality, x in part.features.items()}
         found.embeddings |= {modality: x[here] for modality, x in part.embeddings.items()}
     return found
-
-
-def _state(path):
-    """Size and time of a file; None where it cannot be had, as of a link that leads nowhere."""
-    try:
-        stat = os.stat(path)
-    except OSError:
-        return None
-    return stat.st_size, stat.st_mtime_ns
 
 
 @torch.no_grad()
