@@ -18,6 +18,7 @@ from avid import (
     datasets,
     distributed,
     evaluation,
+    files,
     losses,
     memory_bank,
     models,
@@ -44,11 +45,16 @@ def trained(cfg):
 def untrained(cfg):
     """An untrained network, its batch-norm statistics set from the training videos: the floor."""
     torch.manual_seed(cfg.seed)
-    device = distributed.start().device
-    network = models.AudioVisual(cfg.model).to(device).eval()
-    subject = evaluation.Subject(network, cfg, device, "random", f"untrained, seed {cfg.seed}", Path(cfg.out))
-    evaluation.calibrate_batch_norm(subject, tables(cfg)[0])
+    network = models.AudioVisual(cfg.model).to(distributed.start().device).eval()
+    evaluation.calibrate_batch_norm(subject(network, cfg, trained=False), tables(cfg)[0])
     return network
+
+
+def subject(network, cfg, trained=True):
+    """The network of a run, of its checkpoint or untrained, as the tools of the evaluations take it."""
+    path = Path(cfg.out) / "last.pt"
+    name, mark = (str(path), files.file_hash(path)) if trained else ("random", f"untrained, seed {cfg.seed}")
+    return evaluation.Subject(network, cfg, distributed.start().device, name, mark, path.parent)
 
 
 def tables(cfg):

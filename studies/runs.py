@@ -31,7 +31,7 @@ from avid import config, processes, progress, toy
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 TINY = (  # --quick: everything is done, nothing is learned
-    "toy.train=40 toy.test=20 toy.seconds=2.5 toy.size=40 video.size=32 video.frames=4 audio.mels=32 "
+    "toy.train=40 toy.test=20 toy.seconds=4 toy.size=40 video.size=32 video.frames=4 audio.mels=32 "
     "model.width=4 model.embedding=16 bank.num_negatives=16 contrast.negatives=8 contrast.k_pos=4 "
     "optim.batch_size=8 optim.epochs=2 loss.warmup_epochs=1 log.check_epochs=1 eval.clips=1 "
     "eval.calibration_batches=2"
@@ -44,6 +44,7 @@ class Run(NamedTuple):
     group: dict  # what tables group by, e.g. {"method": "robust", "faulty": 0.3}
     seed: int
     settings: tuple  # key=value: in what it differs from its study's base
+    cfg: str = ""  # the packaged configuration, where it is not its study's
 
 
 class Study(NamedTuple):
@@ -230,7 +231,7 @@ def configuration(study, run, quick, root, out):
         f"out={out}",
     ]
     overrides += ["data.workers=0", "data.in_memory=true"]
-    return config.load(study.cfg, overrides)
+    return config.load(run.cfg or study.cfg, overrides)
 
 
 def describe(study, run, quick):
@@ -246,7 +247,7 @@ def describe(study, run, quick):
         **{key: str(value) for key, value in run.group.items()},
         "seed": str(run.seed),
         "settings": " ".join(
-            [f"--cfg {study.cfg}", *(f"{key}={value}" for key, value in sorted(settings.items()))]
+            [f"--cfg {run.cfg or study.cfg}", *(f"{key}={value}" for key, value in sorted(settings.items()))]
         ),
         "world": str(toy.WORLD),
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),

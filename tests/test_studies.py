@@ -11,13 +11,14 @@ from conftest import tone, write_media
 
 import train
 from avid import config, datasets, losses, memory_bank, toy
-from studies import both, measures, real, robust, runs, temporal
+from studies import both, measures, moments, real, robust, runs, temporal
 
-STUDIES = {study.name: study for study in (robust.STUDY, temporal.STUDY, both.STUDY)}
+STUDIES = {study.name: study for study in (robust.STUDY, temporal.STUDY, both.STUDY, moments.STUDY)}
 SOME = {  # methods of the quick form: every way through `measure`
     "robust": ["untrained", "xid", "robust", "oracle", "soft-oracle"],
     "temporal": ["contrast", "all", "all-hard-no-positives", "sound-alone"],
     "both": ["robust_temporal"],
+    "moments": ["untrained, as toy", "toy_temporal"],
 }
 
 
@@ -56,10 +57,13 @@ def perform(folder, monkeypatch):
 def test_a_study_from_nothing_to_tables_and_figures(name, perform, folder, capsys):
     rows = perform(name, "--only", *SOME[name])
     assert [row["method"] for row in rows] == sorted(SOME[name])
+    measured = {"moments": ("similarity exact", "brightest on the thing %")}
     for row in rows:
-        assert 0 <= float(row["kind probe video"]) <= 100 and 0 <= float(row["v→a class R@1"]) <= 100
+        for column in measured.get(name, ("kind probe video", "v→a class R@1")):
+            assert 0 <= float(row[column]) <= 100
     results = folder / "results"
-    written = (results / f"{'robust-0.6' if name == 'robust' else name}.md").read_text(encoding="utf-8")
+    table = {"robust": "robust-0.6", "moments": "moments-sync"}.get(name, name)
+    written = (results / f"{table}.md").read_text(encoding="utf-8")
     assert all(method in written for method in SOME[name] if method != "untrained")
     assert (results / "images" / f"{name}.png").stat().st_size > 5000
     assert name != "temporal" or (results / "images" / "temporal-maps.png").stat().st_size > 5000

@@ -1,0 +1,101 @@
+"""When and where, on the toy world: does a network know which moment of a sound belongs to a picture, and
+where in the picture the sound comes from?
+
+    python -m studies.moments                       all runs that are not in studies/results/moments.csv yet,
+                                                    then tables and the figure
+    python -m studies.moments --only toy            only this method
+    python -m studies.moments --table --figures     tables and the figure from what is there
+
+Methods: toy (plain xID) and toy_temporal (the temporal tasks), the packaged configurations as they are; and
+of each an untrained network of the same settings. Measured as by eval_retrieval.py --task sync and --task
+where, on the held-out videos.
+"""
+
+from . import runs
+
+if __name__ == "__main__":
+    arguments = runs.command_line(__doc__)
+
+import numpy as np
+
+import train
+from avid.tools import sync, where
+
+from . import figures, measures
+
+METHODS = {  # the packaged configuration of each
+    "untrained, as toy": "toy",
+    "toy": "toy",
+    "untrained, as toy_temporal": "toy_temporal",
+    "toy_temporal": "toy_temporal",
+}
+WAYS = ("similarity", "order_cross")
+NEAR = ("within one step", "exact")
+PLACES = {"brightest on the thing": "of the maps", "cells on the thing": "of random cells"}
+COVERED = "covered by the thing"
+
+
+def plan(seeds):
+    return [runs.Run({"method": method}, seed, (), cfg) for seed in seeds for method, cfg in METHODS.items()]
+
+
+def measure(run, cfg):
+    """Train, unless the method is untrained, and measure."""
+    if run.group["method"].startswith("untrained"):
+        subject = measures.subject(measures.untrained(cfg), cfg, trained=False)
+    else:
+        train.main(cfg)
+        subject = measures.subject(measures.trained(cfg)[0], cfg)
+    table = measures.tables(cfg)[1]
+    places, _ = where.measure(subject, table)
+    return sync.measure(subject, table) | places
+
+
+def judged(rows):
+    """{method and way to judge: its rows}, of what there is."""
+    for method in METHODS:
+        mine = runs.select(rows, method=method)
+        for way in WAYS:
+            if mine and mine[0].get(f"{way} exact"):
+                yield method, way, mine
+
+
+def tables(rows):
+    near, exact = (f"{float(rows[0][f'chance {how}']):.1f}" for how in NEAR)
+    lines = [["chance", near, near, exact, exact, ""]]
+    for method, way, mine in judged(rows):
+        columns = [f"{way}{of} {how}" for how in NEAR for of in ("", " control")]
+        lines.append([f"{method}, {way}", *((mine, column) for column in columns), str(len(mine))])
+    head = ["shift preferred, %", "within one step", "the same, control", "none", "the same, control", "runs"]
+    by_method = {method: runs.select(rows, method=method) for method in METHODS}
+    spots = [
+        [method, *((mine, f"{column} %") for column in (*PLACES, COVERED)), str(len(mine))]
+        for method, mine in by_method.items()
+        if mine
+    ]
+    on_thing = ["on the thing, %", *PLACES.values(), "of the picture", "runs"]
+    return {"moments-sync": runs.table(head, lines), "moments-where": runs.table(on_thing, spots)}
+
+
+def draw(rows, images, folder, arguments):
+    """What each shift of the sound gets: mean and deviation over seeds, the control in grey."""
+    found = list(judged(rows))
+    figure, axes = figures.panels(len(found), 3.2, 2.8)
+    for axis, (method, way, mine) in zip(axes, found, strict=True):
+        for name, colour, label in ((way, "C0", "own sound"), (f"{way} control", "grey", "another video's")):
+            curves = np.array([runs.numbers(row, f"{name} by shift") for row in mine])  # seeds×shifts
+            x, mean, deviation = runs.numbers(mine[0], "shifts_s"), curves.mean(0), curves.std(0)
+            axis.plot(x, mean, color=colour, label=label, linewidth=1.3)
+            axis.fill_between(x, mean - deviation, mean + deviation, color=colour, alpha=0.2, linewidth=0)
+        axis.set_title(f"{method}\n{sync.LABELS[way]}", fontsize=9)
+        axis.set_xlabel("the sound is taken so much later, s", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.3)
+    figures.legend(figure)
+    yield figures.save(figure, images / "moments.png")
+
+
+STUDY = runs.Study("moments", "toy", (), plan, measure, tables, draw)
+
+if __name__ == "__main__":
+    runs.main(STUDY, arguments)
