@@ -49,7 +49,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 
 def parser(description, evaluation=False):
-    """A command line of --cfg, --out, --data, --root and key=value; the help lists the settings that are used."""
+    """A command line of --cfg, --out, --data, --root and key=value; its help lists the settings."""
     lines = [
         f"  {key + '=' + str(default).replace(' ', ''):42s} {help}"
         for key, default, help in config.settings()
@@ -76,7 +76,7 @@ def parser(description, evaluation=False):
 
 
 def evaluation_parser(description):
-    """A command line as `parser`'s, with the checkpoint to evaluate and the part of the data to judge it on."""
+    """A command line as `parser`'s, with the checkpoint to evaluate and the part of the data."""
     arguments = parser(description, evaluation=True)
     what = "a checkpoint; random: an untrained network"
     arguments.add_argument("--ckpt", required=True, metavar="PATH|random", help=what)
@@ -163,8 +163,8 @@ def fits(cfg, videos, processes=1):
         )
     if batch // processes % cfg.optim.accumulate:
         raise ConfigError(
-            f"optim.accumulate={cfg.optim.accumulate} does not divide the {batch // processes} videos of a process; "
-            "choose a divisor"
+            f"optim.accumulate={cfg.optim.accumulate} does not divide the {batch // processes} videos of a "
+            "process; choose a divisor"
         )
     contrasts = any(weight for name, weight in weights.items() if name.startswith("contrast"))
     if contrasts and contrast.k_pos + 1 >= videos:

@@ -269,7 +269,8 @@ class Optim:
     max_bad_steps: int = setting(10, "stop when so many steps in a row are not finite [C]", at_least=1)
     clip_grad: float = setting(0.0, "largest norm of the gradient; 0: no clipping [C]", at_least=0)
     amp: str = setting("bf16",
-        "autocast on CUDA; fp16 with a scaled loss; a CPU computes in float32 [C]", choices=("bf16", "fp16", "none"))
+        "autocast on CUDA; fp16 with a scaled loss; a CPU computes in float32 [C]",
+        choices=("bf16", "fp16", "none"))
     compile: bool = setting(False, "torch.compile the network [C]")
     accumulate: int = setting(1,
         "parts in which a batch passes the network: less memory, a third more time [C]", at_least=1)
@@ -658,9 +659,9 @@ def save(cfg, path):
 
 
 MAY_CHANGE = (  # when a run goes on
-    "out", "profile", "log", "eval", "finetune", "data.root", "data.workers", "data.in_memory", "data.timeout_s",
-    "data.max_bad_share", "bank.spread", "optim.accumulate", "optim.checkpoint_activations", "optim.epochs",
-    "optim.max_bad_steps", "optim.lr", "optim.clip_grad", "optim.amp",
+    "out", "profile", "log", "eval", "finetune", "data.root", "data.workers", "data.in_memory",
+    "data.timeout_s", "data.max_bad_share", "bank.spread", "optim.accumulate", "optim.checkpoint_activations",
+    "optim.epochs", "optim.max_bad_steps", "optim.lr", "optim.clip_grad", "optim.amp",
 )  # fmt: skip
 
 

@@ -356,7 +356,7 @@ def describe(cfg, world):
 
 
 def next_command(table, checkpoint):
-    """What to do with a checkpoint that was trained on a table: an evaluation or, without classes, a search."""
+    """What to do with a checkpoint that was trained on a table: evaluate or, without classes, search."""
     if table.classes:
         return f"python eval_linear.py --ckpt {checkpoint}"
     return f"python -m avid search --ckpt {shlex.quote(str(checkpoint))} {shlex.quote(str(table.root))} QUERY"

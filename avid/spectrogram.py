@@ -79,8 +79,8 @@ def avid_image(waveform, audio, hop):
 
     A Hann window of 2·n_fft samples about every hop-th sample, the waveform mirrored at its ends; power, not
     divided by the window's energy; the first bin as it is, the others averaged in pairs; nothing further than
-    100 dB below the loudest of the clip. The transform is in float64: in float32 quiet bins are rounding errors
-    of loud ones.
+    100 dB below the loudest of the clip. The transform is in float64: in float32 quiet bins are rounding
+    errors of loud ones.
     """
     window, _ = hann(2 * audio.n_fft, torch.float64)
     spectrum = torch.stft(waveform.double(), 2 * audio.n_fft, hop, window=window, return_complex=True)

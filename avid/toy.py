@@ -32,42 +32,30 @@ from .config import ConfigError
 from .progress import bar as progress_bar
 
 WORLD = 5  # counts the changes of what this file draws: each makes a new folder
-TEMPO = {
-    "slide": 0.95,
-    "bounce": 1.35,
-    "spin": 1.9,
-    "pulse": 2.7,
-}  # motion: events a second, a factor √2 apart
+TEMPO = {"slide": 0.95, "bounce": 1.35, "spin": 1.9, "pulse": 2.7}  # events a second, a factor √2 apart
 TEMPO_JITTER = 0.1
 PITCH_HZ = 220.0  # lowest pitch; the highest is an octave above
 TONE_DB, ROOM_DB, ROOM = 14, 10, (0.1, 0.9)
 AFTERIMAGE = 0.5  # opacity that a thing leaves behind
 WEAR = 0.5  # share of its contrast that a texture loses over the video
-WHISTLE, WHISTLE_HZ, WHISTLE_OCTAVES = (
-    0.25,
-    6000.0,
-    1.5,
-)  # the room's: loudness, first pitch, fall over the video
+WHISTLE, WHISTLE_HZ = 0.25, 6000.0  # the room's: loudness, first pitch
+WHISTLE_OCTAVES = 1.5  # by which it falls over the video
 LEAD_S = 1.0  # the world runs this long before the first frame, so that trails and sounds have a past
 AAC_RATES_HZ = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 PART = ".part"
-COLUMNS = (
-    "path label split motion tempo faulty sound pitch_hz x y radius".split()
-)  # x, y, radius: see `place`
+COLUMNS = "path label split motion tempo faulty sound pitch_hz x y radius".split()  # x, y, radius: of `place`
 RADIUS = 0.34, 0.42  # of a thing of scale 1, share of the picture's side
 MARGIN = 0.95  # radii that stay between the middle of a thing of scale 1 and the picture's edge
 
 
 # ------------------------------------------------------------------------------------------------------ looks
-# (u, v): coordinates of the thing, its radius is 1. A shape is positive inside, near the edge a distance; a
-# texture is
-# positive in one colour and negative in the other.
+# (u, v): coordinates of the thing, whose radius is 1. A shape is positive inside, near the edge a distance; a
+# texture is positive in one colour and negative in the other.
 
 
 def _polygon(u, v, corners):
-    angle = (np.arctan2(v, u) + np.pi / 2 + (corners + 1) % 2 * np.pi / corners) % (
-        2 * np.pi / corners
-    ) - np.pi / corners
+    sector, shift = 2 * np.pi / corners, (corners + 1) % 2 * np.pi / corners
+    angle = (np.arctan2(v, u) + np.pi / 2 + shift) % sector - np.pi / corners
     return 1.1 * np.cos(np.pi / corners) - np.hypot(u, v) * np.cos(angle)
 
 
@@ -172,9 +160,8 @@ def _hiss(width):
 
 def _chirps(phase, t, pitch_hz, rate_hz, rng):
     s = (t * 9 + rng.uniform()) % 1  # nine a second, each an octave up
-    return np.sin(
-        2 * np.pi * (((2 * phase) % 1) + 2 * pitch_hz / 9 * s * s / 2 * 2).astype(np.float32)
-    ) * np.sqrt(1 - s)
+    turns = (2 * phase) % 1 + 2 * pitch_hz / 9 * s * s / 2 * 2
+    return np.sin(2 * np.pi * turns.astype(np.float32)) * np.sqrt(1 - s)
 
 
 def _tremolo(timbre, per_s):
@@ -247,12 +234,8 @@ def course(motion, tempo, seconds, rng):
             return along, y0 + (tilt - 0.5) * (along - 0.5), 1 + zero, angle0 + zero
         if motion == "spin":
             angle = sense * np.pi * (k + kick)
-            return (
-                0.5 + 0.5 * np.sin(angle),
-                0.5 - 0.5 * np.cos(angle),
-                1 + zero,
-                angle0 + 0.2 * np.sin(angle),
-            )
+            x, y = 0.5 + 0.5 * np.sin(angle), 0.5 - 0.5 * np.cos(angle)
+            return x, y, 1 + zero, angle0 + 0.2 * np.sin(angle)
         return x0 + zero, y0 + zero, 0.78 + 0.37 * np.exp(-3 * s), angle0 + zero  # pulse
 
     return Track(event_s, 0.4 + 0.6 * np.sqrt(height), at)
@@ -303,9 +286,7 @@ def picture(kind, track, toy, rng):
     v, u = np.mgrid[:fine, :fine] / (fine / 2.4) - 1.2
     soft = 1 / radius  # edges fade over about a pixel
     opacity = np.clip(0.5 + KINDS[kind].shape(u, v) / soft, 0, 1).astype(np.float32)
-    ink = np.clip(KINDS[kind].texture(u, v) / (4 * soft), -0.5, 0.5).astype(
-        np.float32
-    )  # ½: one colour, −½: the other
+    ink = np.clip(KINDS[kind].texture(u, v) / (4 * soft), -0.5, 0.5).astype(np.float32)  # ±½: either colour
     sprite = np.stack([ink, opacity], axis=2).reshape(-1, 2)
 
     # every pixel of every frame in the coordinates of the thing
@@ -320,7 +301,7 @@ def picture(kind, track, toy, rng):
     thing = sprite[row * fine + column]  # T×S×S×2
     fresh = np.minimum(1 - WEAR * t / toy.seconds, 1).astype(
         np.float32
-    )  # order can be told: textures wear off
+    )  # textures wear off: order can be told
     flash = 0.3 * _decay(track, t, 0.09).astype(np.float32)
 
     frames = np.empty((len(t), size, size, 3), np.uint8)
@@ -357,13 +338,11 @@ def _record(wave, rng, toy):
     hiss = np.fft.rfft(rng.standard_normal(len(wave), dtype=np.float32))
     octave = np.log2(np.maximum(np.fft.rfftfreq(len(wave), 1 / toy.rate_hz), 1))
     knots = np.arange(6.5, 14)  # 90 Hz, 180 Hz, …
-    tone, room = (
-        10 ** (np.interp(octave, knots, rng.uniform(-db, db, len(knots))) / 20) for db in (TONE_DB, ROOM_DB)
-    )
+    curves = (np.interp(octave, knots, rng.uniform(-db, db, len(knots))) for db in (TONE_DB, ROOM_DB))
+    tone, room = (10 ** (curve / 20) for curve in curves)
     spectrum = spectrum * tone + rng.uniform(*ROOM) * hiss * room
-    wave = np.fft.irfft(spectrum, len(wave)) + WHISTLE * np.sin(
-        2 * np.pi * np.cumsum(_whistle_hz(len(wave), toy)) / toy.rate_hz
-    )
+    whistle = np.sin(2 * np.pi * np.cumsum(_whistle_hz(len(wave), toy)) / toy.rate_hz)
+    wave = np.fft.irfft(spectrum, len(wave)) + WHISTLE * whistle
     return (wave / np.abs(wave).max() * rng.uniform(0.3, 0.95)).astype(np.float32)
 
 
@@ -387,12 +366,10 @@ def noise(toy, rng):
     """Samples (N,) float32: a rumble that swells and ebbs."""
     count = round(toy.seconds * toy.rate_hz)
     spectrum = np.fft.rfft(rng.standard_normal(count, dtype=np.float32))
-    wave = np.fft.irfft(
-        spectrum / (1 + np.fft.rfftfreq(count, 1 / toy.rate_hz) / rng.uniform(50, 200)), count
-    )
-    swell = 1 + 0.8 * np.sin(
-        2 * np.pi * (rng.uniform(0.1, 0.6) * np.arange(count) / toy.rate_hz + rng.uniform())
-    )
+    hz = np.fft.rfftfreq(count, 1 / toy.rate_hz)
+    wave = np.fft.irfft(spectrum / (1 + hz / rng.uniform(50, 200)), count)
+    turns = rng.uniform(0.1, 0.6) * np.arange(count) / toy.rate_hz + rng.uniform()
+    swell = 1 + 0.8 * np.sin(2 * np.pi * turns)
     return _record((wave * swell).astype(np.float32), rng, toy)
 
 
@@ -421,8 +398,8 @@ def table(toy, seed):
 
 
 def place(toy, seed, row):
-    """Where the thing of a row of `table` is in the middle of its video: x, y of its middle from the upper left corner, and its
-    radius, shares of the picture's side. Nothing else is drawn by it."""
+    """Where the thing of a row of `table` is in the middle of its video: {"x", "y": its centre, from the upper
+    left corner; "radius"}, shares of the picture's side."""
     seen, _ = _draws(seed, row)
     track = course(row["motion"], row["tempo"], toy.seconds, seen)
     radius = seen.uniform(*RADIUS)  # as `picture` draws it
@@ -524,7 +501,8 @@ def write(root, toy, seed, workers, progress=True):
 
 
 def source(cfg, workers=None):
-    """cfg.data as datasets.load takes it: of the toy, which is written first where it is not there, with its folder."""
+    """cfg.data as datasets.load takes it; the toy is written first where it is not there, and its folder
+    named."""
     if not datasets.DATA[cfg.data.name].written:
         return cfg.data
     root = write(cfg.data.root, cfg.toy, cfg.seed, workers or os.cpu_count())
@@ -534,7 +512,7 @@ def source(cfg, workers=None):
 def _refuse_a_collection(root):
     """Raise ConfigError where `root` is a folder of videos, flat, by class or in parts: data.name was forgotten.
 
-    Data sets in folders of their own below it, as data/kinetics400 beside the toy in data/, are none of its business.
+    Other data sets may be in folders below it, as data/kinetics400 beside the toy in data/.
     """
 
     def below(folder):
@@ -546,14 +524,14 @@ def _refuse_a_collection(root):
         files = (path for path in sorted(folder.iterdir()) if path.suffix.lower() in datasets.ENDINGS)
         if found := next(files, None):
             raise ConfigError(
-                f"data.root={root} holds videos or sounds of yours, such as {found.relative_to(root)}, and the toy "
-                "would be written there; to train on them say data.name=folder, else choose another data.root"
+                f"data.root={root} holds videos or sounds of yours, such as {found.relative_to(root)}, and "
+                "the toy would be written there; to train on them say data.name=folder, else choose another "
+                "data.root"
             )
 
 
 def _end_with_parent():
-    """A worker's beginning: Ctrl-C is its parent's to answer, and when that has gone, even killed, it ends
-    too."""
+    """How a worker begins: it leaves Ctrl-C to its parent, and ends with it, even where that was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process().sentinel
     threading.Thread(target=lambda: (wait([parent]), os._exit(1)), daemon=True).start()

@@ -240,7 +240,8 @@ def main(arguments):
     bank = memory_bank.MemoryBank(arguments.instances, D, 0.5, 0, arguments.dtype).to(DEVICE)
     for part, work in zip(PARTS, (objective, everything, update, neighbourhood, dtype), strict=True):
         if part in arguments.parts:
-            title = f"{part}: bank of {arguments.instances:,}×{D} {arguments.dtype}, {arguments.negatives} negatives"
+            bank = f"bank of {arguments.instances:,}×{D} {arguments.dtype}"
+            title = f"{part}: {bank}, {arguments.negatives} negatives"
             path = arguments.json and Path(arguments.json).with_suffix(f".{part}.json")  # one file a part
             report.show(title, list(work(bank, arguments)), path)
             print()

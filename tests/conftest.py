@@ -1,4 +1,5 @@
-"""Small media files whose content is known at every moment: frames show their number, a chirp sounds at known times."""
+"""Small media files whose content is known at every moment: frames show their number, a chirp sounds at known
+times."""
 
 import os
 import signal
@@ -9,7 +10,8 @@ import av
 import numpy as np
 import pytest
 
-# a shell that runs the tests in the background has them ignore Ctrl-C, and so would every process that they start
+# a shell that runs the tests in the background has them ignore Ctrl-C, and so would every process that they
+# start
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SIDE = 64  # pixels: eight bars of eight, the bits of the frame's number
@@ -71,8 +73,8 @@ def write_media(
 ):
     """Write the frames 0, 1, … shown at times frame_s, and a sound, channels×n, that begins at sound_from_s.
 
-    Media have the times that they are given, and the container begins with the earlier one. Between the times gap_s the file has
-    no packets of sound. encoder: options of the video codec; muxer: of the container.
+    Media have the times that they are given, and the container begins with the earlier one. Between the times
+    gap_s the file has no packets of sound. encoder: options of the video codec; muxer: of the container.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", options=muxer) as file:

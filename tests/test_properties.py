@@ -23,7 +23,7 @@ def holds(examples):
 
 seeds = st.integers(0, 2**32 - 1)
 
-# ------------------------------------------------------------------------------------------------------------------ plans
+# ------------------------------------------------------------------------------------------------------ plans
 
 
 @holds(300)
@@ -86,7 +86,7 @@ def test_clips_of_an_evaluation_run_from_the_beginning_to_the_end(first_s, room_
         np.testing.assert_allclose(np.diff(starts_s), (end_s - first_s) / (clips - 1), atol=slack)
 
 
-# ------------------------------------------------------------------------------------------------------------------ lists
+# ------------------------------------------------------------------------------------------------------ lists
 
 letters = string.ascii_letters + string.digits + "äß漢🎵 _-,;'\"()#&%~"
 words = st.text(letters, min_size=1, max_size=12).map(str.strip).filter(bool)
@@ -220,7 +220,7 @@ def test_any_bytes_as_a_list_give_a_table_or_an_error_that_says_why(tmp_path_fac
         assert all((root / file).is_file() for file in table.paths) and (table.start_s < table.end_s).all()
 
 
-# --------------------------------------------------------------------------------------------------------------- rankings
+# --------------------------------------------------------------------------------------------------- rankings
 
 
 @st.composite
@@ -300,7 +300,7 @@ def test_accuracies_do_not_depend_on_the_order_of_videos_or_classes(seed, n, cli
     ) == pytest.approx(result)
 
 
-# --------------------------------------------------------------------------------------------------------------- the bank
+# --------------------------------------------------------------------------------------------------- the bank
 
 
 @st.composite
@@ -366,7 +366,7 @@ def test_the_order_of_rows_does_not_matter_to_a_bank(case):
     torch.testing.assert_close(one.agreement_sum_squares, other.agreement_sum_squares)
 
 
-# ------------------------------------------------------------------------------------------------------------------ draws
+# ------------------------------------------------------------------------------------------------------ draws
 
 
 @holds(100)

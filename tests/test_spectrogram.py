@@ -34,7 +34,8 @@ OPEN_GROUPS = {"x264-params": "open-gop=1:bframes=3:keyint=24:min-keyint=24:scen
     ],
 )
 def test_a_file_in_memory_gives_the_same(media_file, name, codecs, options):
-    """Frames bit for bit; sound too, but where an encoder left noise to the decoder, and where time stamps are rounded."""
+    """Frames bit for bit; sound too, but where an encoder left noise to the decoder, and where time stamps are
+    rounded."""
     picture = {"frame_s": TWO_SECONDS} if codecs[0] else {}
     wave = 0.3 * tone(400, 2.0, 44100) + chirps([0.1, 0.9, 1.7], 2.0, 44100)
     rate_hz = 48000 if name == "a.ogg" else 44100
@@ -96,7 +97,8 @@ def test_a_file_that_is_cut_off_is_not_kept(media_file, tmp_path):
 
 
 def test_a_spectrogram_in_plain_numbers(media_file):
-    """Every column against a Fourier transform written out: 10·log10 of the power in a Hann window of unit energy."""
+    """Every column against a Fourier transform written out: 10·log10 of the power in a Hann window of unit
+    energy."""
     rng = np.random.default_rng(0)
     media = Media(
         media_file(
@@ -122,7 +124,8 @@ def test_a_spectrogram_in_plain_numbers(media_file):
 
 @pytest.mark.parametrize("speed", [1, 2, 4, 8])
 def test_column_k_is_centred_on_its_time(media_file, speed):
-    """A click falls into the column whose time is nearest, at every speed: columns are speed times further apart."""
+    """A click falls into the column whose time is nearest, at every speed: columns are speed times further
+    apart."""
     audio = config.Audio(seconds=1.0, rate_hz=16000, frames_per_s=100, n_fft=512, mels=0)
     start_s, asked = 0.5, (5, 37, 80)
     at_s = [start_s + (k + 0.5) * speed / 100 for k in asked]

@@ -1,4 +1,5 @@
-"""The toy world: the same bits for the same seed, whole or not at all, and sound and picture that go with the same events."""
+"""The toy world: the same bits for the same seed, whole or not at all, and sound and picture that go with the
+same events."""
 
 import dataclasses
 import hashlib
@@ -31,7 +32,7 @@ def world(tmp_path_factory):
     return toy.write(tmp_path_factory.mktemp("world"), TINY, seed=3, workers=1, progress=False)
 
 
-# ---------------------------------------------------------------------------------------------------------------- writing
+# ---------------------------------------------------------------------------------------------------- writing
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -71,7 +72,8 @@ def test_what_is_written_is_not_written_again(world, monkeypatch):
 
 
 def test_an_interrupted_writing_goes_on(world, tmp_path):
-    """As a killed writer leaves it: files are missing, some are half written under other names, there is no manifest."""
+    """As a killed writer leaves it: files are missing, some are half written under other names, there is no
+    manifest."""
     folder = toy.write(tmp_path, TINY, 3, 1, progress=False)
     (folder / "manifest.csv").unlink()
     for path in ("train/00001.mp4", "train/00004.mp4", "test/00000.mp4"):
@@ -115,7 +117,8 @@ def alive(pid):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_an_ended_writer_leaves_no_process_and_no_half_video(tmp_path, how):
     settings = dataclasses.replace(TINY, train=400)
-    code = f"from avid import config, toy; toy.write({str(tmp_path)!r}, config.{settings!r}, 3, 2, progress=False)"
+    arguments = f"{str(tmp_path)!r}, config.{settings!r}, 3, 2, progress=False"
+    code = f"from avid import config, toy; toy.write({arguments})"
     writer = subprocess.Popen(
         [sys.executable, "-c", code], cwd=Path(__file__).parents[1], stderr=subprocess.PIPE, text=True
     )
@@ -187,7 +190,7 @@ def test_other_rates(tmp_path, rate_hz):
     assert media.last_s - media.first_s == pytest.approx(1.5, abs=0.1)
 
 
-# ------------------------------------------------------------------------------------------------------------------ table
+# ------------------------------------------------------------------------------------------------------ table
 
 
 def test_kinds_and_motions_are_equally_frequent():
@@ -225,7 +228,7 @@ def test_tempo_and_pitch_say_nothing_of_the_kind():
         assert abs(row["tempo"] / toy.TEMPO[row["motion"]] - 1) <= toy.TEMPO_JITTER + 1e-3
 
 
-# -------------------------------------------------------------------------------------------------------------- the world
+# -------------------------------------------------------------------------------------------------- the world
 
 LONG = config.Toy(train=80, test=0, seconds=4.0, size=32, faulty=0.5)
 
@@ -284,7 +287,8 @@ def test_sound_and_picture_go_together_except_in_faulty_videos(rendered):
 
 
 def test_sound_and_picture_can_be_told_from_their_reverse(rendered):
-    """Both begin an event at once and end it slowly: what they rise by is skewed, and the other way round if reversed."""
+    """Both begin an event at once and end it slowly: what they rise by is skewed, and the other way round if
+    reversed."""
     sounds, pictures = {}, {}
     for row, frames, wave in rendered:
         if not row["faulty"]:
