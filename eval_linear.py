@@ -68,7 +68,7 @@ def main(arguments):
         found = {}
         for modality in list(divisions):
             try:
-                result, found[modality] = judge(subject, train_table, test_table, modality, mode)
+                result, found[modality] = measure(subject, train_table, test_table, modality, mode)
             except data.MediaError as error:  # such as a folder of mute videos
                 if mode in TRAINED or len(divisions) == 1:
                     raise
@@ -96,7 +96,7 @@ def main(arguments):
     evaluation.print_table(rows, ("modality", "label", "train_videos", "videos", *scores))
 
 
-def judge(subject, train_table, test_table, modality, mode):
+def measure(subject, train_table, test_table, modality, mode):
     """What one modality knows of all files that have it: scores and counts; and the tested Features."""
     evaluation.calibrate_batch_norm(subject, train_table, (modality,))
     if mode in TRAINED:

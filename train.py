@@ -15,13 +15,11 @@ if __name__ == "__main__":  # before the heavy imports: --help and a wrong setti
 import functools
 import math
 import os
-from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads leave the cores to the decoding workers
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from avid import (
     avid_cma,
@@ -36,9 +34,7 @@ from avid import (
     temporal_tasks,
     toy,
 )
-from avid.tools import figures
 
-COLLAPSED = 0.95  # mean cosine within a bank that calls for a warning
 REMEDY = "the same command goes on with a lower optim.lr, an optim.clip_grad or optim.amp=none"
 
 
@@ -90,7 +86,7 @@ def main(cfg):
     sampler = data.BatchSampler(n, optim.batch_size, *draws)
     loader = data.loader(data.Clips(train_table, cfg, training=True), cfg.data.workers, batch_sampler=sampler)
     model.train()
-    held_out_check = functools.partial(check, network, bank, held_out, cfg, world)
+    held_out_check = functools.partial(evaluation.check, network, bank, held_out, cfg, world)
     clips = optim.batch_size * cfg.temporal.moments
     watch = run.Watch(folder, guard, bad_files, steps, epoch_steps, clips, REMEDY, held_out_check)
 
@@ -263,33 +259,6 @@ def learning_rate(epoch, optim):
     if optim.schedule == "steps":
         return optim.lr * optim.gamma ** sum(epoch >= share * optim.epochs for share in optim.milestones)
     return optim.lr
-
-
-def check(network, bank, held_out, cfg, world):
-    """Every few epochs: what the network finds among held-out videos, and the bank's health. → numbers."""
-    health = bank.health()
-    if world.rank > 0:
-        return {}
-    for modality in data.MODALITIES:
-        if (cosine := health[f"cosine_{modality}"]) > COLLAPSED:
-            tqdm.write(
-                f"warning: the {modality} bank has collapsed to one direction (mean cosine {cosine:.3f}); "
-                "try model.head_norm=batch optim.draws=iid, or a lower optim.lr"
-            )
-    tqdm.write("bank: " + ", ".join(f"{name} {value:.3f}" for name, value in health.items()))
-    if held_out is None:
-        return health
-    found = evaluation.extract(network, data.Clips(held_out, cfg, training=False, clips=1), world.device)
-    results = evaluation.cross_modal(found, held_out.labels[found.index])
-    tqdm.write("held out: " + ", ".join(f"{name} {value:.1f}" for name, value in results.items()))
-    if network.temporal.heads:
-        confusion = evaluation.confusions(network, held_out, cfg, world.device)
-        right = {task: n.trace().item() / max(n.sum().item(), 1) for task, n in confusion.items()}
-        tasks = {f"held-out {task} %": 100 * share for task, share in right.items()}
-        tqdm.write(", ".join(f"{name} {value:.1f}" for name, value in tasks.items()))
-        figures.confusions(confusion, cfg.temporal, Path(cfg.out) / "temporal.png")
-        results |= tasks
-    return {**health, **results}
 
 
 if __name__ == "__main__":

@@ -73,7 +73,9 @@ class Discrimination(torch.nn.Module):
             estimate = losses.partition(video, a, cfg.loss.temperature)
             self.partition.copy_(distributed.total(estimate) / distributed.world_size())
             self.estimated = True
-        return self.tell(video, bank.read("audio", own), a) + self.tell(audio, bank.read("video", own), v)
+        return self.discriminate(video, bank.read("audio", own), a) + self.discriminate(
+            audio, bank.read("video", own), v
+        )
 
     def cma(self, video, audio, index, local, step):
         """Each clip told from negatives as one of its k positives, within its modality: losses b·M. Arguments
@@ -84,11 +86,11 @@ class Discrimination(torch.nn.Module):
         drawn = bank.own_negatives(index, cfg.agreement.negatives, 2**40 + cfg.seed + step, alike)  # B×K'
         alike, drawn = local(alike), local(drawn)
         return sum(
-            self.tell(x, bank.read(modality, alike), bank.read(modality, drawn))
+            self.discriminate(x, bank.read(modality, alike), bank.read(modality, drawn))
             for modality, x in (("video", video), ("audio", audio))
         )
 
-    def tell(self, x, positives, negatives):
+    def discriminate(self, x, positives, negatives):
         """x b·M×D; positives b·M×P×D and negatives b·M×K×D, memories → b·M."""
         if self.cfg.loss.form == "nce":
             return losses.nce(x, positives, negatives, self.cfg.loss.temperature, self.partition)

@@ -192,7 +192,7 @@ class Loss:
 @dataclass
 class Contrast:
     temperature: float = setting(0.07, "τ of the contrast between clips [C]", above=0)
-    n_pos: int = setting(4, "positives from the bank besides the usual one; 0: none [C]", at_least=0)
+    n_pos: int = setting(4, "positives from the bank besides the matched clip; 0: none [C]", at_least=0)
     k_pos: int = setting(32, "they are drawn from the k nearest memories, which are never negatives [C]",
         at_least=0)
     tau_p: float = setting(0.1, "τ_p: drawn with probability ∝ exp(sim/τ_p) [C]", above=0)

@@ -45,14 +45,14 @@ def start():
             )
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        store, mine, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=30)))
+        store, own_rank, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=30)))
         # not on several machines: each counts for itself how often torchrun has started it
         if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
             # else what torchrun starts again finds the addresses of those that are gone, and waits for ever
             store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(
-            backend, store=store, rank=mine, world_size=world, timeout=timedelta(minutes=30)
+            backend, store=store, rank=own_rank, world_size=world, timeout=timedelta(minutes=30)
         )
     return World(rank(), world_size(), device)
 

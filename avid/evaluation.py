@@ -27,6 +27,8 @@ from tqdm import tqdm
 
 from . import cli, config, data, datasets, distributed, files, models, progress, run, temporal_tasks, toy
 
+COLLAPSED = 0.95  # mean cosine within a bank that calls for a warning
+
 # ------------------------------------------------------------------------ the network, its data, plain errors
 
 
@@ -334,6 +336,42 @@ def confusions(network, table, cfg, device, draws=2):
             )
     network.train(was_training)
     return {task: count.numpy() for task, count in counts.items()}
+
+
+@torch.no_grad()
+def check(network, bank, held_out, cfg, world):
+    """What training looks at every few epochs: the bank's health and, among held-out videos, cross-modal
+    retrieval and the temporal tasks, whose confusion matrices go to <cfg.out>/temporal.png.
+
+    bank: memory_bank.MemoryBank; held_out: datasets.Table or None. Every rank calls. → numbers by name; of
+    the other ranks than the first, none.
+    """
+    results = bank.health()
+    if world.rank > 0:
+        return {}
+    for modality in data.MODALITIES:
+        if (cosine := results[f"cosine_{modality}"]) > COLLAPSED:
+            tqdm.write(
+                f"warning: the {modality} bank has collapsed to one direction (mean cosine {cosine:.3f}); "
+                "try model.head_norm=batch optim.draws=iid, or a lower optim.lr"
+            )
+    tqdm.write("bank: " + ", ".join(f"{name} {value:.3f}" for name, value in results.items()))
+    if held_out is None:
+        return results
+    found = extract(network, data.Clips(held_out, cfg, training=False, clips=1), world.device)
+    recalls = cross_modal(found, held_out.labels[found.index])
+    tqdm.write("held out: " + ", ".join(f"{name} {value:.1f}" for name, value in recalls.items()))
+    results |= recalls
+    if network.temporal.heads:
+        from .tools import figures  # here: evaluation is read by many who draw nothing
+
+        confusion = confusions(network, held_out, cfg, world.device)
+        right = {task: n.trace().item() / max(n.sum().item(), 1) for task, n in confusion.items()}
+        tasks = {f"held-out {task} %": 100 * share for task, share in right.items()}
+        tqdm.write(", ".join(f"{name} {value:.1f}" for name, value in tasks.items()))
+        figures.confusions(confusion, cfg.temporal, Path(cfg.out) / "temporal.png")
+        results |= tasks
+    return results
 
 
 # ------------------------------------------------------------------------------------------------ classifiers

@@ -85,18 +85,18 @@ def weighted_mean(loss, weight, total_weight=None):
     return (weight * loss).sum() / total_weight.clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def contrast(x, usual, positives, negatives, temperature):
+def contrast(x, matched, positives, negatives, temperature):
     """L(i) = − 1/|P_i| · Σ_{p∈P_i} log [ e^{x_i·p/τ} / (e^{x_i·p/τ} + Σ_{n∈N_i} e^{x_i·n/τ}) ], (7) [P].
 
-    x B×D: queries, and usual B×D: the positive that each has anyway, live: gradients reach both; positives
-    B×P×D (P may be 0), negatives B×N×D: memories of any float type, without gradient -> B, float32 even under
-    autocast.
+    x B×D: queries, and matched B×D: the positive that each has in the batch, live: gradients reach both;
+    positives B×P×D (P may be 0), negatives B×N×D: memories of any float type, without gradient -> B, float32
+    even under autocast.
     """
     with torch.autocast(x.device.type, enabled=False):
         x = x.float()
-        usual = (x * usual.float()).sum(1, keepdim=True)  # B×1
+        matched = (x * matched.float()).sum(1, keepdim=True)  # B×1
         near = torch.einsum("bd,bpd->bp", x, positives.detach().float())  # B×P
-        p = torch.cat([usual, near], 1) / temperature  # B×(1+P), the positives' exponents
+        p = torch.cat([matched, near], 1) / temperature  # B×(1+P), the positives' exponents
         n = torch.einsum("bd,bnd->bn", x, negatives.detach().float()) / temperature  # B×N, the negatives'
         against = n.logsumexp(1, keepdim=True)  # B×1, log Σ_n e^n
         return F.softplus(against - p).mean(1)  # −log [e^p / (e^p + e^a)] = log(1 + e^{a−p})
@@ -250,5 +250,6 @@ def nce(x, positives, negatives, temperature, partition):
 
 @torch.no_grad()
 def partition(x, negatives, temperature):
-    """Z̄, the mean of e^{x·n/τ}, (12c) [A]: x B×D, negatives B×K×D -> scalar."""
-    return (torch.einsum("bd,bkd->bk", x.float(), negatives.float()) / temperature).exp().mean()
+    """Z̄, the mean of e^{x·n/τ}, (12c) [A]: x B×D, negatives B×K×D -> scalar, float32 even under autocast."""
+    with torch.autocast(x.device.type, enabled=False):
+        return (torch.einsum("bd,bkd->bk", x.float(), negatives.float()) / temperature).exp().mean()

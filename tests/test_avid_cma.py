@@ -77,6 +77,9 @@ def test_own_negatives_are_compared_in_float32_under_autocast(low):
         plain = form(x, positives, negatives, 0.07, *extra)
         with torch.autocast("cpu", low):
             torch.testing.assert_close(form(x, positives, negatives, 0.07, *extra), plain, rtol=0, atol=0)
+    plain = losses.partition(x, negatives, 0.07)
+    with torch.autocast("cpu", low):
+        assert torch.equal(losses.partition(x, negatives, 0.07), plain)
 
 
 # ---------------------------------------------------------------------------------------------- own negatives

@@ -171,8 +171,8 @@ def robust_xid_of(estimator):
 
 
 def contrast_of_clips():
-    x, usual = (unit(7, 8, seed=seed).requires_grad_() for seed in (0, 1))
-    return [losses.contrast(x, usual, unit(7, 4, 8, seed=2), unit(7, 20, 8, seed=3), TAU)], [x, usual]
+    x, matched = (unit(7, 8, seed=seed).requires_grad_() for seed in (0, 1))
+    return [losses.contrast(x, matched, unit(7, 4, 8, seed=2), unit(7, 20, 8, seed=3), TAU)], [x, matched]
 
 
 def soft_target_means():
@@ -599,13 +599,13 @@ def test_a_single_candidate_costs_nothing(estimator):
 # ----------------------------------------------------------------- contrast with several positives, section 7
 
 
-def reference_contrast(x, usual, positives, negatives, temperature):
+def reference_contrast(x, matched, positives, negatives, temperature):
     """The equation of section 7, written with loops in float64."""
-    x, usual, positives, negatives = (t.detach().double() for t in (x, usual, positives, negatives))
+    x, matched, positives, negatives = (t.detach().double() for t in (x, matched, positives, negatives))
     values = []
     for i in range(len(x)):
         against = sum(math.exp(x[i] @ n / temperature) for n in negatives[i])
-        terms = [math.exp(x[i] @ p / temperature) for p in (usual[i], *positives[i])]
+        terms = [math.exp(x[i] @ p / temperature) for p in (matched[i], *positives[i])]
         values.append(-sum(math.log(term / (term + against)) for term in terms) / len(terms))
     return torch.tensor(values, dtype=torch.double)
 
@@ -614,31 +614,31 @@ def reference_contrast(x, usual, positives, negatives, temperature):
 @pytest.mark.parametrize("rows", [1, 7])
 def test_contrast_is_the_equation(n_pos, rows):
     generator = torch.Generator().manual_seed(0)
-    x, usual = (F.normalize(torch.randn(rows, 8, generator=generator), dim=1) for _ in range(2))
+    x, matched = (F.normalize(torch.randn(rows, 8, generator=generator), dim=1) for _ in range(2))
     positives, negatives = (
         F.normalize(torch.randn(rows, n, 8, generator=generator), dim=2) for n in (n_pos, 20)
     )
-    loss = losses.contrast(x, usual, positives, negatives, 0.07)
+    loss = losses.contrast(x, matched, positives, negatives, 0.07)
     torch.testing.assert_close(
-        loss.double(), reference_contrast(x, usual, positives, negatives, 0.07), atol=1e-5, rtol=1e-5
+        loss.double(), reference_contrast(x, matched, positives, negatives, 0.07), atol=1e-5, rtol=1e-5
     )
 
 
 def test_contrast_teaches_both_clips_and_no_memory():
-    x, usual, near, far = (
+    x, matched, near, far = (
         torch.randn(shape, dtype=torch.double, requires_grad=True)
         for shape in ((3, 4), (3, 4), (3, 2, 4), (3, 5, 4))
     )
-    loss = losses.contrast(x.float(), usual.float(), near.float(), far.float(), 0.5).sum()
+    loss = losses.contrast(x.float(), matched.float(), near.float(), far.float(), 0.5).sum()
     loss.backward()
     assert near.grad is None and far.grad is None
-    for tensor in (x, usual):
+    for tensor in (x, matched):
         for at in ((0, 0), (2, 3)):
             step = torch.zeros_like(tensor)
             step[at] = 1e-4
             up, down = (
                 reference_contrast(
-                    *(t + s * step if t is tensor else t for t in (x, usual, near, far)), 0.5
+                    *(t + s * step if t is tensor else t for t in (x, matched, near, far)), 0.5
                 ).sum()
                 for s in (1, -1)
             )

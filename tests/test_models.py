@@ -199,16 +199,16 @@ def test_a_size_that_a_backbone_does_not_take_is_an_error(modality, backbone):
     sizes = {"width": 8, "depth": 1} if modality == "video" else {"width": 8}
     for size, value in sizes.items():
         model = config.Model(**{modality: backbone, size: value})
-        built, usual = (
+        built, default = (
             models.encoder(m, modality).state_dict() for m in (model, config.Model(**{modality: backbone}))
         )
-        changed = {n: x.shape for n, x in built.items()} != {n: x.shape for n, x in usual.items()}
+        changed = {n: x.shape for n, x in built.items()} != {n: x.shape for n, x in default.items()}
         assert changed == (backbone == "avid")
         if changed:
             models.check(model)
         else:
-            usual = getattr(config.Model(), size)
-            expected = f"model.{size}: {value}; expected {usual}, model.{modality}={backbone}"
+            default = getattr(config.Model(), size)
+            expected = f"model.{size}: {value}; expected {default}, model.{modality}={backbone}"
             with pytest.raises(config.ConfigError, match=expected):
                 models.check(model)
 
