@@ -7,7 +7,6 @@ name and the disk lacks.
 Lists are read a few thousand lines at a time, and column by column: 2 million lines take seconds.
 """
 
-import contextlib
 import csv
 import functools
 import gc
@@ -28,13 +27,14 @@ import numpy as np
 MEDIA = ".mp4 .mkv .webm .avi .mov .m4v .mpg .mpeg .wmv .flv .3gp".split()
 MEDIA += ".wav .flac .ogg .opus .mp3 .m4a .aac .wma".split()
 ENDINGS = set(MEDIA)
-SPELLINGS = {
-    "train": ("training",),
-    "val": ("valid", "validate", "validation"),
-    "test": ("testing", "eval", "evaluation"),
-}
-SPELLED = {other: split for split, others in SPELLINGS.items() for other in others}  # other names of a split
-PARTS = sorted({*SPELLINGS, *SPELLED})
+SPELLED = {
+    "training": "train",
+    "valid": "val",
+    "validate": "val",
+    "validation": "val",
+}  # other names of a split
+SPELLED |= {"testing": "test", "eval": "test", "evaluation": "test"}
+PARTS = sorted({*SPELLED, *SPELLED.values()})
 PART = re.compile(rf"({'|'.join(PARTS)})([ _-]?(set|split|\d+\w*))?", re.IGNORECASE)  # name of a folder
 PIECE = 1 << 17  # characters of a list, or rows, at a time
 
@@ -171,32 +171,23 @@ def load(data, split):
     if data.subset not in ("", *row.subsets):
         there = ", ".join(f"{subset} of {name}" for name, other in DATA.items() for subset in other.subsets)
         raise DataError(f"data.subset={data.subset}: {data.name} has none of that name; there is {there}")
+    collecting = gc.isenabled()
+    gc.disable()  # rows have no cycles, and to look for some among millions takes a third of the time
     try:
-        with _no_collection():
-            return row.reader(root, split, **row.options(data))
+        return row.reader(root, split, **row.options(data))
     except (Misplaced, OSError) as error:
         layout = f"expected, with root = data.root = {root}:\n{inspect.getdoc(row.reader)}"
         raise (NoSplit if isinstance(error, NoSplit) else DataError)(f"{error}\n{layout}") from None
-
-
-@contextlib.contextmanager
-def _no_collection():
-    """Within, Python does not look for cycles: rows have none, and looking at millions takes a third of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
     finally:
-        if enabled:
+        if collecting:
             gc.enable()
 
 
-def of_files(paths):
-    """The table of some files, without classes; a relative path begins in the working folder."""
+def of_files(paths, root="", start_s=0.0, end_s=np.inf):
+    """The table of some files, without classes; paths are relative to root ("": the working folder)."""
     paths = [os.fspath(path) for path in paths]
-    n = len(paths)
-    start_s, end_s = np.zeros(n), np.full(n, np.inf)
-    return Table("files", Path(), paths, np.full(n, -1), [], start_s, end_s, np.zeros(n, np.int64), {}, [])
+    whole = np.zeros(len(paths), np.int64)
+    return Table("files", Path(root), paths, whole - 1, [], whole + start_s, whole + end_s, whole, {}, [])
 
 
 def take(table, positions):
@@ -211,19 +202,15 @@ def take(table, positions):
 
 def table_hash(table):
     """12 hex digits that name the instances and their order: of the JSON of [paths, start_s, end_s]."""
-    digest = hashlib.sha256(b"[")
-    for k, column in enumerate((table.paths, table.start_s, table.end_s)):
-        digest.update(b", [" if k else b"[")
+    digest, before = hashlib.sha256(), "[["
+    for column in (table.paths, table.start_s, table.end_s):
         for begin in range(0, len(column), PIECE):
             some = column[begin : begin + PIECE]
-            if not isinstance(some, list):  # few different numbers
-                known = {number: json.dumps(number) for number in set(some.tolist())}
-                text = ", ".join(map(known.__getitem__, some.tolist()))
-            else:
-                text = json.dumps(some)[1:-1]
-            digest.update((f", {text}" if begin else text).encode())
-        digest.update(b"]")
-    digest.update(b"]")
+            text = json.dumps(some if isinstance(some, list) else some.tolist())[1:-1]
+            digest.update((before + text).encode())
+            before = ", "
+        before = "], ["
+    digest.update(b"]]")
     return digest.hexdigest()[:12]
 
 
@@ -372,23 +359,19 @@ def kinetics(root, split, name="kinetics400"):
     split = SPELLED.get(split, split)
     rows = Rows(_by_stem(root, [part for part in PARTS if SPELLED.get(part, part) == split]))
     for part in ("test", "train", "val", "validate", "validation"):
-        paths = (
-            root / place / f"{prefix}{part}.csv"
-            for place in ("annotations", ".")
-            for prefix in ("", f"{name}_")
+        names = (
+            f"annotations/{part}.csv",
+            f"annotations/{name}_{part}.csv",
+            f"{part}.csv",
+            f"{name}_{part}.csv",
         )
-        path = next(filter(Path.is_file, paths), None)
+        path = next(filter(Path.is_file, (root / name for name in names)), None)
         for lines, row in _csv(path, ["youtube_id", "time_start", "time_end"]) if path else ():
             start, end = (_padded(row[key], path, lines) for key in ("time_start", "time_end"))
             files = [f"{i}_{a}_{b}" for i, a, b in zip(row["youtube_id"], start, end, strict=True)]
-            rows.add(
-                path, lines, files, row.get("label", ""), SPELLED.get(part, part)
-            )  # tests may have no label
-    if (
-        not rows.paths
-        and root.is_dir()
-        and any(part_of(file.name) for file in root.iterdir() if file.is_dir())
-    ):
+            label = row.get("label", "")  # tests may have none
+            rows.add(path, lines, files, label, SPELLED.get(part, part))
+    if not rows.paths and root.is_dir() and any(part_of(it.name) for it in root.iterdir() if it.is_dir()):
         return folder(root, split, name)
     return _table(f"{name} {split}", root, split, rows, official=True)
 
@@ -502,10 +485,7 @@ def esc50(root, split, subset=""):
                 raise _wrong(path, line, f"fold {fold!r} where 1 to 5 belongs")
         if subset:
             ten = [value == "True" for value in row["esc10"]]
-            lines, row = (
-                lines[ten],
-                {key: list(itertools.compress(values, ten)) for key, values in row.items()},
-            )
+            lines, row = lines[ten], {key: [*itertools.compress(row[key], ten)] for key in row}
         fold = np.array(row["fold"], dtype=np.int64)
         parts = ["test" if one == number else "train" for one in fold]
         files = [os.path.splitext(name)[0] for name in row["filename"]]
@@ -530,14 +510,9 @@ class DataSet(NamedTuple):
 
 _LABEL = {"options": lambda data: {"label": data.label}}
 _KINETICS = DataSet(kinetics, evaluation="val", options=lambda data: {"name": data.name})
-TOY_LABELS = (
-    "label",
-    "motion",
-    "tempo",
-    "faulty",
-    "sound",
-    "pitch_hz",
-)  # columns of the toy's manifest that can be the class
+_ESC = {"options": lambda data: {"subset": data.subset}, "subsets": ("esc10",)}
+# columns of the toy's manifest that can be the class
+TOY_LABELS = ("label", "motion", "tempo", "faulty", "sound", "pitch_hz")
 DATA = {
     "toy": DataSet(manifest, **_LABEL, written=True, splits=("train", "test", "all"), labels=TOY_LABELS),
     "folder": DataSet(folder),
@@ -549,14 +524,7 @@ DATA = {
     "audioset": DataSet(audioset),
     "ucf101": DataSet(ucf101, needs=("video",), divisions=3),  # half of its videos have sound
     "hmdb51": DataSet(hmdb51, needs=("video",), divisions=3),
-    "esc50": DataSet(
-        esc50,
-        ("audio",),
-        ("audio",),
-        divisions=5,
-        options=lambda data: {"subset": data.subset},
-        subsets=("esc10",),
-    ),
+    "esc50": DataSet(esc50, ("audio",), ("audio",), divisions=5, **_ESC),
 }
 
 
@@ -650,55 +618,47 @@ def _names(folder):
 def walk(root, linked=None):
     """(a folder below `root` as "" or "x/y/", names of files in it) of all folders; hidden ones are left out.
 
-    Links are followed, each once, but not to a folder that they are in. linked: a dict, which is given {file: its
-    real path} of what links lead to, and {folder/: its real path} of links that are not followed. One scan a folder,
-    and no look at a single file: Kinetics has 240,000. A folder that does not exist is empty.
+    Links are followed, each once, but not to a folder that they are in. linked: a dict, which is given {file:
+    its real path} of what links lead to, and {folder/: its real path} of links that are not followed. One scan
+    a folder, and no look at a single file: Kinetics has 240,000. A folder that does not exist is empty.
     """
-    followed, waiting = (
-        set(),
-        [],
-    )  # links; folders that are still to come: with their real path and those above
-    if root.is_dir():
-        waiting.append(("", str(root), (os.path.realpath(root),)))
+    linked = {} if linked is None else linked
+    followed = set()  # links to folders
+    # folders that are still to come, with the real paths of those above and their own
+    waiting = [("", (os.path.realpath(root),))] if root.is_dir() else []
     while waiting:
-        prefix, folder, above = waiting.pop()
+        prefix, above = waiting.pop()
         by_link = above[-1] != os.path.join(above[0], prefix).rstrip("/")
         names, folders = [], []
-        with os.scandir(folder) as entries:
+        with os.scandir(above[-1]) as entries:
             for entry in entries:
-                name = entry.name
+                name, real = entry.name, entry.path
                 if name[0] == ".":
                     continue
                 if not entry.is_dir():
                     names.append(name)
-                    if linked is not None and (by_link or entry.is_symlink()):
-                        linked[prefix + name] = _real_path(os.path.join(above[-1], name), entry.is_symlink())
+                    if by_link or entry.is_symlink():
+                        linked[prefix + name] = _target(real) if entry.is_symlink() else real
                     continue
-                own = os.path.join(above[-1], name)
-                real = os.path.realpath(own) if entry.is_symlink() else own
-                if real in above or own in followed:
-                    if linked is not None:
-                        linked[f"{prefix}{name}/"] = real
+                target = os.path.realpath(real) if entry.is_symlink() else real
+                if target in above or real in followed:
+                    linked[f"{prefix}{name}/"] = target
                     continue
                 if entry.is_symlink():
-                    followed.add(own)
-                folders.append((f"{prefix}{name}/", entry.path, (*above, real)))
+                    followed.add(real)
+                folders.append((f"{prefix}{name}/", (*above, target)))
         yield prefix, names
         waiting += sorted(folders, reverse=True)
 
 
-def _real_path(path, is_link):
-    """The real path of a file in a folder whose real path this is."""
-    if not is_link:
-        return path
-    folder, name = os.path.split(os.path.join(os.path.dirname(path), os.readlink(path)))
-    target = os.path.join(_real_folder(folder), name)
-    return os.path.realpath(path) if name in ("", ".", "..") or os.path.islink(target) else target
+def _target(link):
+    """The real path of the file that a link leads to; links of one folder mostly lead into one other."""
+    folder, name = os.path.split(os.path.join(os.path.dirname(link), os.readlink(link)))
+    target = os.path.join(_real_path(folder), name)
+    return os.path.realpath(target) if os.path.islink(target) else target
 
 
-@functools.lru_cache(maxsize=1024)
-def _real_folder(folder):
-    return os.path.realpath(folder)
+_real_path = functools.lru_cache(maxsize=1024)(os.path.realpath)
 
 
 def _by_name(path):
@@ -713,9 +673,9 @@ def _once(files, linked, root, notes):
     root = os.path.realpath(root)
     seen, once = {os.path.join(root, file) for file in files if file not in linked}, []
     for file in files:
-        if linked.get(file) not in seen:
+        if file not in linked or linked[file] not in seen:
             once.append(file)
-            seen |= {linked[file]} if file in linked else set()
+            seen.add(linked.get(file))
     if again := len(files) - len(once):
         notes.append(f"{again:,} files that links give once more were left out")
     return once
@@ -758,9 +718,8 @@ def _below_root(files, at):
     plain = [PureWindowsPath(file).as_posix() for file in files]
     for k, file in enumerate(plain):
         if file in ("", ".") or file.startswith("/") or file[1:2] == ":" or "/../" in f"/{file}/":
-            raise _wrong(
-                *at(k), f"{file!r} is not a path below the data root; give a relative one without .."
-            )
+            cause = f"{file!r} is not a path below the data root; give a relative one without .."
+            raise _wrong(*at(k), cause)
     return plain
 
 
@@ -786,13 +745,9 @@ def _lines(path, comment=None):
     except OSError as error:
         raise Misplaced(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:
-        content = path.read_bytes()
-        try:
-            content.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            line = content.count(b"\n", 0, error.start) + 1
-            raise _wrong(path, line, "not UTF-8; save the list as text in UTF-8") from None
-        raise
+        texts = enumerate(path.read_bytes().split(b"\n"), 1)
+        line = next(line for line, text in texts if text.decode(errors="ignore").encode() != text)
+        raise _wrong(path, line, "not UTF-8; save the list as text in UTF-8") from None
 
 
 def _csv(path, needs=(), columns=None, comment=None):
@@ -819,11 +774,8 @@ def _csv(path, needs=(), columns=None, comment=None):
             line, row = next(pair for pair in zip(lines, rows, strict=True) if len(pair[1]) != len(columns))
             raise _wrong(path, line, f"{len(row)} fields where {len(columns)} belong: {', '.join(columns)}")
         if rows:
-            fields = zip(*rows, strict=True)
-            yield (
-                lines,
-                {name: [*map(str.strip, column)] for name, column in zip(columns, fields, strict=True)},
-            )
+            fields = zip(columns, zip(*rows, strict=True), strict=True)
+            yield lines, {name: [*map(str.strip, column)] for name, column in fields}
 
 
 def _fields(text, path, line):
@@ -848,10 +800,7 @@ def _numbers(texts, path, lines, empty=math.nan):
 
 def _padded(texts, path, lines):
     """A column of numbers as names of files have them, 000030."""
-    padded = [*map(_six_digits, texts)]
-    if None in padded:
-        _numbers(texts, path, lines)
-    return padded
+    return [*map("{:06.0f}".format, _numbers(texts, path, lines).tolist())]
 
 
 @functools.lru_cache(PIECE)
@@ -860,12 +809,6 @@ def _number(text):
     if not re.fullmatch(r"[0-9]+\.?[0-9]*|\.[0-9]+", text) or math.isinf(float(text)):
         return math.nan
     return float(text)
-
-
-@functools.lru_cache(PIECE)
-def _six_digits(text):
-    number = _number(text)
-    return None if math.isnan(number) else f"{number:06.0f}"
 
 
 def _numbered(split, most):
@@ -879,6 +822,5 @@ def _numbered(split, most):
 
 def _wrong(path, line, cause):
     cause = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in cause)
-    return DataError(
-        f"{path}, line {line}: {cause if len(cause) < 400 else f'{cause[:200]} … {cause[-100:]}'}"
-    )
+    short = cause if len(cause) < 400 else f"{cause[:200]} … {cause[-100:]}"
+    return DataError(f"{path}, line {line}: {short}")
