@@ -1,8 +1,8 @@
 """Where the videos are: one short reader per benchmark layout, all giving the same table.
 
-In: a `config.Data` (name, root, label, subset) and the split to read. Nothing is decoded.
-Out: a `Table` of instances, each a file and the part of it to use, with labels and classes, and of what the lists
-name and the disk lacks.
+In: a `config.Data` (name, root, label, subset) and the split to read. Nothing is decoded. Out: a `Table` of
+instances, each a file and the part of it to use, with labels and classes, and of what the lists name and the
+disk lacks.
 
 Lists are read a few thousand lines at a time, and column by column: 2 million lines take seconds.
 """
@@ -154,7 +154,7 @@ class Table:
 
 
 def instance_name(path, start_s=0.0, end_s=np.inf):
-    """How reports name an instance, no two alike: a.mp4, or a.mp4 [12.0-22.0 s] where it is a part of the file."""
+    """How reports name an instance, no two alike: a.mp4, or a.mp4 [12.0-22.0 s] where it is a part."""
     if start_s == 0 and end_s == np.inf:
         return path
     return f"{path} [{float(start_s)}-{'end' if end_s == np.inf else f'{float(end_s)} s'}]"
@@ -218,10 +218,10 @@ def table_hash(table):
 
 
 def held_out(data, train):
-    """What a training on `train` can be checked on: instances that it does not see, or None where there are none.
+    """What a training on `train` can be checked on: instances that it does not see; None: there are none.
 
-    They are of the part that results are reported on, or else of val or test; of a numbered division, of its own
-    test part. Raises DataError.
+    They are of the part that results are reported on, or else of val or test; of a numbered division, of its
+    own test part. Raises DataError.
     """
     row = DATA[data.name]
     splits = dict.fromkeys((row.evaluation, "val", "test"))
@@ -279,7 +279,7 @@ def same_class(query, gallery):
     return lambda q, f: (query[q] == gallery[f]) & (query[q] >= 0)
 
 
-# -------------------------------------------------------------------------------------------------------- the readers
+# ------------------------------------------------------------------------------------------------ the readers
 
 
 def manifest(root, split, label="label"):
@@ -289,9 +289,9 @@ def manifest(root, split, label="label"):
         videos/a.mp4,dog,train,0,10,…
     root/videos/a.mp4     paths are relative to the CSV's folder
 
-    Only path is required. Rows without a split belong to every split. start and end are in s and may be empty; a
-    file may have several rows, each with another part of it. `label` names the column of the classes. All columns
-    but path, start and end are kept in `columns`.
+    Only path is required. Rows without a split belong to every split. start and end are in s and may be
+    empty; a file may have several rows, each with another part of it. `label` names the column of the
+    classes. All columns but path, start and end are kept in `columns`.
     """
     path, rows, folders = root if root.suffix.lower() == ".csv" else root / "manifest.csv", Rows({}), set()
     for lines, row in _csv(path, ["path"] if label == "label" else ["path", label]):
@@ -318,8 +318,8 @@ def folder(root, split, name="folder"):
     root/train/<class>/<file>        or in parts: train (training), val (valid, validate, validation) and
     root/test/<class>/<file>         test (testing, eval, evaluation); also as Train, val_256
 
-    Without parts every split is the whole folder: nothing is held out. What lies beside the parts is left out. A file
-    to which links lead, too, is there once.
+    Without parts every split is the whole folder: nothing is held out. What lies beside the parts is left
+    out. A file to which links lead, too, is there once.
     """
     files, linked, notes, split = [], {}, [], SPELLED.get(split, split)
     for folder, names in walk(root, linked):
@@ -393,11 +393,12 @@ def vggsound(root, split):
 def audioset(root, split):
     """
     root/class_labels_indices.csv             index,mid,display_name
-    root/balanced_train_segments.csv          as published; also unbalanced_train_segments.csv, eval_segments.csv
+    root/balanced_train_segments.csv          as published; unbalanced_train_…, eval_segments.csv likewise
         # three lines of comment
         <youtube_id>, 30.000, 40.000, "/m/09x0r,/m/05zppz"
-    root/balanced_train_segments/<file>       or below root; the 10 s cut out: <youtube_id>_000030.mp4 (start in s),
-                                              <youtube_id>_30000_40000.mp4 (start, end in ms) or <youtube_id>.mp4
+    root/balanced_train_segments/<file>       or below root; the 10 s cut out: <youtube_id>_000030.mp4
+                                              (start in s), <youtube_id>_30000_40000.mp4 (start, end in ms)
+                                              or <youtube_id>.mp4
 
     Splits: balanced_train, unbalanced_train, train (what there is of the two), eval or test, all.
     """
@@ -451,8 +452,8 @@ def ucf101(root, split):
 
 def hmdb51(root, split):
     """
-    root/testTrainMulti_7030_splits/brush_hair_test_split1.txt     <name>.avi 1      (1: train, 2: test, 0: neither)
-    root/brush_hair/<name>.avi                                     or root/hmdb51_org/…; other endings will do
+    root/testTrainMulti_7030_splits/brush_hair_test_split1.txt     <name>.avi 1     (2: test, 0: neither)
+    root/brush_hair/<name>.avi                                     or root/hmdb51_org/…; other endings do
 
     Splits: train1, test1, … test3; all, with what the split leaves out.
     """
@@ -475,7 +476,8 @@ def esc50(root, split, subset=""):
     root/meta/esc50.csv                filename,fold,target,category,esc10,src_file,take
     root/audio/1-100032-A-0.wav        other endings will do
 
-    Splits: test1 is fold 1 and train1 the other four, … test5; all. data.subset=esc10: the 10 classes of ESC-10.
+    Splits: test1 is fold 1 and train1 the other four, … test5; all. data.subset=esc10: the 10 classes of
+    ESC-10.
     """
     (split, number, title), path = _numbered(split, 5), root / "meta" / "esc50.csv"
     rows = Rows(_by_stem(root, ["audio"]))
@@ -528,14 +530,14 @@ DATA = {
 }
 
 
-# ------------------------------------------------------------------------------------------------- rows to a table
+# -------------------------------------------------------------------------------------------- rows to a table
 
 
 def _table(name, root, split, rows, classes=None, classes_of=None, official=False, notes=()):
     """The table of those rows of `split` whose file is on disk.
 
-    classes_of: label → its classes, where it has several. official: the list is nobody's to mend, so that a row which
-    comes again in a split is left out, with a warning; elsewhere it is an error.
+    classes_of: label → its classes, where it has several. official: the list is nobody's to mend, so that a
+    row which comes again in a split is left out, with a warning; elsewhere it is an error.
     """
     if not rows.paths:
         nowhere = "" if root.exists() else ", which does not exist"
@@ -556,8 +558,8 @@ def _table(name, root, split, rows, classes=None, classes_of=None, official=Fals
         path, line = rows.at(again[0][0])
         other = sum(labels[row] != labels[first] for row, first in again)
         notes.append(
-            f"warning: {len(again):,} lines name a file again and were left out, e.g. {path.name}, line {line}"
-            + (f"; {other:,} of them with another class" if other else "")
+            f"warning: {len(again):,} lines name a file again and were left out, "
+            f"e.g. {path.name}, line {line}" + f"; {other:,} of them with another class" * bool(other)
         )
         belongs[[row for row, _ in again]] = False
     if not belongs.any():
@@ -598,7 +600,7 @@ def _labels(words, codes, classes, classes_of):
     return labels
 
 
-# -------------------------------------------------------------------------------------------------- files on the disk
+# ------------------------------------------------------------------------------------------ files on the disk
 
 
 def part_of(name):
@@ -619,8 +621,8 @@ def walk(root, linked=None):
     """(a folder below `root` as "" or "x/y/", names of files in it) of all folders; hidden ones are left out.
 
     Links are followed, each once, but not to a folder that they are in. linked: a dict, which is given {file:
-    its real path} of what links lead to, and {folder/: its real path} of links that are not followed. One scan
-    a folder, and no look at a single file: Kinetics has 240,000. A folder that does not exist is empty.
+    its real path} of what links lead to, and {folder/: its real path} of links that are not followed. One
+    scan a folder, and no look at a single file: Kinetics has 240,000. A folder that does not exist is empty.
     """
     linked = {} if linked is None else linked
     followed = set()  # links to folders
@@ -682,9 +684,10 @@ def _once(files, linked, root, notes):
 
 
 def _by_stem(root, folders, with_class=False):
-    """{name without ending: path relative to root} of the media in those of `folders` that exist, or else in root.
+    """{name without ending: path relative to root} of the media in those of `folders` that exist, else in root.
 
-    with_class: the name with the folder that the file is in. Of two endings of a name, the first in MEDIA is used.
+    with_class: the name with the folder that the file is in. Of two endings of a name, the first in MEDIA is
+    used.
     """
     found = {ending: {} for ending in MEDIA}
     for top in [folder for folder in folders if (root / folder).is_dir()] or [""]:
@@ -708,8 +711,8 @@ def _by_stem(root, folders, with_class=False):
 def _below_root(files, at):
     """Paths of a list, with either separator and perhaps doubled ones → '/'-separated, below the data root.
 
-    A list may not place a file outside; links within the root lead where its owner has them lead. at: index → (list,
-    line) of a path.
+    A list may not place a file outside; links within the root lead where its owner has them lead. at: index →
+    (list, line) of a path.
     """
     text = "\n".join(("", *files, ""))
     odd = ("\\", ":", "//", "..", "\n/", "/\n", "\n./", "/./", "/.\n", "\n.\n", "\n\n")
@@ -723,11 +726,11 @@ def _below_root(files, at):
     return plain
 
 
-# ------------------------------------------------------------------------------------------------------- lists as text
+# ---------------------------------------------------------------------------------------------- lists as text
 
 
 def _lines(path, comment=None):
-    """(their numbers n, the lines) of all lines that are not empty, a piece at a time; nor begin with `comment`."""
+    """(their numbers n, the lines) of all lines that are not empty nor begin with `comment`, by pieces."""
     number = 1
     try:
         with open(path, encoding="utf-8-sig", newline="\n") as file:
@@ -753,8 +756,8 @@ def _lines(path, comment=None):
 def _csv(path, needs=(), columns=None, comment=None):
     """(the lines' numbers n, {column: list of n}) of all rows, a piece at a time.
 
-    `needs`: columns the header must have; `columns`: there is no header. A field cannot hold a line break, so that an
-    open quote is an error of its own line.
+    `needs`: columns the header must have; `columns`: there is no header. A field cannot hold a line break, so
+    that an open quote is an error of its own line.
     """
     for lines, texts in _lines(path, comment):
         try:
@@ -788,7 +791,7 @@ def _fields(text, path, line):
 
 
 def _numbers(texts, path, lines, empty=math.nan):
-    """The numbers that a column holds (n,) float64; empty: what an empty field stands for; nan: it is an error."""
+    """The numbers that a column holds (n,) float64; empty: what an empty field stands for, nan: an error."""
     numbers = np.fromiter(map(_number, texts), np.float64, len(texts))
     if "" in texts:
         numbers[[text == "" for text in texts]] = empty
