@@ -172,9 +172,7 @@ class Objective:
         settings = {name: getattr(loss, name) for name in ("temperature", "estimator", "tau_s", "tau_t")}
         settings["soft"] = loss.soft if robust else 0.0
         column = local(candidates.column)  # b·M
-        return losses.robust_xid(
-            output.video, output.audio, *memories, candidates.valid, column, **settings
-        )  # b·M
+        return losses.robust_xid(output.video, output.audio, *memories, candidates.valid, column, **settings)
 
     def contrasts(self, output, batch, step):
         """Contrast with positives and negatives from the feature space as it is now (docs/method.md 7)."""

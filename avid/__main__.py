@@ -15,6 +15,7 @@ python -m avid COMMAND --help tells the rest.
 import importlib
 import sys
 
+# their modules in avid.tools
 COMMANDS = {
     "check": "prepare",
     "prepare": "prepare",
@@ -24,7 +25,7 @@ COMMANDS = {
     "page": "page",
     "weights": "show",
     "tasks": "show",
-}  # their modules in avid.tools
+}
 
 
 def main(argv=None):

@@ -22,20 +22,16 @@ class Discrimination(torch.nn.Module):
 
     def __init__(self, cfg, bank, warmup_steps, epoch_steps):
         super().__init__()
-        self.cfg, self.bank, self.warmup_steps = (
-            cfg,
-            [bank],
-            warmup_steps,
-        )  # in a list: the bank is no part of this one's state
+        # in a list: the bank is no part of this one's state
+        self.cfg, self.bank, self.warmup_steps = cfg, [bank], warmup_steps
         self.find_steps = cfg.agreement.every_epochs * epoch_steps
         if cfg.loss.form == "nce":
             self.register_buffer("partition", torch.zeros((), device=bank.video.device))
             self.estimated = False
         if cfg.weights.cma:
             shape = bank.num_instances, cfg.agreement.positives
-            self.register_buffer(
-                "positives", torch.zeros(shape, dtype=torch.int32, device=bank.video.device)
-            )  # N×k
+            positives = torch.zeros(shape, dtype=torch.int32, device=bank.video.device)  # N×k
+            self.register_buffer("positives", positives)
 
     def load_state_dict(self, state):
         super().load_state_dict(state)

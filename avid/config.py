@@ -463,10 +463,9 @@ def _one_line(error, layers):
         return f"unknown setting {key}" + (f"; did you mean {near}?" if near else "; --help lists them all")
     if isinstance(error, InterpolationResolutionError):
         return f"wrong value for {key}: {str(error).splitlines()[0]}"
-    given = [
-        OmegaConf.select(layer, key, default=OmegaConf) for layer in layers
-    ]  # OmegaConf: this layer does not name it
-    value = next(value for value in reversed(given) if value is not OmegaConf)
+    unset = object()
+    given = [OmegaConf.select(layer, key, default=unset) for layer in layers]
+    value = next(value for value in reversed(given) if value is not unset)
     kind = {bool: "true or false", int: "a whole number", float: "a number", list: "a list", str: "a text"}[
         type(defaults[key])
     ]
@@ -500,9 +499,8 @@ def _check(cfg):
         numbers = given if isinstance(given, list) else [given] if not isinstance(given, str) else []
         if isinstance(given, list) and not all(type(x) in (int, float) for x in given):
             wrong(key, f"a list of numbers, such as {f.default_factory()}")
-        endless = isinstance(default, float) and math.isinf(
-            default
-        )  # contrast.tau_n: .inf is a value of its own
+        # contrast.tau_n: .inf is a value of its own
+        endless = isinstance(default, float) and math.isinf(default)
         if any(math.isnan(x) or (math.isinf(x) and not endless) for x in numbers):
             wrong(key, "a finite number")
         if any(isinstance(x, int) and abs(x) >= 2**63 for x in numbers):

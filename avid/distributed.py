@@ -243,9 +243,10 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             local = torch.stack(kernels.batch_norm_stats(x, self.eps))  # 2×C
             means, invstds = gather(local[None]).unbind(1)  # R×C each
             running = self.running_mean, self.running_var, self.momentum
+            # C each
             mean, invstd = kernels.batch_norm_gather_stats(
                 x, means, invstds, *running, self.eps, x.numel() // x.shape[1]
-            )  # C each
+            )
         return Normalise.apply(x, self.weight, self.bias, mean, invstd, self.eps)
 
 
@@ -261,9 +262,10 @@ class Normalise(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, mean, invstd = ctx.saved_tensors
         dy, kernels, affine = _dense(dy), _kernels(x), weight is not None
+        # C each, of this rank
         sum_dy, sum_dy_xmu, dweight, dbias = kernels.batch_norm_backward_reduce(
             dy, x, mean, invstd, weight, True, affine, affine
-        )  # C each, of this rank
+        )
         sums = torch.stack([sum_dy, sum_dy_xmu])
         if world_size() > 1:
             dist.all_reduce(sums)

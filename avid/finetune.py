@@ -99,9 +99,7 @@ def finetune(subject, train_table, test_table, modality, out):
             # first the linear layer alone: of the encoder, only the statistics of batch norm follow [A]
             encoder.requires_grad_(step >= warmup_steps)
             model = distributed.data_parallel(classifier, world, cfg.optim.sync_bn)
-        batch = data.to_device(
-            next(batches), world.device, cfg.audio
-        )  # uint8 clips become augmented float clips
+        batch = data.to_device(next(batches), world.device, cfg.audio)  # uint8: augmented float clips
         epoch = step / epoch_steps - fine.warmup_epochs  # below 0: warm-up
         for group in optimizer.param_groups:
             passed = sum(epoch >= share * fine.epochs for share in fine.milestones)

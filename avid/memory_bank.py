@@ -162,9 +162,7 @@ class MemoryBank(torch.nn.Module):
         if where is not None:
             both = torch.where(where, both, torch.nan)
         video, audio = distributed.gather(both).chunk(2, 1)  # B×D each
-        first = _first_occurrence(
-            index
-        )  # B   rows of one instance all write the same: their order does not matter
+        first = _first_occurrence(index)  # B; rows of one instance write the same: their order is all one
         video = self._moved(self.read("video", index), video[first])  # B×D
         audio = self._moved(self.read("audio", index), audio[first])  # B×D
         agreed = agreement(video, audio)  # B
@@ -287,16 +285,14 @@ def _gumbel(seed, n, device):
 
 def _skip(place, excluded):
     """The place-th of the numbers 0, 1, … that are not excluded: place b×n, excluded b×k -> b×n."""
-    before = excluded.sort(1).values - torch.arange(
-        excluded.shape[1], device=excluded.device
-    )  # b×k   that stand before each
+    ranks = torch.arange(excluded.shape[1], device=excluded.device)  # k
+    before = excluded.sort(1).values - ranks  # b×k, how many numbers before each are not excluded
     return place + torch.searchsorted(before, place, right=True)
 
 
 def _first_occurrence(index):
     """For each entry, where its value stands first: B -> B. By sorting: static shapes, no wait for the
     device."""
-    ordered, position = index.sort(
-        stable=True
-    )  # equal values stay in order, so the leftmost of them stood first
+    # equal values stay in order, so the leftmost of them stood first
+    ordered, position = index.sort(stable=True)
     return position[torch.searchsorted(ordered, index)]

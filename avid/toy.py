@@ -299,9 +299,8 @@ def picture(kind, track, toy, rng):
     column = np.clip(cos * dx + sin * dy + fine / 2, 0, fine - 1).astype(np.int32)  # T×S×S
     row = np.clip(cos * dy - sin * dx + fine / 2, 0, fine - 1).astype(np.int32)
     thing = sprite[row * fine + column]  # T×S×S×2
-    fresh = np.minimum(1 - WEAR * t / toy.seconds, 1).astype(
-        np.float32
-    )  # textures wear off: order can be told
+    # textures wear off: order can be told
+    fresh = np.minimum(1 - WEAR * t / toy.seconds, 1).astype(np.float32)
     flash = 0.3 * _decay(track, t, 0.09).astype(np.float32)
 
     frames = np.empty((len(t), size, size, 3), np.uint8)

@@ -119,12 +119,8 @@ def gathered(step, robust):
     video, audio = bank.video[among].float(), bank.audio[among].float()  # B×(1+K)×D
     loss = 0.0
     for x, own, keys, others in (
-        (
-            step.video,
-            audio[:, 0],
-            audio,
-            video,
-        ),  # x, what it steps from in a cycle, keys, where that step leads
+        # x, what it steps from in a cycle, keys, where that step leads
+        (step.video, audio[:, 0], audio, video),
         (step.audio, video[:, 0], video, audio),
     ):
         log_p = F.log_softmax(torch.einsum("bd,bkd->bk", x, keys) / LOSS.temperature, 1)  # B×(1+K)

@@ -74,9 +74,8 @@ def memory_gb():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated() / 1e9
-    ctypes.CDLL(None).malloc_trim(
-        0
-    )  # glibc: what is free goes back, or the next step would seem to need nothing
+    # glibc: what is free goes back, or the next step would seem to need nothing
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
     return resident_gb("VmRSS")
 

@@ -57,12 +57,10 @@ class Step:
     """What the last of the steps asked of the device."""
 
     waits: list = dataclasses.field(default_factory=list)  # where the host would wait for it, and for what
-    operations: collections.Counter = dataclasses.field(
-        default_factory=collections.Counter
-    )  # name → how often
-    collectives: collections.Counter = dataclasses.field(
-        default_factory=collections.Counter
-    )  # of tensors on the device
+    # name → how often
+    operations: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    # of tensors on the device
+    collectives: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     ddp: dict = dataclasses.field(default_factory=dict)  # what DistributedDataParallel was given
     output: dict = dataclasses.field(default_factory=dict)  # name → dtype of what the network gives
 
@@ -178,9 +176,8 @@ def backward(loss, *_, **__):
             if hasattr(node, "variable"):  # a leaf
                 (gradient,) = given.values()
                 assert gradient.dtype == node.variable.dtype and gradient.device == node.variable.device
-                node.variable.grad = torch.empty_like(
-                    node.variable
-                )  # of its strides, as autograd's contract is
+                # of its strides, as autograd's contract is
+                node.variable.grad = torch.empty_like(node.variable)
                 continue
             given = [given.get(i) for i in range(len(node._input_metadata))]
             targets = node.next_functions

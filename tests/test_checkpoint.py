@@ -300,10 +300,8 @@ def test_where_nothing_is_whole_nothing_begins_anew(tmp_path):
         CheckpointError, match=r"last.pt: it is damaged.*previous.pt: it is damaged.*or choose another --out"
     ):
         run.newest(path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == [
-        "last.previous.pt",
-        "last.pt",
-    ]  # nothing was touched
+    # nothing was touched
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["last.previous.pt", "last.pt"]
 
 
 def test_what_cannot_be_read_is_not_taken_for_damaged(tmp_path):

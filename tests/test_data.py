@@ -16,11 +16,8 @@ from avid.media import Media, MediaError
 from avid.temporal_tasks import Clip
 
 FPS = 25
-WHOLE = {
-    "size": 64,
-    "crop_area": [1.0, 1.0],
-    "crop_ratio": [1.0, 1.0],
-}  # frames stay as they are, their numbers can be read
+# frames stay as they are, their numbers can be read
+WHOLE = {"size": 64, "crop_area": [1.0, 1.0], "crop_ratio": [1.0, 1.0]}
 
 
 def settings(video=(), audio=(), temporal=(), clips=3, seed=0):
@@ -129,9 +126,8 @@ def test_clips_out_of_memory_are_the_same_bits(tmp_path, training):
         assert same(Clips(table, kept, training)[key], Clips(table, cfg, training)[key])
     for path in folder.rglob("*.mp4"):
         path.unlink()
-    assert (
-        Clips(table, kept, training)[(0, (3, 0, 0)) if training else 0]["failures"] == []
-    )  # it was read from memory
+    # it was read from memory
+    assert Clips(table, kept, training)[(0, (3, 0, 0)) if training else 0]["failures"] == []
 
 
 @pytest.mark.parametrize("moments", [1, 2])

@@ -85,9 +85,8 @@ def test_the_hue_turns_about_the_grey_axis():
     turns = torch.tensor([0.0, 1 / 3, -1 / 3, 0.17, 1.0])
     matrices = hue_rotation(turns)
     torch.testing.assert_close(matrices @ torch.ones(3), torch.ones(5, 3))  # grey stays grey
-    torch.testing.assert_close(
-        matrices @ matrices.mT, torch.eye(3).expand(5, 3, 3), atol=1e-6, rtol=0
-    )  # a rotation
+    # a rotation
+    torch.testing.assert_close(matrices @ matrices.mT, torch.eye(3).expand(5, 3, 3), atol=1e-6, rtol=0)
     torch.testing.assert_close(matrices[0], torch.eye(3))
     torch.testing.assert_close(matrices[4], torch.eye(3), atol=1e-5, rtol=0)
     red, green, blue = torch.eye(3)

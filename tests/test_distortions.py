@@ -172,9 +172,8 @@ def test_noise_has_the_ratio_it_says(snr_db, wave):
 def test_filters_take_away_what_is_beyond_their_cutoff(name, sign):
     hiss = torch.from_numpy(0.1 * np.random.default_rng(0).standard_normal(10 * RATE_HZ).astype("f4"))
     for cutoff_hz in DISTORTIONS[name].strengths:
-        power = (
-            (torch.fft.rfft(distort(name, hiss, cutoff_hz)) / torch.fft.rfft(hiss)).abs().square()
-        )  # a bin is 0.1 Hz
+        # a bin is 0.1 Hz
+        power = (torch.fft.rfft(distort(name, hiss, cutoff_hz)) / torch.fft.rfft(hiss)).abs().square()
         kept, half, gone = (
             10 * power[at - 200 : at + 200].mean().log10()
             for at in (int(10 * cutoff_hz * 2.0 ** (sign * k)) for k in (-2, 0, 1))

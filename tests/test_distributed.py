@@ -15,11 +15,8 @@ from torch.testing._internal.distributed import fake_pg  # noqa: F401  registers
 from avid import distributed
 from avid.files import ConfigError
 
-SHAPES = {
-    "linear": (6, 5),
-    "sound": (6, 5, 4, 3),
-    "video": (6, 5, 2, 4, 3),
-}  # of the global batch; 2 and 3 ranks
+# of the global batch; 2 and 3 ranks
+SHAPES = {"linear": (6, 5), "sound": (6, 5, 4, 3), "video": (6, 5, 2, 4, 3)}
 FORMATS = {"sound": torch.channels_last, "video": torch.channels_last_3d}
 
 

@@ -107,9 +107,8 @@ def test_two_classes_have_margins_too():
 
 
 def test_accuracies_average_scores_over_clips():
-    scores = np.array(
-        [[[0.6, 0.4, 0.0], [0.0, 0.9, 0.1]], [[0.2, 0.2, 0.6], [0.5, 0.3, 0.2]]]
-    )  # 2 videos, 2 clips
+    # 2 videos, 2 clips
+    scores = np.array([[[0.6, 0.4, 0.0], [0.0, 0.9, 0.1]], [[0.2, 0.2, 0.6], [0.5, 0.3, 0.2]]])
     result = evaluation.accuracies(scores, np.array([10, 30]), np.array([10, 20, 30]))
     assert result == {"top1": 50.0, "top5": 100.0, "clip_top1": 50.0}
 

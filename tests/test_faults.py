@@ -200,6 +200,7 @@ def test_no_decoding_process_outlives_an_evaluation(folder, whole, number):
     ]
     process = forked.start("eval_linear.py", arguments, folder, folder / "log")
     until(lambda: len(forked.group(process.pid)) >= 3, process)
+    time.sleep(0.2)  # right after a fork Python runs hooks, in which a Ctrl-C is lost
     os.killpg(process.pid, number)
     assert ended(process, folder)[0] in (-number, 128 + number)
     assert not list(folder.glob("run/features/*"))

@@ -96,9 +96,8 @@ def test_no_legend_lies_on_a_panel_or_on_another_legend(tmp_path, drawn):
 def test_a_loss_that_is_the_only_term_is_drawn_once(tmp_path, drawn):
     figures.curves(log(tmp_path / "one.jsonl", 10), tmp_path / "one.png")
     figures.curves(log(tmp_path / "two.jsonl", 10, ("xid", "speed_video"), TASKS[:1]), tmp_path / "two.png")
-    (tmp_path / "half.jsonl").write_text(
-        '{"step": 1, "epoch": 1, "loss": 1.5, "xid": 3.0}\n'
-    )  # weights.xid=0.5
+    # weights.xid=0.5
+    (tmp_path / "half.jsonl").write_text('{"step": 1, "epoch": 1, "loss": 1.5, "xid": 3.0}\n')
     figures.curves(tmp_path / "half.jsonl", tmp_path / "half.png")
     one, two, half = (names(panels(figure)["loss"]) for figure, _ in drawn)
     assert one == ["xid"] and two == ["loss", "speed_video", "xid"] and half == ["loss", "xid"]

@@ -267,10 +267,8 @@ def test_autocast_changes_no_bit_of_the_whole_objective(half):
 @pytest.mark.parametrize("w_min, delta, kappa", [(0.25, 0.0, 0.5), (0.0, -1.0, 0.25), (0.5, 0.7, 2.0)])
 def test_weights_follow_the_normal_cdf_of_the_agreement(w_min, delta, kappa):
     agreement = torch.linspace(-0.4, 0.9, 14)
-    mean, std = (
-        torch.tensor(0.2, dtype=torch.float64),
-        torch.tensor(0.15, dtype=torch.float64),
-    )  # as the bank gives them
+    # as the bank gives them
+    mean, std = (torch.tensor(0.2, dtype=torch.float64), torch.tensor(0.15, dtype=torch.float64))
     ours = losses.faulty_positive_weights(agreement, mean, std, w_min, delta, kappa)
     assert ours.dtype == torch.float32
     assert_close(ours, reference_weights(agreement.double().tolist(), 0.2, 0.15, w_min, delta, kappa))
@@ -290,9 +288,8 @@ def test_weights_of_a_collapsed_bank_are_equal(std):
     agreement = 0.7 + torch.tensor([-1e-7, 0.0, 1e-7, 2e-7])  # equal but for rounding
     w = losses.faulty_positive_weights(agreement, torch.tensor(0.7), torch.tensor(std), 0.25, 1.0, 0.5)
     assert torch.equal(w, w[:1].expand(4))
-    assert w[0] == pytest.approx(
-        reference_weights([0.7], 0.7, 1.0, 0.25, 1.0, 0.5)[0]
-    )  # at s = μ, whatever σ
+    # at s = μ, whatever σ
+    assert w[0] == pytest.approx(reference_weights([0.7], 0.7, 1.0, 0.25, 1.0, 0.5)[0])
 
 
 def test_w_min_1_weighs_every_pair_exactly_1():
@@ -350,9 +347,8 @@ def test_a_faulty_neighbour_counts_less_in_cycle_than_in_swapped():
 def test_cross_entropy_is_finite_where_the_probability_is_zero():
     x, memories = torch.eye(3)[:2].requires_grad_(), torch.eye(3)
     valid, target = torch.tensor([True, False, True]), torch.tensor([[0.25, 0.0, 0.75], [1.0, 0.0, 0.0]])
-    loss = losses.cross_entropy(
-        x, target @ memories, memories, valid, 0.5
-    )  # exponents (2, −∞, 0) and (0, −∞, 0)
+    # exponents (2, −∞, 0) and (0, −∞, 0)
+    loss = losses.cross_entropy(x, target @ memories, memories, valid, 0.5)
     expected = [math.log(math.exp(2) + 1) - 2 * 0.25, math.log(2)]
     assert loss.tolist() == pytest.approx(expected)
     loss.sum().backward()

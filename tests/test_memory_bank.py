@@ -45,9 +45,8 @@ def test_a_fresh_bank_is_random_on_the_sphere_and_the_same_for_a_seed():
             memory, getattr(other, modality)
         )
     mean, std = bank.agreement_mean_std()
-    assert abs(mean) < 0.05 and std == pytest.approx(
-        1 / 16**0.5, rel=0.15
-    )  # the two banks know nothing of each other
+    # the two banks know nothing of each other
+    assert abs(mean) < 0.05 and std == pytest.approx(1 / 16**0.5, rel=0.15)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])

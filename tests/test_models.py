@@ -21,9 +21,8 @@ TASKS = {"speed_video": 4, "direction_audio": 2, "order_video": 3, "order_cross"
 
 
 def network(tasks=(), seed=0, **model):
-    small = (
-        SMALL if model.get("video", "avid") == "avid" else {"embedding": 16}
-    )  # torchvision's have one size
+    # torchvision's have one size
+    small = SMALL if model.get("video", "avid") == "avid" else {"embedding": 16}
     torch.manual_seed(seed)
     return models.AudioVisual(config.Model(**{**small, **model}), tasks)
 

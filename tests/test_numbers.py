@@ -168,10 +168,8 @@ def test_the_scale_grows_after_so_many_finite_steps(monkeypatch):
     "saved, scale",
     [
         ({}, run.LOSS_SCALE),  # bf16 → fp16
-        (
-            {"scale": 1.0, "growth_factor": 2.0, "_growth_tracker": 7},
-            run.LOSS_SCALE,
-        ),  # the same, of an earlier version
+        # the same, of an earlier version
+        ({"scale": 1.0, "growth_factor": 2.0, "_growth_tracker": 7}, run.LOSS_SCALE),
         ({"scale": 512.0, "growth_factor": 2.0, "_growth_tracker": 7}, 512.0),  # fp16, of an earlier version
         ({"scale": 512.0, "finite_steps": 7.0}, 512.0),
         ({"scale": 1.0, "finite_steps": 7.0}, 1.0),

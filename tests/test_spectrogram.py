@@ -151,9 +151,8 @@ def test_speed_keeps_the_pitch(media_file, mels):
     slow, fast = (spectrogram(media, 0.5, audio, speed) for speed in (1, 8))
     assert slow.shape == fast.shape == (1, 100, mels or 257)
     assert set(slow[0].argmax(1).tolist()) == set(fast[0].argmax(1).tolist())
-    assert slow[0, 0].argmax() == (
-        32 if mels == 0 else slow[0].mean(0).argmax()
-    )  # 1000 Hz / (16000 Hz / 512)
+    # 1000 Hz / (16000 Hz / 512)
+    assert slow[0, 0].argmax() == (32 if mels == 0 else slow[0].mean(0).argmax())
     np.testing.assert_allclose(slow[0].max(1).values, fast[0].max(1).values, atol=0.5)
 
 
@@ -277,10 +276,8 @@ def test_avids_clips_reach_to_the_ends_of_the_sound(media_file):
     image = spectrogram(media, media.first_s, AVID)[0]
     assert edge_s(AVID) == 0
     assert edge_s(config.Audio()) == 256 / 24000
-    assert set(image.argmax(1).tolist()) <= {
-        21,
-        22,
-    }  # 1000 Hz / (24000 Hz / 1024) = 42.7: bins 42 and 43 of 513
+    # 1000 Hz / (24000 Hz / 1024) = 42.7: bins 42 and 43 of 513
+    assert set(image.argmax(1).tolist()) <= {21, 22}
     assert image.max(1).values.min() > image.max() - 6  # the first and the last column, too
 
 

@@ -119,9 +119,8 @@ def test_clips_show_what_their_labels_say(tmp_path, fps):
                 way * speed, abs=0.1 * speed
             )
             middle = heard_s.mean()
-            assert frame_s.mean() + 0.5 / fps == pytest.approx(
-                middle, abs=0.02 + 0.6 / fps
-            )  # picture and sound are of one interval
+            # picture and sound are of one interval
+            assert frame_s.mean() + 0.5 / fps == pytest.approx(middle, abs=0.02 + 0.6 / fps)
             spans.append((middle - speed / 4, middle + speed / 4))
         (a, b), (c, d) = spans
         if item["order"] != UNKNOWN:

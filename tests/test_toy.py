@@ -262,9 +262,8 @@ def test_the_sound_sets_in_at_the_events(kind):
     for seed, motion in enumerate(MOTIONS):
         rng = np.random.default_rng(seed)
         track = toy.course(motion, toy.TEMPO[motion], LONG.seconds, rng)
-        rise = np.diff(
-            np.log(loudness(toy.sound(kind, track, 300.0, LONG, rng), 50) + 1e-3)
-        )  # k: from k/50 s to (k + 1)/50 s
+        # k: from k/50 s to (k + 1)/50 s
+        rise = np.diff(np.log(loudness(toy.sound(kind, track, 300.0, LONG, rng), 50) + 1e-3))
         event = np.zeros(len(rise), bool)
         for time_s in track.event_s:
             k = int(time_s * 50)

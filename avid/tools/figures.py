@@ -26,13 +26,8 @@ PANELS = {  # title: which quantities it shows
     "learning rate": lambda name: name == "lr",
     "clips/s": lambda name: name == "clips_per_s",
 }
-LINES = {
-    "_audio": "--",
-    "a→v ": "--",
-    "_cross": ":",
-    "_video": "-",
-    "v→a ": "-",
-}  # one colour, several modalities
+# one colour, several modalities
+LINES = {"_audio": "--", "a→v ": "--", "_cross": ":", "_video": "-", "v→a ": "-"}
 WIDTH = 9.0  # inches of a picture that a page shows some 900 pixels wide
 FEW = 40  # points of a line, up to which each is marked
 UNSEEN = ("step", "epoch", "data_wait", "bad_files", "not_finite", "files")
@@ -69,9 +64,8 @@ def curves(metrics, path):
     panels = {title: names for title, names in panels.items() if names}
     columns = max(-(-len(panels) // 2), 1)
     rows = [list(panels)[start : start + columns] for start in range(0, len(panels), columns)] or [[]]
-    lines = sum(
-        max((-(-len(panels[title]) // 2) for title in row), default=0) for row in rows
-    )  # of the legends
+    # of the legends
+    lines = sum(max((-(-len(panels[title]) // 2) for title in row), default=0) for row in rows)
     size = (WIDTH, 2.1 * len(rows) + 0.15 * lines)
     figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat:
