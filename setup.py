@@ -30,10 +30,8 @@ setup(
     ],
     extras_require={
         "tensorboard": ["tensorboard>=2.15,<3"],  # for log.tensorboard=true
-        "dev": ["pytest>=8,<10", "hypothesis>=6.100,<7", "ruff>=0.12"],
+        "dev": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7", "ruff>=0.12"],
         "parquet": ["pyarrow>=15"],  # for `python -m avid embed --format parquet`
-        "prepare": [
-            "imageio-ffmpeg>=0.6,<0.9"
-        ],  # brings ffmpeg for `python -m avid prepare`; tested: 0.8.1, ffmpeg 9.0
+        "prepare": ["imageio-ffmpeg>=0.6,<0.9"],  # an ffmpeg for `python -m avid prepare`; tested: 0.8.1
     },
 )

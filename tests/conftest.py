@@ -10,6 +10,9 @@ import av
 import numpy as np
 import pytest
 
+# before torch comes: what is tested is small, and its threads would only wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # a shell that runs the tests in the background has them ignore Ctrl-C, and so would every process that they
 # start
 signal.signal(signal.SIGINT, signal.default_int_handler)

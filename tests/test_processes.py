@@ -40,8 +40,8 @@ def test_a_crash_is_named_and_the_rest_is_done(workers):
 
 
 def test_a_task_that_hangs_is_given_up_and_the_rest_is_done():
-    results = dict(processes.outcomes(act, [("hang", 0), ("", 1), ("", 2)], 1, limit_s=0.5))
-    assert isinstance(results["hang", 0], Crash) and "more than 0.5 s" in results["hang", 0].reason
+    results = dict(processes.outcomes(act, [("hang", 0), ("", 1), ("", 2)], 1, limit_s=3))
+    assert isinstance(results["hang", 0], Crash) and "more than 3 s" in results["hang", 0].reason
     assert results["", 1] == 10 and results["", 2] == 20
 
 
