@@ -185,8 +185,9 @@ class Objective:
                 continue
             seeds = [memory_bank.row_seed(cfg.seed, key, step, first + i) for i in range(len(local))]
             draws = batch[f"near_{key}"], batch[f"far_{key}"]  # made by the decoding processes
-            near, far = self.bank.neighbourhood(key, local, cfg.contrast, seeds, draws)  # b×n_pos, b×n
-            near, far = (self.bank.read(key, x).repeat_interleave(moments, 0) for x in (near, far))  # b·M×…×D
+            sample = self.sample(key, step)  # S instances, or None: all
+            near, far = self.bank.neighbours(key, local, cfg.contrast, seeds, draws, sample)  # b×…×D
+            near, far = (x.repeat_interleave(moments, 0) for x in (near, far))  # b·M×…×D
             for query in queries:
                 own = live[key]  # the matched clip of the other modality, or the other moment's of the same
                 if query == key:
@@ -194,6 +195,12 @@ class Objective:
                 loss = losses.contrast(live[query], own, near, far, cfg.contrast.temperature)  # b·M
                 terms[f"contrast_{query[0]}{key[0]}"] = loss.mean()
         return terms
+
+    def sample(self, key, step):
+        """The instances among which neighbours are looked for, the same on every rank; None: all."""
+        seed = memory_bank.row_seed(self.cfg.seed, key, step, -1)
+        drawn = memory_bank.draw_sample(self.bank.num_instances, self.cfg.contrast, seed)
+        return drawn if drawn is None else distributed.to_device(drawn, self.world.device)
 
     def temporal_tasks(self, logits, batch):
         """Speed, direction, order (docs/method.md 6): the mean over the known labels, and the accuracy."""

@@ -167,9 +167,10 @@ def fits(cfg, videos, processes=1):
             "process; choose a divisor"
         )
     contrasts = any(weight for name, weight in weights.items() if name.startswith("contrast"))
-    if contrasts and contrast.k_pos + 1 >= videos:
+    among = min(contrast.sample or videos, videos)
+    if contrasts and contrast.k_pos + 1 >= among:
         raise ConfigError(
-            f"contrast.k_pos={contrast.k_pos} leaves no negatives among {videos} videos; lower it"
+            f"contrast.k_pos={contrast.k_pos} leaves no negatives among {among} videos; lower it"
         )
     if datasets.DATA[cfg.data.name].written:  # its videos are all of one length
         clip_s = max(cfg.video.frames / cfg.video.fps, cfg.audio.seconds)

@@ -197,6 +197,9 @@ class Contrast:
         at_least=0)
     tau_p: float = setting(0.1, "τ_p: drawn with probability ∝ exp(sim/τ_p) [C]", above=0)
     negatives: int = setting(1024, "negatives drawn for each instance [C]", at_least=1)
+    sample: int = setting(0,
+        "look for them among so many instances, drawn each step; 0: among all, docs/scaling.md [C]",
+        at_least=0)
     tau_n: float = setting(float("inf"),
         "τ_n: drawn with probability ∝ exp(sim/τ_n); .inf: uniformly, smaller: harder [C]", above=0)
 
@@ -216,7 +219,8 @@ NEEDS = {  # of a term: the setting, and whether it is so; the classes of a task
     "temporal.moments=2": lambda cfg: cfg.temporal.moments == 2,
     "temporal.speeds=[1,2,4,8]": lambda cfg: len(cfg.temporal.speeds) > 1,
     "temporal.reverse=true": lambda cfg: cfg.temporal.reverse,
-    "bank.spread=false": lambda cfg: not cfg.bank.spread,  # each rank looks for neighbours in the whole bank
+    # a rank looks for neighbours in the whole bank, or all ranks together in a sample of it
+    "bank.spread=false, or a contrast.sample": lambda cfg: not cfg.bank.spread or cfg.contrast.sample > 0,
     "video.offset_s=0": lambda cfg: not cfg.video.offset_s,  # picture and sound cover the same interval
     "weights.xid above 0": lambda cfg: cfg.weights.xid > 0,  # which makes the memories
 }

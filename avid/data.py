@@ -134,7 +134,8 @@ class Clips(torch.utils.data.Dataset):
         for key in MODALITIES if kind == OF_A_STEP else ():
             if any(getattr(self.cfg.weights, f"contrast_{query[0]}{key[0]}") for query in MODALITIES):
                 seed = memory_bank.row_seed(self.cfg.seed, key, *step_and_place)
-                draws = memory_bank.draw_neighbours(len(self), self.cfg.contrast, seed)
+                among = min(self.cfg.contrast.sample or len(self), len(self))
+                draws = memory_bank.draw_neighbours(among, self.cfg.contrast, seed)
                 item |= dict(zip((f"near_{key}", f"far_{key}"), draws, strict=True))
         return item
 

@@ -6,12 +6,16 @@ Out: `start()` tells rank, world size and device; the rest works alike for one a
 
 import contextlib
 import os
+import pickle
 import re
 import signal
 import sys
 import time
 import traceback
+import warnings
+import zlib
 from datetime import timedelta
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -139,6 +143,111 @@ def gather_objects(x):
 def wait():
     """Until all ranks are here."""
     any_rank(False)
+
+
+# ------------------------------------------------------------- tensors whose rows are spread over the ranks
+# torch.distributed.checkpoint writes them, each rank its rows, and reads any rows again, whatever number of
+# ranks wrote them.
+
+
+def save_rows(folder, local, count):
+    """Write tensors of `count` rows, of which this rank holds ⌈count/R⌉ or what is left, into a new folder.
+
+    local: {name: this rank's rows}. Every rank calls. → {file: its CRC-32}, on every rank the same. OSError.
+    """
+    from torch.distributed import checkpoint
+
+    with _plain_failures():
+        writer = checkpoint.FileSystemWriter(folder)
+        checkpoint.save(_spread(local, count), storage_writer=writer, no_dist=world_size() == 1)
+    names = sorted(path.name for path in Path(folder).iterdir())[rank() :: world_size()]
+    checks = gather_objects({name: file_crc32(Path(folder) / name) for name in names})
+    return {name: check for part in checks for name, check in part.items()}
+
+
+def load_rows(folder, local, count):
+    """Read into tensors what `save_rows` of any number of ranks wrote: arguments as there. Every rank calls.
+
+    OSError, also where the index of the folder asks for more than plain data.
+    """
+    from torch.distributed import checkpoint
+
+    with open(Path(folder) / ".metadata", "rb") as file:
+        try:
+            index = PlainIndex(file).load()
+        except pickle.UnpicklingError as error:
+            raise OSError(f"cannot read {folder}: {error}") from None
+
+    class Reader(checkpoint.FileSystemReader):
+        def read_metadata(self, *_, **__):
+            return index
+
+    with _plain_failures():
+        reader = Reader(folder)
+        checkpoint.load(_spread(local, count), storage_reader=reader, no_dist=world_size() == 1)
+
+
+INDEX_NAMES = {
+    "torch": {"Size", "float16", "bfloat16", "float32"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata", "MetadataIndex", "StorageMeta", "ChunkStorageMetadata", "TensorProperties",
+        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    },
+    "pathlib": {"PosixPath"},
+    "pathlib._local": {"PosixPath"},  # Python 3.13
+}  # fmt: skip
+
+
+class PlainIndex(pickle.Unpickler):
+    """Reads the index of torch.distributed.checkpoint, which is a pickle: one that asks for another name than
+    INDEX_NAMES is refused, so that no code is run from a file."""
+
+    def find_class(self, module, name):
+        if name not in INDEX_NAMES.get(module, ()):
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, and no code is run from a file")
+        return super().find_class(module, name)
+
+
+@contextlib.contextmanager
+def _plain_failures():
+    """What one rank could not do, every rank hears, as an OSError."""
+    from torch.distributed.checkpoint import CheckpointException
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that there is one process
+            yield
+    except CheckpointException as error:
+        number, (fault, _) = next(iter(error.failures.items()))
+        text = f"rank {number}: {getattr(fault, 'strerror', None) or fault}"
+        raise OSError(getattr(fault, "errno", None), text) from error
+
+
+def _spread(local, count):
+    """Each rank's rows as parts of tensors of `count` rows; a rank that holds all gives them as they are."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    if all(len(x) == count for x in local.values()):
+        return dict(local)
+    mesh = init_device_mesh(next(iter(local.values())).device.type, (world_size(),))
+    return {
+        name: DTensor.from_local(
+            x, mesh, [Shard(0)], run_check=False, shape=torch.Size((count, *x.shape[1:])), stride=x.stride()
+        )
+        for name, x in local.items()
+    }
+
+
+def file_crc32(path):
+    """The CRC-32 of a file's bytes."""
+    check = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            check = zlib.crc32(block, check)
+    return check
 
 
 def to_device(x, device):

@@ -36,12 +36,9 @@ class MemoryBank(torch.nn.Module):
     def __init__(self, num_instances, dim, momentum, seed, dtype="float32"):
         super().__init__()
         self.num_instances, self.momentum = num_instances, momentum
-        generator = torch.Generator().manual_seed(seed)
         for modality in ("video", "audio"):
             self.register_buffer(modality, torch.zeros(self._rows(), dim, dtype=HALF.get(dtype)))  # N×D
-            for index in torch.arange(num_instances).split(PIECE):
-                memory = F.normalize(torch.randn(len(index), dim, generator=generator), dim=1)
-                self._write(modality, index, memory)
+        self._begin(seed)
         self.register_buffer("agreement", agreement(self.video, self.audio))  # N
         self.register_buffer("agreement_sum", self._total(self.agreement.double().sum()))
         self.register_buffer("agreement_sum_squares", self._total(self.agreement.double().square().sum()))
@@ -57,6 +54,13 @@ class MemoryBank(torch.nn.Module):
         )
 
     # what a bank whose rows are spread over the ranks does another way
+    def _begin(self, seed):
+        """Draw all memories."""
+        generator = torch.Generator().manual_seed(seed)
+        for modality in ("video", "audio"):
+            for index in torch.arange(self.num_instances).split(PIECE):
+                self._write(modality, index, _on_the_sphere(len(index), self.video.shape[1], generator))
+
     def _rows(self):
         return self.num_instances
 
@@ -67,6 +71,25 @@ class MemoryBank(torch.nn.Module):
     def _total(self, x):
         """The sum over what each rank holds."""
         return x
+
+    def _held(self):
+        """How many instances this rank holds."""
+        return self.num_instances
+
+    def _local(self):
+        """Their rows: {buffer: tensor}."""
+        return {name: x[: self._held()] for name, x in self.named_buffers() if x.dim()}
+
+    def _own(self, modality, index):
+        """The memories of this rank's instances."""
+        return self.read(modality, index)
+
+    def load_rows(self, folder, state):
+        """Take this rank's rows out of what a spread bank's `save_rows` wrote and returned. Every rank calls."""
+        distributed.load_rows(folder, self._local(), self.num_instances)
+        for name, x in self.named_buffers():
+            if not x.dim():
+                x.copy_(state[name])
 
     def agreement_mean_std(self):
         """μ, σ of the agreement over the whole bank, from running sums: two float64 0-dim tensors; σ ≥ 0,
@@ -111,7 +134,7 @@ class MemoryBank(torch.nn.Module):
         return _skip(distributed.to_device(place, index.device), excluded)
 
     @torch.no_grad()
-    def neighbourhood(self, modality, index, contrast, seeds, draws=None):
+    def neighbourhood(self, modality, index, contrast, seeds, draws=None, sample=None):
         """Positives and negatives of each instance from the bank as it is now, section 7 [P: the idea, C: the
         law].
 
@@ -121,8 +144,23 @@ class MemoryBank(torch.nn.Module):
         the k_pos nearest to the instance's own memory with probability ∝ exp(sim/τ_p); negatives b×n, without
         replacement from the others with probability ∝ exp(sim/τ_n), n = contrast.negatives or as many as
         there are. The instance itself is neither. ConfigError where the bank has no negatives left.
+
+        sample: S instances that `draw_sample` drew, the same for all rows of all ranks: the bank is taken to
+        hold no others, and an instance that is not among them leaves out the last one. So each row has S − 1
+        candidates, drawn uniformly without replacement from the N − 1 others; the cost does not depend on N.
         """
-        memory = getattr(self, modality)
+        _, near, far = self._neighbourhood(modality, index, contrast, seeds, draws, sample)
+        return (near, far) if sample is None else (sample[near], sample[far])
+
+    @torch.no_grad()
+    def neighbours(self, modality, index, contrast, seeds, draws=None, sample=None):
+        """The memories of `neighbourhood`: positives b×n_pos×D, negatives b×n×D."""
+        memory, near, far = self._neighbourhood(modality, index, contrast, seeds, draws, sample)
+        return memory[near], memory[far]
+
+    def _neighbourhood(self, modality, index, contrast, seeds, draws, sample):
+        """The memories that are looked at, and which of them are positives and negatives."""
+        memory = getattr(self, modality) if sample is None else self.read(modality, sample)  # N×D, or S×D
         others = len(memory) - contrast.k_pos - 1
         if others < 1:
             raise ConfigError(
@@ -132,21 +170,22 @@ class MemoryBank(torch.nn.Module):
             rows = zip(*(draw_neighbours(len(memory), contrast, seed) for seed in seeds), strict=True)
             draws = [distributed.to_device(torch.stack(row), index.device) for row in rows]
         gumbel, places = draws  # b×k, b×n
-        own = memory[index].float()
+        own = self._own(modality, index).float()  # b×D
+        itself = index if sample is None else _place(index, sample)  # b   where each row stands in memory
         with torch.autocast(memory.device.type, enabled=False):
             similarity = torch.cat([own @ some.float().T for some in memory.split(PIECE)], 1)  # b×N
-        similarity.scatter_(1, index[:, None], -torch.inf)
+        similarity.scatter_(1, itself[:, None], -torch.inf)
         nearness, nearest = similarity.topk(contrast.k_pos, 1)  # b×k
 
         # the largest of log p + Gumbel noise are draws without replacement
         drawn = (nearness / contrast.tau_p + gumbel).topk(contrast.n_pos, 1).indices
         positives = nearest.gather(1, drawn)  # b×n_pos
-        excluded = torch.cat([index[:, None], nearest], 1)  # b×(k+1)
+        excluded = torch.cat([itself[:, None], nearest], 1)  # b×(k+1)
         if math.isinf(contrast.tau_n):
-            return positives, _skip(places, excluded)
+            return memory, positives, _skip(places, excluded)
         noise = torch.stack([_gumbel(seed, len(memory), memory.device) for seed in seeds])  # b×N
         negative = (similarity / contrast.tau_n).add_(noise).scatter_(1, excluded, -torch.inf)  # b×N
-        return positives, negative.topk(min(contrast.negatives, others), 1).indices
+        return memory, positives, negative.topk(min(contrast.negatives, others), 1).indices
 
     @torch.no_grad()
     def update(self, index, video, audio, where=None):
@@ -205,13 +244,30 @@ class SpreadBank(MemoryBank):
     """The same bank, its rows spread over R ranks: rank r holds the instances r·n to (r + 1)·n − 1, n =
     ⌈N/R⌉.
 
-    Whatever is asked of it, all ranks ask together and with the same index; `neighbourhood` and all instances
-    at once cannot be had. The last row of every buffer is zero: it stands for the instances that other ranks
-    hold.
+    Whatever is asked of it, all ranks ask together and, but for neighbours, with the same index; all
+    instances at once cannot be had, nor neighbours without a sample. The last row of every buffer is zero: it
+    stands for the instances that other ranks hold. Its first memories are drawn by pieces, so that a rank
+    draws its own alone; up to 65,536 instances they are MemoryBank's.
     """
+
+    def _begin(self, seed):
+        first = distributed.rank() * (self._rows() - 1)
+        for piece in range(first // PIECE, -(-(first + self._held()) // PIECE)):
+            index = torch.arange(piece * PIECE, min((piece + 1) * PIECE, self.num_instances))
+            generator = torch.Generator().manual_seed(hash((seed, piece)) % 2**63 if piece else seed)
+            for modality in ("video", "audio"):
+                self._write(modality, index, _on_the_sphere(len(index), self.video.shape[1], generator))
 
     def _rows(self):
         return -(-self.num_instances // distributed.world_size()) + 1
+
+    def _held(self):
+        rows = self._rows() - 1
+        return min(max(self.num_instances - distributed.rank() * rows, 0), rows)
+
+    def _own(self, modality, index):
+        of_all = self.read(modality, distributed.gather(index))  # B×D
+        return of_all.chunk(distributed.world_size())[distributed.rank()]
 
     def _row(self, index):
         """Where instances stand among this rank's: … -> …; those of other ranks in the last row."""
@@ -229,24 +285,16 @@ class SpreadBank(MemoryBank):
         return distributed.total(x)
 
     def state_dict(self):
-        """The state of the whole bank, as MemoryBank's, in the host memory of rank 0; for the other ranks
-        nothing."""
-        state = {}
-        for name, stored in self.named_buffers():
-            if not stored.dim():
-                state[name] = stored
-                continue
-            state[name] = torch.empty(
-                self.num_instances if distributed.rank() == 0 else 0, *stored.shape[1:], dtype=stored.dtype
-            )
-            for index in torch.arange(self.num_instances, device=stored.device).split(PIECE):
-                piece = self.read(name, index)
-                if distributed.rank() == 0:
-                    state[name][index.cpu()] = piece.cpu()
-        return state
+        raise NotImplementedError("this rank has a part of the bank: save_rows writes all of it")
+
+    def save_rows(self, folder):
+        """Write the bank into `folder`, each rank its rows; returns the rest of the state, and the CRC-32 of
+        each file. Every rank calls. OSError."""
+        rest = {name: x for name, x in self.named_buffers() if not x.dim()}
+        return rest | {"crc32": distributed.save_rows(folder, self._local(), self.num_instances)}
 
     def load_state_dict(self, state):
-        """Take this rank's rows out of the state of a whole bank, whatever number of ranks wrote it."""
+        """Take this rank's rows out of the state of a bank in one piece."""
         begin, rows = distributed.rank() * (self._rows() - 1), self._rows() - 1
         for name, stored in self.named_buffers():
             saved = state[name]
@@ -257,13 +305,25 @@ class SpreadBank(MemoryBank):
                 stored.copy_(saved)
 
 
+def draw_sample(num_instances, contrast, seed):
+    """The instances among which neighbours are looked for: contrast.sample of them, distinct, each as
+    likely, in random order.
+
+    → S int64 on the CPU, at most N; None where contrast.sample is 0: all of them. seed: the same for all ranks.
+    """
+    if not contrast.sample:
+        return None
+    size = min(contrast.sample, num_instances)
+    return torch.from_numpy(np.random.default_rng(seed).choice(num_instances, size, replace=False))
+
+
 def draw_neighbours(num_instances, contrast, seed):
     """What chance there is in the neighbours of one instance, drawn on the CPU: the same bits on every
     device.
 
-    It needs no memories, so that the processes that decode draw it ahead. → Gumbel noise of the k_pos
-    nearest, k; which of the others, counted from 0, are negatives, n: drawn uniformly without replacement,
-    none for a finite τ_n, which looks at them.
+    It needs no memories, so that the processes that decode draw it ahead. num_instances: N, or the size of
+    the sample. → Gumbel noise of the k_pos nearest, k; which of the others, counted from 0, are negatives, n:
+    drawn uniformly without replacement, none for a finite τ_n, which looks at them.
     """
     rng, others = np.random.default_rng(seed), num_instances - contrast.k_pos - 1
     gumbel, n = rng.gumbel(size=contrast.k_pos), min(contrast.negatives, others)
@@ -275,6 +335,17 @@ def draw_neighbours(num_instances, contrast, seed):
 def row_seed(seed, modality, step, place):
     """The seed of what is drawn for a place in the global batch of a step, whatever rank it falls to."""
     return hash((seed, step, modality == "audio", place)) % 2**63
+
+
+def _on_the_sphere(rows, dim, generator):
+    """Vectors of unit length, rows×D, in random directions."""
+    return F.normalize(torch.randn(rows, dim, generator=generator), dim=1)
+
+
+def _place(index, sample):
+    """Where instances stand in a sample, b; the last place for one that is not in it."""
+    there = index[:, None] == sample  # b×S
+    return torch.where(there.any(1), there.int().argmax(1), len(sample) - 1)
 
 
 def _gumbel(seed, n, device):

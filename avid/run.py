@@ -16,6 +16,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import sys
 import time
 import zipfile
@@ -124,26 +125,34 @@ def _check_sums(path):
                 raise zipfile.BadZipFile(f"{record} is damaged")
 
 
-def newest(path, owner=True):
+def newest(path, owner=True, fault_of=lambda state: ""):
     """What a run at `path` goes on from: (state, remark), or (None, "") where nothing was saved yet.
 
     That is `path`, or `previous(path)` where the last one is damaged or missing; the remark then says so.
     owner: this process is the one that writes the run, and renames a damaged file, so that the next
-    `save_checkpoint` does not put it in place of the whole one. Raises CheckpointError where there is
-    something, but nothing whole: a run never begins anew by itself.
+    `save_checkpoint` does not put it in place of the whole one. fault_of(state): what is wrong with the files
+    that a checkpoint names, empty where nothing is. Raises CheckpointError where there is something, but
+    nothing whole: a run never begins anew by itself.
     """
+
+    def load(path):
+        state = load_checkpoint(path)
+        if fault := fault_of(state):
+            raise Damaged(f"cannot read the checkpoint {path}: {fault}")
+        return state
+
     path = Path(path)
     before = previous(path)
     if not path.exists() and not before.exists():
         return None, ""
     try:
-        return load_checkpoint(path), ""
+        return load(path), ""
     except CheckpointError as error:
         if path.exists() and not isinstance(error, Damaged):
             raise
         fault = str(error)
     try:
-        state = load_checkpoint(before)
+        state = load(before)
     except CheckpointError as error:
         raise CheckpointError(
             f"{fault}; {error}; restore one of them, or choose another --out to begin anew"
@@ -154,6 +163,40 @@ def newest(path, owner=True):
             os.replace(path, aside)
         fault += f", it is now {aside}"
     return state, f"{fault}; going on from {before}"
+
+
+def folders_of(state):
+    """The folders beside a checkpoint that hold what was spread over the ranks: {name: {file: its CRC-32}}."""
+    parts = [part for part in state.values() if isinstance(part, dict) and "folder" in part]
+    return {part["folder"]: part["crc32"] for part in parts}
+
+
+def fault_of_rows(beside, state):
+    """What is wrong with these folders, which lie in the folder `beside`; empty where nothing is.
+
+    Every rank calls, reads a share of the files, and hears of all faults.
+    """
+    checks = [
+        (Path(beside) / name / file, crc32)
+        for name, files_of in folders_of(state).items()
+        for file, crc32 in sorted(files_of.items())
+    ]
+    faults = []
+    for path, crc32 in checks[distributed.rank() :: distributed.world_size()]:
+        try:
+            if distributed.file_crc32(path) != crc32:
+                faults.append(f"{path} is damaged")
+        except OSError as error:
+            faults.append(f"{path}: {error.strerror}")
+    return "; ".join(fault for share in distributed.gather_objects(faults) for fault in share)
+
+
+def load_part(part, saved, beside):
+    """Load into what has a state_dict what a checkpoint in the folder `beside` keeps of it."""
+    if "folder" in saved:
+        part.load_rows(Path(beside) / saved["folder"], saved)
+    else:
+        part.load_state_dict(saved)
 
 
 # ------------------------------------------------------------------------------------------------- the folder
@@ -169,6 +212,7 @@ class Checkpoint:
     def __init__(self, path, metrics, name, cfg, world):
         self.path, self.metrics, self.name = Path(path), Path(metrics), name
         self.cfg, self.world, self.out = cfg, world, self.path.parent
+        self.folders = {}  # that the last checkpoint refers to
 
     def resume(self, facts, same, state):
         """Load the checkpoint, or the one before where it is damaged, into `state`; returns the number of
@@ -180,7 +224,8 @@ class Checkpoint:
         """
         self.facts, self.state = facts, state
         self.lock()
-        saved, remark = newest(self.path, owner=self.world.rank == 0)
+        check = functools.partial(fault_of_rows, self.out)
+        saved, remark = newest(self.path, self.world.rank == 0, check)
         self.resumed_at = 0 if saved is None else saved.get("step", 0)
         if saved is None:
             self.cut_log(0)
@@ -194,7 +239,8 @@ class Checkpoint:
             )
         same(saved)
         for name, part in state.items():
-            part.load_state_dict(saved[name])
+            load_part(part, saved[name], self.out)
+        self.folders = folders_of(saved)
         self.cut_log(saved.get("metrics_bytes", 0))
         distributed.say(self.world, f"resuming {self.name} after step {saved['step']}")
         return saved["step"]
@@ -218,14 +264,38 @@ class Checkpoint:
             raise ConfigError(fault)
 
     def save(self, step):
-        # by all ranks: each may hold a part
-        state = {name: part.state_dict() for name, part in self.state.items()}
+        state = {  # by all ranks: each may hold a part
+            name: self.save_rows(name, part, step) if hasattr(part, "save_rows") else part.state_dict()
+            for name, part in self.state.items()
+        }
         if self.world.rank == 0:
             with writing(self.metrics), open(self.metrics, "ab") as file:
                 # a checkpoint never knows of lines that a crash of the machine could take
                 os.fsync(file.fileno())
                 state |= {"metrics_bytes": file.tell()}
             save_checkpoint(self.path, {**state, "step": step, **self.facts})
+            keep = self.folders | folders_of(state)  # those of this checkpoint and of the one before
+            for folder in self.out.glob(f"{self.path.stem}.*-[0-9]*"):
+                if folder.is_dir() and folder.name not in keep:
+                    shutil.rmtree(folder, ignore_errors=True)
+        self.folders = folders_of(state)
+
+    def save_rows(self, name, part, step):
+        """What is spread over the ranks goes into a folder beside the checkpoint, each rank its rows.
+
+        → what the checkpoint itself keeps of it.
+        """
+        folder = self.path.with_suffix(f".{name}-{step:09d}")
+        new = folder.with_name(folder.name + ".part")
+        if self.world.rank == 0:
+            for old in (folder, new):  # left by an interrupted run
+                shutil.rmtree(old, ignore_errors=True)
+        distributed.wait()
+        with writing(new):
+            rest = part.save_rows(new)
+            if self.world.rank == 0:
+                os.replace(new, folder)
+        return {"folder": folder.name, **rest}
 
     def cut_log(self, size):
         """Leave the first `size` bytes of the log: what was logged after the checkpoint comes again."""
@@ -305,7 +375,10 @@ class Folder(Checkpoint):
         if path:
             models.load(network, saved, path)
         if same := saved.get("videos") == self.videos:
-            bank.load_state_dict(saved["bank"])
+            beside = Path(path).parent
+            if fault := fault_of_rows(beside, saved):
+                raise CheckpointError(f"cannot begin with {path}: {fault}")
+            load_part(bank, saved["bank"], beside)
             ancestor.take_partition(saved.get("ancestor", {}).get("partition"))
         elif self.cfg.weights.cma and not self.cfg.loss.warmup_epochs:
             raise ConfigError(

@@ -98,9 +98,8 @@ def knowledge(network, cfg, labels=("label",)):
 
 def bank_of(saved, cfg):
     """The memory bank of a checkpoint."""
-    bank = memory_bank.MemoryBank(
-        len(saved["bank"]["agreement"]), cfg.model.embedding, cfg.bank.momentum, cfg.seed
-    )
+    sizes = saved["videos"]["count"], cfg.model.embedding
+    bank = memory_bank.MemoryBank(*sizes, cfg.bank.momentum, cfg.seed, cfg.bank.dtype)
     bank.load_state_dict(saved["bank"])
     return bank
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from avid import config, data
-from avid.memory_bank import MemoryBank, _skip, row_seed
+from avid.memory_bank import MemoryBank, _skip, draw_sample, row_seed
 
 
 def batch(num_instances, size, dim, seed):
@@ -388,3 +388,83 @@ def test_a_half_precision_bank_has_neighbours_too():
     nearest = set(similarity.topk(4).indices.tolist())
     assert all(set(row) == nearest for row in positives.tolist())
     assert not nearest & set(negatives.flatten().tolist()) and 3 not in negatives
+
+
+# ------------------------------------------------------------------------------------- neighbourhoods out of a sample
+
+
+def test_a_sample_is_uniform_and_without_repeats():
+    contrast = config.Contrast(sample=6)
+    samples = torch.stack([draw_sample(15, contrast, seed) for seed in range(4000)])  # 4000×6
+    assert all(len(set(row)) == 6 for row in samples.tolist())
+    for place in (0, 5):  # in random order: each place is uniform
+        counts = torch.bincount(samples[:, place], minlength=15).double()
+        assert ((counts - 4000 / 15) ** 2 / (4000 / 15)).sum() < 40  # χ², 14 degrees of freedom: p < 1e-3
+    together = torch.zeros(15, 15)
+    for row in samples.tolist():
+        together[row[0], row[1]] += 1
+    expected = 4000 / (15 * 14)
+    off = together[~torch.eye(15, dtype=torch.bool)]
+    assert ((off - expected) ** 2 / expected).sum() < 290  # 209 degrees of freedom: p < 2e-4
+    assert draw_sample(15, config.Contrast(), 0) is None
+    assert sorted(draw_sample(4, contrast, 0).tolist()) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("tau_n", [math.inf, 0.5])
+def test_out_of_a_sample_the_law_is_that_of_a_bank_of_the_sample(tau_n):
+    """Counts of positives and negatives against loops over random subsets of the others, in float64."""
+    bank, itself, draws = MemoryBank(9, 4, 0.5, seed=0), 3, 6000
+    contrast = config.Contrast(n_pos=1, k_pos=2, tau_p=0.5, negatives=2, tau_n=tau_n, sample=6)
+    counts, right = torch.zeros(2, 9), torch.zeros(2, 9, dtype=torch.double)
+    for seed in range(draws):
+        sample = draw_sample(9, contrast, seed)
+        near, far = bank.neighbourhood(
+            "audio", torch.tensor([itself]), contrast, [seed + draws], None, sample
+        )
+        assert itself not in near and itself not in far
+        assert {*near[0].tolist(), *far[0].tolist()} <= set(sample.tolist())
+        counts[0, near[0]] += 1
+        counts[1, far[0]] += 1
+    similarity = (bank.audio.double() @ bank.audio[itself].double()).tolist()
+    others = [i for i in range(9) if i != itself]
+    subsets = list(itertools.combinations(others, 5))  # sample − 1 of the others, each as likely
+    for subset in subsets:
+        ranked = sorted(subset, key=lambda i: -similarity[i])
+        nearest, rest = ranked[:2], ranked[2:]
+        weights = [math.exp(similarity[i] / 0.5) for i in nearest]
+        for i, w in zip(nearest, weights, strict=True):
+            right[0, i] += w / sum(weights) / len(subsets)
+        weights = [math.exp(similarity[i] / tau_n) for i in rest]
+        for first, second in itertools.permutations(range(3), 2):  # two of the three, one after the other
+            p = weights[first] / sum(weights) * weights[second] / (sum(weights) - weights[first])
+            for i in (rest[first], rest[second]):
+                right[1, i] += p / len(subsets)
+    for found, expected in zip(counts.double(), right * draws, strict=True):
+        possible = expected > 0
+        assert not found[~possible].any()
+        chi_square = ((found - expected) ** 2 / expected)[possible].sum()
+        assert chi_square < 35  # at most 7 degrees of freedom: p < 2e-5
+
+
+def test_a_sample_of_all_is_the_bank_in_another_order():
+    bank = MemoryBank(30, 8, 0.5, seed=1)
+    contrast = config.Contrast(n_pos=3, k_pos=3, negatives=100, sample=30)
+    index = torch.tensor([3, 17])
+    sample = draw_sample(30, contrast, 4)
+    near, far = bank.neighbourhood("video", index, contrast, [1, 2], None, sample)
+    whole = bank.neighbourhood("video", index, contrast, [1, 2])
+    for one, other in zip((near, far), whole, strict=True):
+        assert torch.equal(one.sort(1).values, other.sort(1).values)
+    memories = bank.neighbours("video", index, contrast, [1, 2], None, sample)
+    assert torch.equal(memories[0], bank.video[near]) and torch.equal(memories[1], bank.video[far])
+
+
+def test_the_cost_of_a_sample_does_not_depend_on_the_bank():
+    """What is read and multiplied: the sample's rows, whatever N."""
+    contrast = config.Contrast(n_pos=1, k_pos=2, negatives=4, sample=20)
+    for n in (50, 500):
+        bank, read = MemoryBank(n, 4, 0.5, seed=0), []
+        real = bank.read
+        bank.read = lambda name, index, real=real, read=read: read.append(index.numel()) or real(name, index)
+        bank.neighbours("audio", torch.arange(3), contrast, [1, 2, 3], None, draw_sample(n, contrast, 0))
+        assert sorted(read) == [3, 20]

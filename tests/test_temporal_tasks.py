@@ -193,6 +193,7 @@ def test_what_a_term_needs_stands_in_the_help_and_is_asked_for():
         asked = [f"weights.contrast_{name}=1", "temporal.moments=2", "bank.spread=true"]
         with pytest.raises(config.ConfigError, match=f"weights.contrast_{name}=1.0 needs bank.spread=false"):
             config.load("toy", asked)
+        config.load("toy", [*asked, "contrast.sample=1000"])
 
 
 def test_targets_stand_as_the_logits_do():

@@ -57,10 +57,9 @@ def weights(folder, path, root=None):
         raise config.ConfigError(
             f"{folder} is a run without known faulty pairs; train on the toy with toy.faulty=0.3"
         )
-    bank = memory_bank.MemoryBank(
-        len(saved["bank"]["agreement"]), cfg.model.embedding, cfg.bank.momentum, cfg.seed
-    )
-    bank.load_state_dict(saved["bank"])
+    sizes = saved["videos"]["count"], cfg.model.embedding
+    bank = memory_bank.MemoryBank(*sizes, cfg.bank.momentum, cfg.seed, cfg.bank.dtype)
+    run.load_part(bank, saved["bank"], folder)
     table = datasets.load(toy.source(cfg, workers=1), "train")
     faulty = np.array(table.columns["faulty"]) == "1"
     if not faulty.any():
