@@ -16,7 +16,6 @@ if __name__ == "__main__":  # python -m avid check|prepare is python -m avid che
     raise SystemExit(main())
 
 import atexit
-import copy
 import csv
 import errno
 import functools
@@ -58,10 +57,9 @@ REMEDY = (
 )
 OPEN_FILES = 24  # of a decoding process: its pipes, and a dozen tensors of each of two batches that wait
 TRIES = 20  # files a sample tries before it gives up
-DEATHS = 2  # of decoding processes on a file before it is given up; the first may be a disk's or the memory's fault
-torch.utils.data._utils.signal_handling._SIGCHLD_handler_set = (
-    True  # else torch raises their end amid whatever happens just then
-)
+DEATHS = 2  # of decoding processes on a file before it is given up: the first may be the memory's fault
+# else torch raises the end of a decoding process amid whatever happens just then
+torch.utils.data._utils.signal_handling._SIGCHLD_handler_set = True
 
 
 def random_crop(height, width, area, ratio, rng):
@@ -114,10 +112,9 @@ class Clips(torch.utils.data.Dataset):
                     item = self.read(index, rng) | (self.neighbours(draw) if self.training else {})
                     return {"index": index, "failures": failures, **item}
             except MediaError as error:
-                if getattr(error.__cause__, "errno", None) in (errno.EMFILE, errno.ENFILE):
-                    raise OSError(
-                        error.__cause__.errno, "Too many open files"
-                    ) from None  # not the file's fault
+                number = getattr(error.__cause__, "errno", None)
+                if number in (errno.EMFILE, errno.ENFILE):  # not the file's fault
+                    raise OSError(number, os.strerror(number)) from None
                 failures.append((index, str(error)))
             if not self.training:
                 return {"index": index, "failures": failures}
@@ -149,9 +146,7 @@ class Clips(torch.utils.data.Dataset):
             yield
             return
         self.reading[process.id] = index
-        signal.setitimer(
-            signal.ITIMER_REAL, self.cfg.data.timeout_s
-        )  # SIGALRM ends what hangs within a decoder, too
+        signal.setitimer(signal.ITIMER_REAL, self.cfg.data.timeout_s)  # ends even what hangs
         try:
             yield
         finally:
@@ -162,13 +157,12 @@ class Clips(torch.utils.data.Dataset):
         """The clips of one video: M×…, as the module says."""
         table = self.table
         file = (table.root / table.paths[index], self.modalities, table.start_s[index], table.end_s[index])
-        with (self.cfg.data.in_memory and part_in_memory(*file)) or Media(*file) as media:
+        with (self.cfg.data.in_memory and in_memory(*file)) or Media(*file) as media:
             first_s, last_s = self.usable(media)
             if self.training:
                 clips, labels = temporal_tasks.plan(first_s, last_s, self.length_s, self.cfg.temporal, rng)
-                item = {name: torch.tensor(label) for name, label in labels.items()} | self.draws(
-                    len(clips), rng
-                )
+                item = {name: torch.tensor(label) for name, label in labels.items()}
+                item |= self.draws(len(clips), rng)
             else:
                 clips, item = self.evenly(first_s, last_s), {}
             if "video" in self.modalities:
@@ -203,9 +197,7 @@ class Clips(torch.utils.data.Dataset):
         return clip.start_s + clip.speed * (self.length_s - seconds) / 2
 
     def moved(self, start_s, clip, media, rng):
-        """Another start of a clip's picture: its middle lies up to video.offset_s from the sound's, within the
-        file [A].
-        """
+        """Another start of a clip's picture: its middle up to video.offset_s from the sound's [A]."""
         video, reach_s = self.cfg.video, self.cfg.video.offset_s * clip.speed
         last_s = media.last_s - clip.speed * video.frames / video.fps
         low, high = max(start_s - reach_s, media.first_s), min(start_s + reach_s, last_s)
@@ -228,13 +220,10 @@ class Clips(torch.utils.data.Dataset):
             top, left, height, width = random_crop(height, width, video.crop_area, video.crop_ratio, rng)
         else:
             top, left, height, width = central_crop(height, width, self.cfg.eval.crop)
-        frames = torch.from_numpy(frames[:, top : top + height, left : left + width]).permute(
-            0, 3, 1, 2
-        )  # T×3×h×w
+        frames = torch.from_numpy(frames[:, top : top + height, left : left + width])  # T×h×w×3
         # rows of RGB as they are, in bytes: the channels become planes when the item is put together
-        return F.interpolate(frames, [video.size, video.size], mode="bilinear", antialias=True).transpose(
-            0, 1
-        )
+        size = {"size": [video.size, video.size], "mode": "bilinear", "antialias": True}
+        return F.interpolate(frames.permute(0, 3, 1, 2), **size).transpose(0, 1)
 
     def loudness(self, media, clip, rng):
         """float32 1×F×bins, dB: the log spectrogram, with a random gain.
@@ -260,13 +249,11 @@ class BatchSampler(torch.utils.data.Sampler):
 
     def __init__(self, n, batch_size, how, seed, first_step, last_step, rank=0, world=1, copies=10):
         if batch_size > n:
-            raise ConfigError(
-                f"a batch of {batch_size} is larger than the data set of {n} videos; lower optim.batch_size"
-            )
+            what = f"a batch of {batch_size} is larger than the data set of {n} videos"
+            raise ConfigError(f"{what}; lower optim.batch_size")
         if batch_size % world:
-            raise ConfigError(
-                f"optim.batch_size = {batch_size} clips cannot be shared evenly by {world} processes"
-            )
+            what = f"optim.batch_size = {batch_size} clips cannot be shared evenly by {world} processes"
+            raise ConfigError(what)
         self.n, self.batch_size, self.how, self.seed = n, batch_size, how, seed
         self.copies = copies if how == "copies" else 1
         self.steps = range(first_step, last_step)
@@ -301,20 +288,8 @@ def collate(items):
     return {**batch, "failures": failures}
 
 
-def part_in_memory(path, modalities, start_s, end_s):
-    """A part of a file that was decoded whole, once for all of its parts; None where it cannot be decoded whole."""
-    whole = in_memory(path, modalities)
-    if whole is None:
-        return None
-    part = copy.copy(whole)  # pictures and sound are shared
-    part.first_s, part.last_s = max(whole.first_s, start_s), min(whole.last_s, end_s)
-    if not part.last_s > part.first_s:
-        raise MediaError("picture and sound, or the asked part, do not overlap in time")
-    return part
-
-
 def at_start(_):
-    """Of a decoding process: its parent decides when it ends, or the clock, or a batch that it cannot hand over."""
+    """A decoding process is ended by its parent, by the clock, or by a batch that it cannot hand over."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -322,20 +297,19 @@ def at_start(_):
 
 
 def not_handed_over(error, batch):
-    """End a decoding process whose batch did not leave it: Python would go on, and the parent wait for ever."""
+    """End a decoding process whose batch did not leave it: Python would go on, the parent wait for ever."""
     print(f"a batch was not handed over: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
     os._exit(1)
 
 
 def allow_open_files(workers):
-    """Raise this process's soft limit of open files to what so many decoding processes take. Raises ConfigError."""
+    """Raise the soft limit of open files to what so many decoding processes take. Raises ConfigError."""
     needed = len(os.listdir("/dev/fd")) + OPEN_FILES * (workers + 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < needed:
         if hard != resource.RLIM_INFINITY and hard < needed:
-            raise ConfigError(
-                f"data.workers={workers} takes up to {needed} open files, {hard} are allowed: {REMEDY}"
-            )
+            what = f"data.workers={workers} takes up to {needed} open files, {hard} are allowed"
+            raise ConfigError(f"{what}: {REMEDY}")
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
@@ -400,9 +374,8 @@ class Loader:
                 return
             except (RuntimeError, OSError, EOFError) as error:  # torch's, or of the pipe
                 wait([process.sentinel for process in decoding], timeout=1.0)
-                ended = {
-                    n: process.exitcode for n, process in enumerate(decoding) if process.exitcode is not None
-                }
+                codes = {n: process.exitcode for n, process in enumerate(decoding)}
+                ended = {n: code for n, code in codes.items() if code is not None}
                 if not ended:
                     if exhausted := EXHAUSTED.search(f"{type(error).__name__}: {error}"):
                         raise ConfigError(f"{exhausted[0]}: {REMEDY}") from None
@@ -420,27 +393,21 @@ class Loader:
                     ahead._shutdown_workers()  # now, though an exception may keep them
 
     def start(self, keys):
-        return iter(
-            torch.utils.data.DataLoader(
-                self.clips,
-                batch_sampler=keys,
-                num_workers=self.workers,
-                collate_fn=collate,
-                pin_memory=torch.cuda.is_available(),
-                prefetch_factor=2
-                if self.workers
-                else None,  # batches a process; each lies in shared memory, and then pinned
-                worker_init_fn=at_start,
-                generator=torch.Generator(),  # the global one stays as it is
-            )
+        batches = torch.utils.data.DataLoader(
+            self.clips,
+            batch_sampler=keys,
+            num_workers=self.workers,  # each has two batches ahead, in shared memory and then pinned
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=at_start,
+            generator=torch.Generator(),  # the global one stays as it is
         )
+        return iter(batches)
 
     def blame(self, index, code):
         """A process ended with this exit code while it read a file (−1: while it read none)."""
         if index < 0:
-            tqdm.write(
-                f"a decoding process died with {processes.ending(code)} between two files; another goes on"
-            )
+            tqdm.write(f"a decoding process died between files: {processes.ending(code)}; another goes on")
             return
         reason = f"its decoder died with {processes.ending(code)}"
         if code == -signal.SIGALRM:
@@ -473,8 +440,8 @@ class BadFiles:
                 tqdm.write(f"skipped {shown(self.table, index)}: {reason}")
         if self.drawn >= 100 and self.failed > self.max_share * self.drawn:
             raise MediaError(
-                f"{self.failed} of {self.drawn} files drawn could not be used, more than data.max_bad_share = {self.max_share}; "
-                "the lines above name them"
+                f"{self.failed} of {self.drawn} files drawn could not be used, more than "
+                f"data.max_bad_share = {self.max_share}; the lines above name them"
             )
 
     def state_dict(self):
@@ -491,13 +458,8 @@ class BadFiles:
         one."""
         if self.state_dict() and distributed.rank() == 0:
             with files.replacing(path, newline="", errors="surrogateescape") as file:
-                lines = csv.writer(file, lineterminator="\n")
-                lines.writerows(
-                    [
-                        ("path", "reason"),
-                        *((self.table.name_of(i), self.reasons[i]) for i in sorted(self.reasons)),
-                    ]
-                )
+                rows = [(self.table.name_of(i), self.reasons[i]) for i in sorted(self.reasons)]
+                csv.writer(file, lineterminator="\n").writerows([("path", "reason"), *rows])
             tqdm.write(f"{len(self.reasons)} files could not be used and were replaced by others: {path}")
 
 
@@ -570,9 +532,8 @@ def augment(video, flip, jitter, grey):
     luma = constant(LUMA, x.device)
     brightness, contrast, saturation = (1 + jitter[:, :3, None, None]).unbind(1)  # B×1×1 each
     saturation = torch.where(grey[:, None, None], 0.0, saturation)
-    matrix = brightness * (
-        saturation * hue_rotation(jitter[:, 3]) + (1 - saturation) * luma.expand(3, 3)
-    )  # B×3×3
+    matrix = saturation * hue_rotation(jitter[:, 3]) + (1 - saturation) * luma.expand(3, 3)  # B×3×3
+    matrix = brightness * matrix
     x = (matrix @ x.flatten(2)).clamp_(0, 1)  # B×3×TSS
     mean = (luma @ x.mean(2).T)[:, None, None]  # B×1×1
     return x.sub_(mean).mul_(contrast).add_(mean).clamp_(0, 1).view_as(video)

@@ -5,6 +5,7 @@ Frames come from decord where a file is proven to be one that it reads right, el
 """
 
 import contextlib
+import copy
 import ctypes
 import functools
 import itertools
@@ -83,8 +84,6 @@ class Media:
                 self._open_sound()
             if "video" in modalities:
                 self._open_picture()
-            if not self.last_s > self.first_s:
-                raise MediaError("picture and sound, or the asked part, do not overlap in time")
             in_vain.pop_all()
 
     def _open_sound(self):
@@ -121,6 +120,8 @@ class Media:
 
     def _usable(self, first_s, last_s):
         self.first_s, self.last_s = max(self.first_s, first_s), min(self.last_s, last_s)
+        if not self.last_s > self.first_s:
+            raise MediaError("picture and sound, or the asked part, do not overlap in time")
 
     def frames(self, times_s):
         """The frames shown at these times (any order, repeats allowed): uint8 T×H×W×3. Before the first frame this one is shown."""
@@ -390,11 +391,17 @@ class MediaInMemory(Media):
 
 @functools.cache
 def in_memory(path, modalities=MODALITIES, start_s=0.0, end_s=np.inf):
-    """The MediaInMemory of a file, decoded once a process and kept; None where the file cannot be decoded whole."""
-    try:
-        return MediaInMemory(path, modalities, start_s, end_s)
-    except MediaError:
+    """The MediaInMemory of a part of a file, which is decoded whole, once a process, and kept for all of its
+    parts; None where it cannot be decoded whole.
+    """
+    if (start_s, end_s) == (0.0, np.inf):
+        with contextlib.suppress(MediaError):
+            return MediaInMemory(path, modalities)
         return None
+    part = copy.copy(in_memory(path, modalities, 0.0, np.inf))  # pictures and sound are shared
+    if part is not None:
+        part._usable(start_s, end_s)
+    return part
 
 
 def paste(samples, placed, at):

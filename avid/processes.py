@@ -22,14 +22,15 @@ class Crash(NamedTuple):
 
 
 def outcomes(function, tasks, workers, limit_s):
-    """Yield (task, function(*task)), a Crash where there is no result, as they are done in `workers` processes.
+    """Yield (task, function(*task)), a Crash where there is no result, as they are done in `workers`
+    processes.
 
-    A process gets limit_s seconds a task. An exception of `function` is raised here, with its traceback. Closing the generator
-    ends the processes, and with SIGTERM first: what `function` has to clean up in that case it does in `finally`.
+    A process gets limit_s seconds a task. An exception of `function` is raised here, with its traceback.
+    Closing the generator ends the processes, and with SIGTERM first: what `function` has to clean up in that
+    case it does in `finally`.
     """
-    context = multiprocessing.get_context(
-        "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    )
+    forkserver = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if forkserver else "spawn")
     context.set_forkserver_preload(["avid.media"])  # imported once
     tasks, idle, busy = deque(tasks), {}, {}  # idle: {pipe: process}, busy: {pipe: (process, task, deadline)}
     try:
@@ -76,9 +77,8 @@ def _start(context, function):
 def _serve(pipe, function):
     """A worker: a task, its result, the next one, until the parent has gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C ends
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(1)
-    )  # an exception: `finally` is kept, subprocess.run ends its child
+    # an exception: `finally` is kept, subprocess.run ends its child
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with suppress(EOFError, ConnectionError):
         while True:
             task = pipe.recv()

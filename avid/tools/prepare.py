@@ -40,6 +40,11 @@ PART = ".avid-part"  # ending of a file that is being written
 COLUMNS = "path usable reason seconds fps width height audio_rate_hz channels modality frames_by".split()
 PIECE_S = 60.0  # sound decoded at a time
 FULL = os.strerror(errno.ENOSPC)
+# of ffmpeg. Every frame keeps its own time, on a clock of 90 kHz instead of the frame rate's; without B
+# frames nothing is reordered
+ENCODE_PICTURE = "-fps_mode vfr -enc_time_base 1:90000 -c:v libx264 -threads 1 -bf 0 -crf 20 -pix_fmt yuv420p"
+ENCODE_SOUND = "-c:a aac -b:a 64k -ac 1"
+WRITE = "-map_metadata -1 -map_chapters -1 -abort_on empty_output -f mp4 -movflags +faststart"
 CHECK_LIMIT_S, PREPARE_LIMIT_S = 600.0, 6 * 3600.0  # a file that takes longer hangs
 
 
@@ -49,9 +54,9 @@ CHECK_LIMIT_S, PREPARE_LIMIT_S = 600.0, 6 * 3600.0  # a file that takes longer h
 def check(table, modalities, out, workers, cfg=None):
     """Read every instance of a datasets.Table once, append a row (COLUMNS) to the CSV `out`, print a summary.
 
-    modalities: what a file needs to be usable, of ("video", "audio"); cfg: config.Config, whose clips and timeout
-    judge it. Instances with a row in `out` are not read again. Returns the number of usable ones. Raises DataError
-    where `out` is something else.
+    modalities: what a file needs to be usable, of ("video", "audio"); cfg: config.Config, whose clips and
+    timeout judge it. Instances with a row in `out` are not read again. Returns the number of usable ones.
+    Raises DataError where `out` is something else.
     """
     needs = "+".join(modalities)
     rows = _earlier(out, needs, table)
@@ -117,17 +122,14 @@ def examine(root, path, start_s, end_s, modalities, cfg=None):
 
 
 def read_clips(root, path, start_s, end_s, modalities, cfg):
-    """Read the first and the last clip of a file, as training and evaluation do. Raises MediaError where they could not."""
+    """Read the first and the last clip of a file, as training does. Raises MediaError where that fails."""
     from avid import data
 
-    one, whole = np.zeros(1), np.zeros(1, np.int64)
-    table = datasets.Table("", Path(root), [path], whole - 1, [], one + start_s, one + end_s, whole, {}, [])
-    before_s = time.monotonic()
+    table, before_s = datasets.of_files([path], root, start_s, end_s), time.monotonic()
     data.Clips(table, cfg, training=False, modalities=modalities, clips=2).read(0, np.random.default_rng(0))
     if time.monotonic() - before_s > 2 * cfg.data.timeout_s:  # training gives a clip no longer
-        raise data.MediaError(
-            f"its decoder takes longer than data.timeout_s = {cfg.data.timeout_s:g} s a clip"
-        )
+        limit = f"data.timeout_s = {cfg.data.timeout_s:g} s"
+        raise data.MediaError(f"its decoder takes longer than {limit} a clip")
 
 
 def _earlier(out, needs, table):
@@ -137,10 +139,8 @@ def _earlier(out, needs, table):
     if not (text.startswith(header) or header.startswith(text)):
         raise DataError(f"{out} is not the CSV of a check; name another one with --out")
     whole = text[: text.rfind(b"\n") + 1]
-    rows = {
-        row["path"]: row
-        for row in csv.DictReader(io.StringIO(whole.decode(errors="surrogateescape"), newline=""))
-    }
+    file = io.StringIO(whole.decode(errors="surrogateescape"), newline="")
+    rows = {row["path"]: row for row in csv.DictReader(file)}
     listed = {table.name_of(i) for i in range(len(table))}
     for path, row in rows.items():
         if path not in listed or row["modality"] != needs:
@@ -160,21 +160,16 @@ def summary(rows):
         reason = row["reason"].partition(":")[0]
         kind = ("usable, but " if row["usable"] == "yes" else "") + reason if reason else "usable"
         kinds.setdefault(kind, []).append(row)
-    total = sum(map(len, kinds.values()))
-    lines = []
-    for kind, members in sorted(
-        kinds.items(), key=lambda item: (not item[0].startswith("usable"), -len(item[1]))
-    ):
+    total, lines = sum(map(len, kinds.values())), []
+    order = sorted(kinds, key=lambda kind: (not kind.startswith("usable"), -len(kinds[kind])))
+    for kind in order:
+        members = kinds[kind]
+        if kind == "usable":
+            more = f"{sum(float(row['seconds']) for row in members) / 3600:,.1f} h"
+        else:
+            more = "e.g. " + ", ".join(row["path"] for row in members[:3])
         if members or kind == "usable":
-            hours = (
-                f"   {sum(float(row['seconds']) for row in members) / 3600:,.1f} h"
-                if kind == "usable"
-                else ""
-            )
-            examples = ", ".join(row["path"] for row in members[:3])
-            lines.append(
-                f"{len(members):>11,} {len(members) / max(total, 1):>7.1%}   {kind}{hours or f'   e.g. {examples}'}"
-            )
+            lines.append(f"{len(members):>11,} {len(members) / max(total, 1):>7.1%}   {kind}   {more}")
     return "\n".join(lines)
 
 
@@ -209,16 +204,13 @@ def prepare(src, dst, small, workers):
         raise DataError(f"no media files below {src}; they end in {', '.join(MEDIA)}")
     check_folder(dst)
     there = _files(dst) if dst.exists() else []
-    if (foreign := [file for file in there if not file.endswith(PART)]) and not (
-        dst / "prepare.json"
-    ).exists():
-        raise DataError(
-            f"{dst} holds files that were not prepared, e.g. {foreign[0]}; name an empty folder, or a new one"
-        )
+    foreign = [file for file in there if not file.endswith(PART)]
+    if foreign and not (dst / "prepare.json").exists():
+        what = f"{dst} holds files that were not prepared, e.g. {foreign[0]}"
+        raise DataError(f"{what}; name an empty folder, or a new one")
     dst.mkdir(parents=True, exist_ok=True)
-    for file in there:
-        if file.endswith(PART):
-            (dst / file).unlink()
+    for file in set(there).difference(foreign):
+        (dst / file).unlink()
     ffmpeg = _ffmpeg(dst, small)
     _same_settings(dst / "prepare.json", small)
 
@@ -227,16 +219,14 @@ def prepare(src, dst, small, workers):
         stem, ending = os.path.splitext(file)
         renamed[file] = stem + (".m4a" if ending.lower() in SOUND else ".mp4")
         if first.setdefault(renamed[file], file) is not file:
-            failures.append(
-                (file, f"would become {renamed[file]}, as {first[renamed[file]]} does: rename one of the two")
-            )
+            other = first[renamed[file]]
+            failures.append((file, f"would become {renamed[file]}, as {other} does: rename one of the two"))
     for file in files:
         if file.lower().endswith((".csv", ".txt")) and file != "failures.csv":
             copy_list(src, dst, file, renamed)
     there = {name for name in first if (dst / name).exists()}
-    tasks = [
-        (ffmpeg, str(src / file), str(dst / name), small) for name, file in first.items() if name not in there
-    ]
+    todo = {name: file for name, file in first.items() if name not in there}
+    tasks = [(ffmpeg, str(src / file), str(dst / name), small) for name, file in todo.items()]
     for folder in {Path(target).parent for _, _, target, _ in tasks}:
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -260,15 +250,13 @@ def prepare(src, dst, small, workers):
                     done, mute = done + 1, mute + (not has_sound)
                     before, after = before + os.path.getsize(source), after + os.path.getsize(target)
                 bar.update()
-    print(
-        f"prepared {done:,} files ({mute:,} without sound): {before / 1e6:,.1f} MB to {after / 1e6:,.1f} MB"
-    )
+    size = f"{before / 1e6:,.1f} MB to {after / 1e6:,.1f} MB"
+    print(f"prepared {done:,} files ({mute:,} without sound): {size}")
     if there:
         print(f"{len(there):,} were there before")
     if failures:
-        print(
-            f"{len(failures):,} could not be prepared, e.g. {failures[0][0]}: {failures[0][1]}; all of them: {log}"
-        )
+        example = ": ".join(failures[0])
+        print(f"{len(failures):,} could not be prepared, e.g. {example}; all of them: {log}")
     else:
         log.unlink()
     return done + len(there)
@@ -315,31 +303,11 @@ def _command(ffmpeg, inputs, picture, sound, small, out):
     if picture:
         # the short side of the stored frame, at most its own; even numbers for 4:2:0; -2: keep the shape
         width, height = (f"max(2,trunc(min({side},{small.short_side})/2)*2)" for side in ("iw", "ih"))
-        command += [
-            "-map",
-            picture,
-            "-vf",
-            f"scale=w='if(gt(iw,ih),-2,{width})':h='if(gt(iw,ih),{height},-2)'",
-        ]
-        # every frame keeps its own time, on a clock of 90 kHz instead of the frame rate's; without B frames
-        # nothing is reordered
-        command += [
-            "-fps_mode",
-            "vfr",
-            "-enc_time_base",
-            "1:90000",
-            "-c:v",
-            "libx264",
-            "-threads",
-            "1",
-            "-bf",
-            "0",
-        ]
-        command += ["-g", str(small.keyint), "-crf", "20", "-pix_fmt", "yuv420p"]
+        scale = f"scale=w='if(gt(iw,ih),-2,{width})':h='if(gt(iw,ih),{height},-2)'"
+        command += ["-map", picture, "-vf", scale, *ENCODE_PICTURE.split(), "-g", str(small.keyint)]
     if sound:
-        command += ["-map", sound, "-c:a", "aac", "-b:a", "64k", "-ac", "1", "-ar", str(small.audio_rate)]
-    command += ["-map_metadata", "-1", "-map_chapters", "-1", "-abort_on", "empty_output"]
-    return [*command, "-f", "mp4", "-movflags", "+faststart", out]
+        command += ["-map", sound, *ENCODE_SOUND.split(), "-ar", str(small.audio_rate)]
+    return [*command, *WRITE.split(), out]
 
 
 def _run(command):
@@ -347,9 +315,8 @@ def _run(command):
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     if not done.returncode:
         return ""
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or [
-        processes.ending(done.returncode)
-    ]
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    lines = lines or [processes.ending(done.returncode)]
     return f"ffmpeg: {next((line for line in lines if FULL in line), lines[0])}"
 
 
@@ -371,9 +338,8 @@ def _ffmpeg(dst, small):
             return path
         complaints.append(f"{path} cannot encode this way: {reason}")
     why = "; ".join(complaints) or "no ffmpeg on PATH"
-    raise DataError(
-        f"{why}. Install ffmpeg 5.1 or newer, with libx264 and aac, or: pip install imageio-ffmpeg"
-    )
+    remedy = "Install ffmpeg 5.1 or newer, with libx264 and aac, or: pip install imageio-ffmpeg"
+    raise DataError(f"{why}. {remedy}")
 
 
 def _same_settings(path, small):
@@ -382,9 +348,8 @@ def _same_settings(path, small):
         with replacing(path) as file:
             file.write(json.dumps(small._asdict()) + "\n")
     elif (there := path.read_text(encoding="utf-8").strip()) != json.dumps(small._asdict()):
-        raise DataError(
-            f"{path.parent} holds files prepared with {there}; ask for the same, or name another folder"
-        )
+        what = f"{path.parent} holds files prepared with {there}"
+        raise DataError(f"{what}; ask for the same, or name another folder")
 
 
 def _files(root):
@@ -407,11 +372,8 @@ def copy_list(src, dst, file, renamed):
 
 def _new_endings(content, folder, renamed):
     try:
-        rows = list(
-            csv.reader(
-                io.StringIO(content.decode("utf-8-sig"), newline=""), skipinitialspace=True, strict=True
-            )
-        )
+        text = io.StringIO(content.decode("utf-8-sig"), newline="")
+        rows = list(csv.reader(text, skipinitialspace=True, strict=True))
     except (UnicodeDecodeError, csv.Error):
         return content  # as unreadable as it was
     header = [name.strip() for name in rows[0]] if rows else []
@@ -420,11 +382,11 @@ def _new_endings(content, folder, renamed):
     at = header.index("path")
     for row in rows[1:]:
         if len(row) > at:
-            name = renamed.get(
-                posixpath.normpath(posixpath.join(folder, PureWindowsPath(row[at].strip()).as_posix()))
-            )
+            path = row[at].strip()
+            listed = posixpath.join(folder, PureWindowsPath(path).as_posix())
+            name = renamed.get(posixpath.normpath(listed))
             if name:
-                row[at] = os.path.splitext(row[at].strip())[0] + os.path.splitext(name)[1]
+                row[at] = os.path.splitext(path)[0] + os.path.splitext(name)[1]
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue().encode()
@@ -439,9 +401,8 @@ def main(argv=None):
     Exit code 0: files can be used, 1: none, 2: wrong arguments or data.
     """
     arguments = _parser().parse_args(argv)
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(143)
-    )  # an exception, as Ctrl-C is: workers end, part files go
+    # an exception, as Ctrl-C is: workers end, part files go
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         usable = _check(arguments) if arguments.command == "check" else _prepare(arguments)
     except (config.ConfigError, DataError, OSError) as error:
@@ -458,7 +419,8 @@ def _check(arguments):
     modalities = MODALITIES[arguments.modality] if arguments.modality else datasets.DATA[name].needs
     modality = next(text for text, wanted in MODALITIES.items() if wanted == modalities)
     folder = Path(arguments.root).expanduser().resolve()  # another folder of this name has another CSV
-    place = f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', folder.name)[:40]}-{hashlib.sha256(bytes(folder)).hexdigest()[:6]}"
+    place = re.sub(r"[^A-Za-z0-9_.-]+", "_", folder.name)[:40]
+    place += f"-{hashlib.sha256(bytes(folder)).hexdigest()[:6]}"
     out = arguments.out or Path(f"check-{name}-{place}-{split}-{modality}.csv")
     workers = arguments.workers or max(cfg.data.workers, 1)
     return check(datasets.load(cfg.data, split), modalities, out, workers, cfg)
@@ -475,78 +437,33 @@ def _parser():
 
     what = "read every file of a data set once: what is usable, what is not and why, as a CSV"
     add = commands.add_parser("check", help=what, description=what, formatter_class=cli.Help).add_argument
-    add(
-        "--data",
-        required=True,
-        choices=datasets.DATA,
-        metavar="D",
-        help=f"data set: {', '.join(datasets.DATA)}",
-    )
+    what = f"data set: {', '.join(datasets.DATA)}"
+    add("--data", required=True, choices=datasets.DATA, metavar="D", help=what)
     add("--root", required=True, metavar="R", help="folder of the data set")
     add("--split", default="all", metavar="S", help="part to read (default: all)")
     needs = ", ".join(f"{name}: {row.needs[0]}" for name, row in datasets.DATA.items() if len(row.needs) == 1)
     add("--modality", choices=MODALITIES, help=f"what a usable file has (default: both; {needs})")
-    add("--workers", type=_positive, metavar="N", help="processes (default: data.workers)")
-    add(
-        "--out",
-        type=Path,
-        metavar="FILE.csv",
-        help="the CSV; it is continued (default: check-D-<folder>-S-MODALITY.csv, another one a folder)",
-    )
-    add(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="settings of train.py, for example data.subset=esc10",
-    )
+    add("--workers", type=cli.positive, metavar="N", help="processes (default: data.workers)")
+    what = "the CSV; it is continued (default: check-D-<folder>-S-MODALITY.csv, another one a folder)"
+    add("--out", type=Path, metavar="FILE.csv", help=what)
+    what = "settings of train.py, for example data.subset=esc10"
+    add("overrides", nargs="*", metavar="key=value", help=what)
 
-    what, small = (
-        "make small copies of the media below a folder, with many key frames: they decode fast",
-        Small(),
-    )
+    what = "make small copies of the media below a folder, with many key frames: they decode fast"
     add = commands.add_parser("prepare", help=what, description=what, formatter_class=cli.Help).add_argument
     add("src", metavar="SRC", help="folder of videos or sounds")
-    add(
-        "dst",
-        metavar="DST",
-        help="folder to write; the same command goes on where an interrupted one stopped",
-    )
-    add(
-        "--short-side",
-        type=_positive,
-        default=small.short_side,
-        metavar="PIXELS",
-        help="at most (default: %(default)s)",
-    )
-    add(
-        "--keyint",
-        type=_positive,
-        default=small.keyint,
-        metavar="FRAMES",
-        help="between key frames (default: %(default)s)",
-    )
-    add(
-        "--audio-rate",
-        type=_positive,
-        default=small.audio_rate,
-        metavar="HZ",
-        help="sample rate (default: %(default)s)",
-    )
-    add(
-        "--workers",
-        type=_positive,
-        default=os.cpu_count(),
-        metavar="N",
-        help="processes (default: the processors)",
-    )
+    what = "folder to write; the same command goes on where an interrupted one stopped"
+    add("dst", metavar="DST", help=what)
+    for option, default, metavar, what in (
+        ("--short-side", Small().short_side, "PIXELS", "at most"),
+        ("--keyint", Small().keyint, "FRAMES", "between key frames"),
+        ("--audio-rate", Small().audio_rate, "HZ", "sample rate"),
+    ):
+        what += " (default: %(default)s)"
+        add(option, type=cli.positive, default=default, metavar=metavar, help=what)
+    what = "processes (default: the processors)"
+    add("--workers", type=cli.positive, default=os.cpu_count(), metavar="N", help=what)
     return parser
-
-
-def _positive(text):
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return number
 
 
 if __name__ == "__main__":
