@@ -1,7 +1,8 @@
 """Pictures and sound out of one file, by time.
 
-In: a path. Out: frames shown at given times, mono sound of an interval, its log spectrogram, on one clock that begins with the file.
-Frames come from decord where a file is proven to be one that it reads right, else from PyAV; sound comes from PyAV.
+In: a path. Out: frames shown at given times, mono sound of an interval, its log spectrogram, on one clock
+that begins with the file. Frames come from decord where a file is proven to be one that it reads right, else
+from PyAV; sound comes from PyAV.
 """
 
 import contextlib
@@ -25,21 +26,19 @@ WARM_UP_S = 0.15  # sound that a decoder needs before it is right
 RESAMPLER_S = 0.01  # more than the resampler's reach
 PADDING_S = 0.1  # more than the part of the last packet that an encoder fills up
 LOWEST_HZ, HIGHEST_HZ = 1000, 768000  # of sound; other rates stand in damaged headers
-STAMPED = (
-    "mov",
-    "matroska",
-    "asf",
-)  # containers whose time stamps are true also after a seek; others are read through once
+# containers whose time stamps are true also after a seek; others are read through once
+STAMPED = ("mov", "matroska", "asf")
 SAME_S = 1e-4  # times of frames that lie closer are the same: decord has them in float32
 FAR_S = 5.0  # between two frames: to seek the later one costs less than to decode what lies between
 BACKWARDS_S = 0.5  # a time stamp this much before the one before it is a clock that was set back
+LONGEST_S = 1e8  # of a time stamp: three years
 
 
 def import_decord():
     """decord, with its libraries for itself alone.
 
-    Its import opens NVIDIA's libraries and its own for the whole process, so that everything loaded later is given their symbols:
-    NVBLAS for BLAS, which returns wrong products. Decoding on a CPU needs none of NVIDIA's.
+    Its import opens NVIDIA's libraries and its own for the whole process: what is loaded later is given their
+    symbols, NVBLAS for BLAS, which returns wrong products. Decoding on a CPU needs none of NVIDIA's.
     """
     plain = ctypes.CDLL
 
@@ -67,9 +66,9 @@ class MediaError(Exception):
 class Media:
     """An open file: frames and sound on one clock that begins with the file.
 
-    first_s and last_s bound the part where every wanted modality is present; start_s and end_s narrow it further. reader gives the
-    frames (Counted or Timed), and why_not_decord says why they are not decord's ("": they are).
-    Raises MediaError where a wanted modality is missing or cannot be read.
+    first_s and last_s bound the part where every wanted modality is present; start_s and end_s narrow it
+    further. reader gives the frames (Counted or Timed), and why_not_decord says why they are not decord's
+    ("": they are). Raises MediaError where a wanted modality is missing or cannot be read.
     """
 
     def __init__(self, path, modalities=MODALITIES, start_s=0.0, end_s=np.inf):
@@ -124,12 +123,12 @@ class Media:
             raise MediaError("picture and sound, or the asked part, do not overlap in time")
 
     def frames(self, times_s):
-        """The frames shown at these times (any order, repeats allowed): uint8 T×H×W×3. Before the first frame this one is shown."""
+        """The frames shown at these times, in any order: uint8 T×H×W×3; before the first one, that one."""
         with faults("picture cannot be decoded"):
             return self.reader.frames(np.asarray(times_s))
 
     def sound(self, start_s, samples, rate_hz):
-        """`samples` samples of mono sound at rate_hz from start_s on: float32; silence where the file has none."""
+        """`samples` samples of mono sound at rate_hz from start_s on: float32; silence where none is."""
         with faults("sound cannot be decoded"):
             source = self._decode(start_s - RESAMPLER_S, samples / rate_hz + 2 * RESAMPLER_S)
         source = torch.from_numpy(source).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
@@ -138,7 +137,7 @@ class Media:
         return waveform[skip : skip + samples].numpy()
 
     def _decode(self, start_s, seconds):
-        """The sound of an interval at the file's own rate, from a place before it on or else from the file's beginning."""
+        """The sound of an interval at the file's own rate, decoded from a place before it on."""
         nothing = False
         # before the beginning lies the lead-in of many encoders
         for from_s in (start_s - WARM_UP_S, start_s - 2.0, start_s - 8.0, -WARM_UP_S):
@@ -157,7 +156,7 @@ class Media:
                     return placed
 
     def _sounds(self):
-        """The frames of sound from here on. Packets before the first one that can be decoded are left out: a cut may go through one."""
+        """The frames of sound from here on, without those packets that a cut through one makes useless."""
         begun = False
         while True:
             try:
@@ -170,7 +169,8 @@ class Media:
                     raise
 
     def _seek(self, time_s):
-        # some containers cannot be asked for a time before their beginning, where others have a lead-in; some only for the picture's
+        # some containers cannot be asked for a time before their beginning, where others have a lead-in;
+        # some only for one of the picture
         for at_s, stream in ((time_s, self.stream), (time_s, None), (0.0, self.stream), (0.0, None)):
             try:
                 return seek(self.container, stream, at_s + self.origin_s)
@@ -179,7 +179,7 @@ class Media:
                     raise
 
     def _place(self, start_s, seconds, sought):
-        """The sound from here on, placed by its time stamps in the interval, mixed to mono. None: this place is too late."""
+        """The sound from here on, mixed to mono, at its place in the interval. None: here is too late."""
         source_hz = self.source_hz
         planes = None  # for sounds of another sample format or rate
         placed, at = np.zeros(round(seconds * source_hz), np.float32), None
@@ -194,7 +194,7 @@ class Media:
                 begin = round(-start_s * source_hz)
             if at is None and sought and begin > 0 and begin / source_hz + start_s > self.first_s + 0.05:
                 return None
-            # time stamps of some containers are rounded to milliseconds: small steps are not gaps
+            # stamps of some containers are rounded to milliseconds: small steps are not gaps
             at = begin if at is None or abs(begin - at) > 0.02 * source_hz else at
             if at >= len(placed):
                 return placed
@@ -221,7 +221,7 @@ class Media:
         self.close()
 
     def close_picture(self):
-        """No more frames are wanted. decord's thread decodes ahead as long as its reader is there: a sixth of a sample's work."""
+        """No more frames are wanted: else decord's thread decodes ahead, a sixth of a sample's work."""
         self.reader = None
 
     def close(self):
@@ -253,9 +253,10 @@ class Counted:
 class Timed:
     """Frames by PyAV, by their time stamps, decoded from a key frame before the asked time on.
 
-    Frames that an edit list hides are left out by the decoder, and those that are shown before that key frame by this class: they
-    lack what they were predicted from. Many containers give true time stamps only when they are read from the beginning on: that is
-    done once, and packets that are found by seeking get the stamps that they had then.
+    Frames that an edit list hides are left out by the decoder, and those that are shown before that key frame
+    by this class: they lack what they were predicted from. Many containers give true time stamps only when
+    they are read from the beginning on: that is done once, and packets that are found by seeking get the
+    stamps that they had then.
     """
 
     way = "PyAV"
@@ -267,7 +268,7 @@ class Timed:
         self.packets = None
         if not container.format.name.startswith(STAMPED):
             self.packets = once_a_file(read_through, self._reopened(), self.stream)
-        # in which order AVI shows packets is a guess, which fails for the pyramids of B frames of these codecs
+        # the order in which AVI shows packets is a guess, which fails for B frames in pyramids
         pyramids = stream.codec_context.name in ("h264", "hevc") and stream.codec_context.has_b_frames
         self.in_order = container.format.name == "avi" and pyramids
         self.first_s, self.last_s = once_a_file(self._extent, self.container, self.stream)
@@ -300,7 +301,7 @@ class Timed:
         return np.array([start_s for start_s, _ in frames]), np.stack([image for _, image in frames])
 
     def _from(self, time_s):
-        """Yield (start, frame) in the order of time; the first one is shown at time_s already, or is the file's first."""
+        """Yield (start, frame) in the order of time, from the one shown at time_s or the file's first on."""
         time_s = max(time_s, self.first_s + SAME_S)
         for back_s in () if self.in_order else (0.0, 1.0, 3.0, 7.0, 15.0, 31.0):
             with contextlib.suppress(av.FFmpegError):  # there is another place
@@ -318,7 +319,7 @@ class Timed:
         return self.container
 
     def _decoded(self, container, until_s=np.inf):
-        """Yield (start, frame) as the decoder gives them from the next key frame on; none if that is shown after until_s."""
+        """Yield (start, frame) from the next key frame on; none if that is shown after until_s."""
         key = number = start_s = None
         for packet in container.demux(self.stream):
             if number is None:
@@ -343,13 +344,11 @@ class Timed:
                 yield start_s, frame
 
     def _number(self, packet):
-        """Which packet of the stream this is, if it is a key frame's, else None; 0 where the container's own stamps are true."""
+        """The number of a key frame's packet, else None; 0 where the container's own stamps are true."""
         if not packet.is_keyframe or self.packets is None:
             return 0 if packet.is_keyframe else None
-        alike = self.packets.alike.get(zlib.crc32(packet), ())
-        return min(
-            alike, key=lambda number: abs(self.packets.stamps[number] - (packet.dts or 0)), default=None
-        )
+        stamps, alike = self.packets.stamps, self.packets.alike.get(zlib.crc32(packet), ())
+        return min(alike, key=lambda number: abs(stamps[number] - (packet.dts or 0)), default=None)
 
     def _time(self, stamp):
         return float(stamp * self.stream.time_base) - self.origin_s
@@ -358,10 +357,11 @@ class Timed:
 class MediaInMemory(Media):
     """A file that was decoded whole and closed: the frames and the sound that Media gives, without decoding.
 
-    It holds H·W·3 bytes a frame and 4 a sample of mono sound at the file's own rate. Frames are the same bits. So is sound, but
-    where two readings of Media that begin at different places differ, too: Matroska rounds time stamps to milliseconds, and AAC
-    with noise substitution (many encoders' default, not the toy's) leaves noise to the decoder, who makes it up anew, as loud.
-    Raises MediaError where a file cannot be decoded to its end.
+    It holds H·W·3 bytes a frame and 4 a sample of mono sound at the file's own rate. Frames are the same
+    bits. So is sound, but where two readings of Media that begin at different places differ, too: Matroska
+    rounds time stamps to milliseconds, and AAC with noise substitution (many encoders' default, not the
+    toy's) leaves noise to the decoder, who makes it up anew, as loud. Raises MediaError where a file cannot
+    be decoded to its end.
     """
 
     def __init__(self, path, modalities=MODALITIES, start_s=0.0, end_s=np.inf):
@@ -371,14 +371,9 @@ class MediaInMemory(Media):
                 self.starts_s, self.images = self.reader.whole()  # N, N×H×W×3
             if "audio" in modalities:
                 super()._decode(self.promised_s - 0.1, 0.05)  # is the end there?
-                seconds = (
-                    max(self.promised_s, (self.container.duration or 0) / av.time_base)
-                    - self.sound_first_s
-                    + 1.0
-                )
-                self.samples = np.trim_zeros(
-                    super()._decode(self.sound_first_s, seconds), "b"
-                )  # silence follows anyway
+                last_s = max(self.promised_s, (self.container.duration or 0) / av.time_base) + 1.0
+                samples = super()._decode(self.sound_first_s, last_s - self.sound_first_s)
+                self.samples = np.trim_zeros(samples, "b")  # silence follows anyway
 
     def frames(self, times_s):
         return self.images[shown(self.starts_s, times_s)]
@@ -405,7 +400,7 @@ def in_memory(path, modalities=MODALITIES, start_s=0.0, end_s=np.inf):
 
 
 def paste(samples, placed, at):
-    """Copy samples (n) into placed (N) from its index `at` on, which may be negative; what reaches past its ends is left out."""
+    """Copy samples (n) into placed (N) from its index `at` on, as far as they lie within."""
     left, right = max(at, 0), min(at + len(samples), len(placed))
     if right > left:
         placed[left:right] = samples[left - at : right - at]
@@ -413,7 +408,7 @@ def paste(samples, placed, at):
 
 @contextlib.contextmanager
 def faults(what):
-    """A decoder may say no in any way: every exception becomes a MediaError; the caller names and counts the file."""
+    """A decoder may say no in any way: every exception becomes a MediaError; the caller names the file."""
     try:
         yield
     except MediaError:
@@ -423,7 +418,7 @@ def faults(what):
 
 
 def _reason(error):
-    """The decoder's complaint in one line, without the file's name, which the caller gives, and the place in its source."""
+    """The decoder's complaint in one line, without the file's name and the place in its source."""
     if isinstance(error, (OSError, av.FFmpegError)) and error.strerror:
         return error.strerror
     lines = [re.sub(r"\[([\d:]+|/.*?)\] (\S+:\d+: )?", "", line).strip() for line in str(error).splitlines()]
@@ -436,29 +431,24 @@ def upright(frame):
 
 
 def shown(starts_s, times_s):
-    """The numbers of the frames, shown from starts_s (N,) on, at these times (T,): the first one before its time, too."""
+    """The numbers of the frames on show at these times (T,), each shown from starts_s (N,) on; 0 before."""
     return (np.searchsorted(starts_s, np.asarray(times_s) + SAME_S, side="right") - 1).clip(0)
 
 
 def frame_times(reader):
-    """When each frame of a decord reader is first shown, seconds from the first (N,). Raises ValueError where it does not say."""
+    """When each frame of a decord reader is first shown, s from the first (N,). Raises ValueError."""
     times = reader.get_frame_timestamp(np.arange(len(reader)))[:, 0].astype(float)
-    if (
-        not len(times)
-        or not np.isfinite(times).all()
-        or abs(times).max() > 1e4
-        or (np.diff(times) <= 0).any()
-    ):
+    if not (len(times) and abs(times).max() < 1e4 and (np.diff(times) > 0).all()):
         raise ValueError("no times of frames, or not exact ones")
     return times - times[0]
 
 
 def why_not_decord(container, stream):
-    """Why decord may not read the frames of this file; "" where its frame k is proven to be the k-th one shown.
+    """Why decord may not read the frames of this file; "": its frame k is proven to be the k-th one shown.
 
-    It seeks a key frame and counts from there. So every frame has to be shown, and after a key frame none may be shown that comes
-    before it: H.264 says so of its IDR pictures, which the index leads to. Of some narrow pictures (16, 24, 32, 48, 96, 144 pixels)
-    decord takes the padding of the rows for channels.
+    It seeks a key frame and counts from there. So every frame has to be shown, and after a key frame none may
+    be shown that comes before it: H.264 says so of its IDR pictures, which the index leads to. Of some narrow
+    pictures (16, 24, 32, 48, 96, 144 pixels) decord takes the padding of the rows for channels.
     """
     padded, entries = -(-stream.width // 64) * 64, list(stream.index_entries)
     if not container.format.name.startswith("mov,") or stream.codec_context.name != "h264":
@@ -478,7 +468,7 @@ def why_not_decord(container, stream):
 
 
 def is_idr(file, entry):
-    """Whether the picture at an index entry of H.264 in MP4 is an IDR picture: the kind of its first NAL unit that is a slice."""
+    """Whether an index entry of H.264 in MP4 is an IDR picture: the kind of its first NAL unit of a slice."""
     at, end = entry.pos, entry.pos + entry.size
     while at + 5 <= end:
         file.seek(at)
@@ -495,7 +485,7 @@ def start_of(stream):
 
 
 def seek(container, stream, time_s):
-    """Seek the last key frame of a stream, or of the one that the container prefers (None), that is not later than time_s."""
+    """Seek a stream's (None: the preferred stream's) last key frame that is not later than time_s."""
     container.seek(int(time_s / (stream.time_base if stream else Fraction(1, av.time_base))), stream=stream)
 
 
@@ -508,16 +498,15 @@ class Packets(NamedTuple):
 
 
 def read_through(container, stream):
-    """The Packets of a stream: those near its end where the container's time stamps are true after a seek, else all from here on.
+    """The Packets of a stream: those near its end where stamps are true after a seek, else all from here on.
 
     Raises MediaError where time stamps run backwards, so that a time could mean two places.
     """
     if container.format.name.startswith(STAMPED) and container.duration:
         with contextlib.suppress(av.FFmpegError):
             seek(container, stream, ((container.start_time or 0) + container.duration) / av.time_base)
-    usual = (
-        1 / stream.average_rate / stream.time_base if stream.type == "video" and stream.average_rate else 0
-    )
+    of_frames = stream.type == "video" and stream.average_rate
+    usual = 1 / stream.average_rate / stream.time_base if of_frames else 0
     for _ in range(2):
         places, stamps, durations, alike = [], [], [], {}
         for packet in container.demux(stream):
@@ -528,18 +517,18 @@ def read_through(container, stream):
             places.append(packet.dts if packet.dts is not None else places[-1] if places else 0)
             stamps.append(packet.pts if packet.pts is not None else places[-1])
             durations.append(packet.duration or usual)
+            if not abs(stamps[-1] * stream.time_base) < LONGEST_S:
+                raise MediaError("its time stamps are impossible, as of ogv that was cut without encoding")
             if len(places) > 1 and (places[-2] - places[-1]) * stream.time_base > BACKWARDS_S:
-                raise MediaError(
-                    f"its time stamps run backwards at {float(places[-2] * stream.time_base):.1f} s"
-                )
+                at_s = float(places[-2] * stream.time_base)
+                raise MediaError(f"its time stamps run backwards at {at_s:.1f} s")
         if stamps:
             break
         seek(container, stream, start_of(stream))  # the file is cut off before its index ends
     else:
         raise MediaError("a stream without packets")
-    if (
-        container.format.name == "avi"
-    ):  # it has only the places of packets; FFmpeg guesses in which order these are shown
+    if container.format.name == "avi":
+        # it has only the places of packets; FFmpeg guesses in which order these are shown
         places.sort()
         stamps = [places[rank] for rank in np.argsort(np.argsort(stamps, kind="stable"))]
     end = max(stamp + duration for stamp, duration in zip(stamps, durations, strict=True))
@@ -550,7 +539,7 @@ _known = {}  # (what, a file, its size, its age, a stream): what `once_a_file` f
 
 
 def once_a_file(find, container, stream):
-    """What find(container, stream) finds out, remembered in this process as long as the file stays the same."""
+    """What find(container, stream) finds, remembered in this process as long as the file stays the same."""
     status = os.stat(container.name)
     key = find.__qualname__, container.name, status.st_size, status.st_mtime_ns, stream.index
     if key not in _known:
@@ -562,6 +551,6 @@ def once_a_file(find, container, stream):
 
 @functools.lru_cache(maxsize=16)
 def resampler(source_hz, rate_hz):
-    """Usual rates are simple fractions of each other. A filter for others (44101 Hz) would take gigabytes: they are off by 1e-6."""
+    """From one rate to another; of an odd one, 44101 Hz, off by 1e-6: its exact filter takes gigabytes."""
     ratio = Fraction(source_hz, rate_hz).limit_denominator(1000)
     return torchaudio.transforms.Resample(*ratio.as_integer_ratio()) if ratio != 1 else torch.nn.Identity()
