@@ -110,8 +110,8 @@ def measure(subject, train_table, test_table, modality, mode):
 
 
 def save(path, table, found):
-    """Write the Features of each modality as one .npz, with labels and paths; NaN where a video lacks a
-    modality."""
+    """Write the Features of each modality as one .npz, with labels, paths and the part of each file that was
+    used (start_s, end_s); NaN where a video lacks a modality."""
     rows = np.unique(np.concatenate([part.index for part in found.values()]))
     failures = {row: reason for part in found.values() for row, reason in part.failures.items()}
     whole = evaluation.Features(rows, failures=failures)
@@ -121,8 +121,8 @@ def save(path, table, found):
             filled = np.full((len(rows), *known.shape[1:]), np.nan, known.dtype)
             filled[np.searchsorted(rows, part.index)] = known
             getattr(whole, what)[modality] = filled
-    paths = np.array(table.paths)[rows]
-    whole.save(path, labels=table.labels[rows], classes=table.classes, paths=paths)
+    of = {"paths": np.array(table.paths)[rows], "start_s": table.start_s[rows], "end_s": table.end_s[rows]}
+    whole.save(path, labels=table.labels[rows], classes=table.classes, **of)
 
 
 def can_save(arguments, divisions):

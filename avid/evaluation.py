@@ -155,7 +155,7 @@ def labels_of(table, several=False):
     if without.any():
         raise datasets.DataError(
             f"{table.name}: {without.sum():,} of {len(table):,} files have no class, e.g. "
-            f"{table.paths[without.argmax()]}; give them one, or take them off the list; "
+            f"{table.name_of(without.argmax())}; give them one, or take them off the list; "
             "without classes: python -m avid search, or eval_retrieval.py --task cross"
         )
     return table.labels

@@ -1,8 +1,10 @@
 """The tables that all readers give, and the lists and folders of no benchmark; the benchmarks' are in test_benchmarks_lists.py."""
 
+import csv
 import hashlib
 import json
 import os
+import time
 from collections import Counter
 
 import numpy as np
@@ -505,6 +507,27 @@ def test_the_hash_is_that_of_the_whole_json(tmp_path, monkeypatch):
     for piece in (1, 2, 3, 100):
         monkeypatch.setattr(datasets, "PIECE", piece)
         assert datasets.table_hash(table) == expected
+
+
+def test_to_read_a_list_costs_little_more_than_to_split_it(tmp_path):
+    """Seconds of processor time, the least of three: 200,000 lines are read while a run starts."""
+    n = 20_000
+    paths = [f"v/{i % 50}/{i}.mp4" for i in range(n)]
+    touch(tmp_path, *paths)
+    write(tmp_path, "manifest.csv", "path,label,start,end", *(f"{p},{p[2:4]},{len(p)},20" for p in paths))
+
+    def split():
+        list(csv.reader(open(tmp_path / "manifest.csv", newline="")))
+
+    spent = {}
+    for name, function in (("split", split), ("load", lambda: load(tmp_path, "manifest", "train"))):
+        seconds = []
+        for _ in range(3):
+            begun = time.process_time()
+            function()
+            seconds.append(time.process_time() - begun)
+        spent[name] = min(seconds)
+    assert spent["load"] < 20 * spent["split"]
 
 
 # what is held out

@@ -17,6 +17,7 @@ import eval_linear
 import eval_retrieval
 from avid import config, datasets, evaluation
 from avid.media import MediaError
+from avid.tools import page
 
 
 def unit(rows, dim, seed=0):
@@ -346,6 +347,22 @@ def test_a_mute_video_counts_by_its_picture(half_mute, tmp_path, capsys):
         assert np.isfinite(saved["features_video"]).all()
         heard = np.isfinite(saved["embeddings_audio"]).all((1, 2))
         assert heard.tolist() == [path.endswith("1.mp4") for path in saved["paths"]]
+
+
+def test_what_is_kept_and_shown_names_the_part_of_a_file(tmp_path, capsys):
+    rows = ["path,label,split,start,end"]
+    for label, hz in (("low", 300), ("high", 3000)):
+        write_media(tmp_path / f"in/{label}.mp4", np.arange(150) / 25, tone(hz, 6, 16000), 16000, size=32)
+        rows += [f"{label}.mp4,{label},{'test' if k == 5 else 'train'},{k},{k + 1}" for k in range(6)]
+    (tmp_path / "in/manifest.csv").write_text("\n".join(rows) + "\n")
+    more = "--data", "manifest", "--save", str(tmp_path / "f.npz")
+    evaluate(eval_linear, tmp_path / "in", tmp_path / "out", *more)
+    with np.load(tmp_path / "f.npz") as saved:
+        assert saved["paths"].tolist() == ["low.mp4", "high.mp4"]
+        assert saved["start_s"].tolist() == [5, 5] and saved["end_s"].tolist() == [6, 6]
+    data = config.Data(name="manifest", root=str(tmp_path / "in"))
+    shown = page.of_table(datasets.load(data, "train"), 1, 0, config.load("toy", TINY), ("video",))
+    assert shown.name == "low.mp4 [1.0-2.0 s]" and 1 <= shown.time_s < 2
 
 
 def test_each_way_of_retrieval_takes_all_files_that_it_can(half_mute, tmp_path, capsys):

@@ -6,6 +6,7 @@ often.
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import os
 import resource
@@ -229,6 +230,55 @@ def test_an_unforeseen_error_ends_the_program(folder):
     )
     code, text = ended(process, folder)
     assert code == 1 and "RuntimeError: out of memory" in text
+
+
+# ------------------------------------------------------------------------------- shared memory, descriptors
+
+
+@dataclasses.dataclass
+class SharedMemoryOf:
+    """A process with a /dev/shm of its own, of this size: docker gives 64 MB."""
+
+    size: str
+
+    def __call__(self):
+        assert ctypes.CDLL(None).unshare(0x20000) == 0  # CLONE_NEWNS: what is mounted is seen by nobody else
+        subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={self.size}", "tmpfs", "/dev/shm"], check=True)
+
+
+@pytest.mark.parametrize("size", ["256k", "2m"])
+def test_a_small_shared_memory_ends_the_run_with_one_line_that_says_what_to_lower(folder, size):
+    """Too small for a batch, and for those that wait."""
+    mount = ["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"]
+    tried = subprocess.run(mount, capture_output=True, text=True)
+    if tried.returncode:
+        pytest.skip(f"this user may not mount a small /dev/shm: {tried.stderr.strip()}")
+    large = ["video.frames=16", "video.size=96", "optim.batch_size=8", "data.workers=2"]
+    line = error(run(folder, *LONG, *large, before=SharedMemoryOf(size), code=2))
+    assert "/dev/shm" in line and "lower data.workers or optim.batch_size" in line
+
+
+@dataclasses.dataclass
+class FilesOpenAtMost:
+    """A process that may have so many files open, and raise that to `hard`."""
+
+    soft: int
+    hard: int
+
+    def __call__(self):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (self.soft, self.hard))
+
+
+def test_few_descriptors_end_the_run_with_one_line_that_says_what_to_lower(folder):
+    few = ["data.workers=4", "optim.epochs=1", "log.check_epochs=0"]
+    line = error(run(folder, *few, before=FilesOpenAtMost(96, 96), code=2))
+    assert "data.workers=4 takes up to " in line and ", 96 are allowed: " in line and "ulimit -n" in line
+
+
+def test_a_limit_of_descriptors_that_can_be_raised_is(folder):
+    enough = ["data.workers=4", "optim.epochs=1", "log.check_epochs=0"]
+    run(folder, *enough, before=FilesOpenAtMost(96, 1024))
 
 
 # ------------------------------------------------------------------------------------------------------- disk

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent / "long"))
 pytest.importorskip("imageio_ffmpeg", reason="no ffmpeg to write the files with: pip install imageio-ffmpeg")
 import media_matrix
 
-from avid.media import Media, MediaInMemory
+from avid.media import Media, MediaError, MediaInMemory
 
 CASES = [  # container, codec of the picture, of the sound, what was done to it, who has to read it
     ("mp4", "libx264", "aac", "whole", "decord"),
@@ -23,7 +23,13 @@ CASES = [  # container, codec of the picture, of the sound, what was done to it,
     ("avi", "mpeg4", "libmp3lame", "pause of 4 s", "PyAV"),
     ("wmv", "wmv2", "wmav2", "whole", "PyAV"),
     ("mkv", "libx264", "aac", "first time stamp 100 s", "PyAV"),
+    ("webm", "libvpx", "libopus", "late sound", "PyAV"),
+    ("mpg", "mpeg2video", "mp2", "B frames", "PyAV"),
+    ("ts", "libx264", "aac", "open groups of 30", "PyAV"),
+    ("flv", "flv", "libmp3lame", "cut by copy", "PyAV"),
+    ("ogv", "libtheora", "libvorbis", "variable rate", "PyAV"),
     ("", "", "", "variable rate without a table.mp3", "PyAV"),
+    ("", "", "", "sound.aac", "PyAV"),
 ]
 
 
@@ -45,6 +51,23 @@ def test_pictures_belong_to_their_sound(folder, ending, codec, sound, condition,
         pytest.skip(f"this ffmpeg cannot make {codec} in {ending}: {file}")
     verdict = media_matrix.judge(file, clips=4)
     assert not verdict.reason and verdict.right and verdict.way == way, verdict
+
+
+def test_times_that_cannot_be_are_refused_with_a_reason(folder):
+    """A cut writes wrong numbers into Ogg, from which the picture's times are told."""
+    name = "cut by copy libtheora.ogv"
+    file = media_matrix.make(folder, name, "libtheora", "libvorbis", "cut by copy")
+    with pytest.raises(MediaError, match="time stamps are impossible"):
+        Media(file.path)
+
+
+def test_a_real_wmv_with_close_key_frames(real_media):
+    """Its frames show their numbers; decord alone gives others for every second clip."""
+    with Media(real_media / "keys_every_12.wmv", ("video",)) as media:
+        for at_s in np.random.default_rng(0).uniform(0, media.last_s - 1, 8):
+            times = media.reader.first_s + at_s + np.arange(4) / 8
+            found = [media_matrix.number(image) for image in media.frames(times)]
+            np.testing.assert_allclose(np.array(found) / 25, times - media.reader.first_s, atol=0.06)
 
 
 def test_a_real_cut_by_copy(real_media):

@@ -419,6 +419,14 @@ def test_two_clips_of_one_file_are_two_rows_and_go_on(media_file, tmp_path, caps
     assert run(*command) == 0 and "2 of them were read before" in capsys.readouterr().out
 
 
+def test_a_check_says_who_reads_the_frames_and_why(media_file, tmp_path):
+    for name in ("x.mp4", "x.mkv"):
+        media_file(f"in/{name}", frame_s=FRAMES_S, wave=tone(440, 2, 24000), rate_hz=24000)
+    assert run("check", "--data", "folder", "--root", tmp_path / "in", "--out", tmp_path / "out.csv") == 0
+    found = {path: row["frames_by"] for path, row in rows(tmp_path / "out.csv").items()}
+    assert found == {"x.mp4": "decord", "x.mkv": "PyAV: h264 in matroska,webm"}
+
+
 def test_another_folder_has_another_csv(media_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in ("a/videos", "b/videos"):

@@ -5,8 +5,8 @@ import pytest
 import torch
 from conftest import CHIRP_S, chirp, chirp_time, chirps, numbered, numbers, tone
 
-from avid import config, toy
-from avid.media import Media, MediaInMemory, in_memory
+from avid import config, media, toy
+from avid.media import Media, MediaError, MediaInMemory, in_memory
 from avid.spectrogram import avid_image, columns, edge_s, log_image, spectrogram
 
 MS = 1e-3
@@ -79,6 +79,21 @@ def test_a_file_is_decoded_once(media_file):
     path.unlink()
     assert in_memory(path, start_s=0.5, end_s=1.5) is kept
     assert numbers(kept.frames([0.5 + MS])) == [12]
+
+
+def test_parts_of_a_file_in_memory_are_of_one_decoding(media_file, monkeypatch):
+    """data.in_memory with a list of intervals: the file is decoded once, each part keeps its bounds and clock."""
+    path = media_file("a.mp4", frame_s=TWO_SECONDS, wave=tone(600, 2.0, 48000))
+    opened, plain = [], media.av.open
+    monkeypatch.setattr(media.av, "open", lambda *a, **k: (opened.append(a), plain(*a, **k))[1])
+    parts = [in_memory(path, ("video", "audio"), *part) for part in ((0.25, 0.75), (1.0, 1.5), (0.0, np.inf))]
+    assert len(opened) == 1
+    assert [(part.first_s, part.last_s) for part in parts[:2]] == [(0.25, 0.75), (1.0, 1.5)]
+    assert parts[2].first_s == 0.0 and parts[2].last_s > 1.9
+    for part in parts:
+        np.testing.assert_array_equal(part.frames([0.3, 1.2]), Media(path).frames([0.3, 1.2]))
+    with pytest.raises(MediaError, match="do not overlap"):
+        in_memory(path, ("video", "audio"), 5.0, 6.0)
 
 
 def test_a_file_that_is_cut_off_is_not_kept(media_file, tmp_path):

@@ -66,6 +66,16 @@ def test_a_changed_setting_makes_a_new_folder(world, tmp_path, monkeypatch, chan
     assert toy.write(tmp_path, TINY, 3, 1, progress=False).name == world.name
 
 
+@pytest.mark.parametrize("file", ["a.mp4", "dogs/a.MOV", "train/dogs/a.wav"])
+def test_a_folder_of_somebodys_videos_is_left_alone(tmp_path, file):
+    """data.root was given, data.name forgotten."""
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).touch()
+    with pytest.raises(config.ConfigError, match=f"holds videos or sounds of yours, such as {file}"):
+        toy.write(tmp_path, TINY, seed=3, workers=1, progress=False)
+    assert [path for path in content(tmp_path)] == [file]
+
+
 def test_what_is_written_is_not_written_again(world, monkeypatch):
     monkeypatch.setattr(toy, "render", lambda *_: pytest.fail("rendered again"))
     assert toy.write(world.parent, TINY, 3, 1, progress=False) == world

@@ -229,7 +229,7 @@ def of_table(table, row, clip, cfg, modalities, clips=None, **more):
     names = [table.classes[i] for i in (label.nonzero()[0] if label.ndim else [label] if label >= 0 else [])]
     with data.Media(path, modalities, table.start_s[row], table.end_s[row]) as media:
         time_s = taken.evenly(*taken.usable(media))[clip].start_s
-    return look(path, time_s, cfg, name=table.paths[row], label=", ".join(names), **more)
+    return look(path, time_s, cfg, name=table.name_of(row), label=", ".join(names), **more)
 
 
 def coloured(image):
