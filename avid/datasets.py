@@ -664,7 +664,7 @@ _real_path = functools.lru_cache(maxsize=1024)(os.path.realpath)
 
 
 def _by_name(path):
-    """Sorts paths folder by folder, files and folders by their names: a separator comes before every letter."""
+    """Sorts paths folder by folder, files and folders by name: a separator comes before every letter."""
     return path.replace("/", "\0")
 
 
@@ -684,7 +684,7 @@ def _once(files, linked, root, notes):
 
 
 def _by_stem(root, folders, with_class=False):
-    """{name without ending: path relative to root} of the media in those of `folders` that exist, else in root.
+    """{name without ending: path relative to root} of the media in those `folders` that exist, else in root.
 
     with_class: the name with the folder that the file is in. Of two endings of a name, the first in MEDIA is
     used.
@@ -815,7 +815,7 @@ def _number(text):
 
 
 def _numbered(split, most):
-    """("train", 2, "train2") of train2: the split, its number, 1 where none is given, and the two as a title."""
+    """("train", 2, "train2") of train2: the split, its number (1 if none is given), and both as a title."""
     part = split.rstrip("12345"[:most])
     number = split[len(part) :] or "1"
     if part not in ("train", "test", "all") or len(number) > 1:

@@ -1,11 +1,13 @@
 """Starting on a long list: how long until train.py has its table of videos, and what memory that takes.
 
-    python benchmarks/lists.py [--rows 200000 2000000] [--layouts kinetics400 audioset …] [--folder DIR] [--json FILE]
+    python benchmarks/lists.py [--rows 200000 2000000] [--layouts kinetics400 audioset …] [--folder DIR]
+                               [--json FILE]
 
-Writes the lists of each layout and as many empty files as they name (a tenth as many more for the part that training is
-checked on), and has a process of its own for each reads them as train.py does: the training part and the checked part, some
-rows of it, the hash of all rows that a checkpoint holds. Seconds are of processor time, user and system, with the directory
-already in the page cache; memory is the largest that was resident, imports included. --folder keeps the files for the next time.
+Writes the lists of each layout and as many empty files as they name (a tenth as many more for the part that
+training is checked on), and has a process of its own for each reads them as train.py does: the training part
+and the checked part, some rows of it, the hash of all rows that a checkpoint holds. Seconds are of processor
+time, user and system, with the directory already in the page cache; memory is the largest that was resident,
+imports included. --folder keeps the files for the next time.
 """
 
 import argparse
@@ -94,7 +96,9 @@ def text(root, name, lines):
 
 
 def make(layout, root, count):
-    """The lists of a layout and empty files: `count` of its training part, a tenth as many of the checked one."""
+    """The lists of a layout and empty files: `count` of its training part, a tenth as many of the checked
+    one.
+    """
     parts = {"train": names(count), "test": names(count // 10, seed=1)}
     label = [f"class number {k}" for k in range(CLASSES)]
     if layout == "kinetics400":

@@ -1,25 +1,33 @@
-"""What a training sample costs: bare decoding of its frames and its sound, the loader, and plain ways of doing the same.
+"""What a training sample costs: bare decoding of its frames and its sound, the loader, and plain ways of
+doing the same.
 
-    python benchmarks/loader.py [--settings A B toy] [--samples 200] [--source VIDEO] [--folder DIR] [--json FILE] [key=value …]
+    python benchmarks/loader.py [--settings A B toy] [--samples 200] [--source VIDEO] [--folder DIR]
+                                [--json FILE] [key=value …]
     python benchmarks/loader.py --flat 5000 [--workers 2] [--folder DIR] [--json FILE] [key=value …]
+    python benchmarks/loader.py --places [--folder DIR] [--json FILE]
 
-Settings: A, files of 10 s as `python -m avid.data prepare` writes them (short side 128, a key frame every 32), 8 frames at
-112²; B, the files that those were prepared from (340×256, key frames 250 apart, B frames, stereo), 8 frames at 224²; both with
-2 s of sound, multi-scale crop, jitter and spectrogram; toy, the toy world as configs/toy.yaml takes it. The files of A and B are
-synthetic, or made of --source.
+Settings: A, files of 10 s as `python -m avid.data prepare` writes them (short side 128, a key frame every
+32), 8 frames at 112²; B, the files that those were prepared from (340×256, key frames 250 apart, B frames,
+stereo), 8 frames at 224²; both with 2 s of sound, multi-scale crop, jitter and spectrogram; toy, the toy
+world as configs/toy.yaml takes it. The files of A and B are synthetic, or made of --source.
 
-    bare         decord opens the file and reads the sample's frames, PyAV opens it and decodes the sample's stretch of sound
-    loader       the same files, frames and stretches through data.Clips: decode, crop, resize, resample, spectrogram, draws
+    bare         decord opens the file and reads the sample's frames, PyAV opens it and decodes its sound
+    loader       the same files, frames and stretches of sound through data.Clips: decode, crop, resize,
+                 resample, spectrogram, draws
     whole sound  the loader, but all of a file's sound is decoded and the stretch cut out, as plain loaders do
     in memory    the loader with data.in_memory, after the first time
     collate      into a batch
     jitter       to_device: flip, colour jitter, normalisation, batched, here on the CPU
 
-Milliseconds a sample, medians, one process with one thread (decord adds one of its own). All ways take the same samples, in
-turns. The time is the processor's, which a busy machine changes less; in brackets, by the clock on the wall. kB: what the loader
-reads of a file, twice where both decoders do.
+Milliseconds a sample, medians, one process with one thread (decord adds one of its own). All ways take the
+same samples, in turns. The time is the processor's, which a busy machine changes less; in brackets, by the
+clock on the wall. kB: what the loader reads of a file, twice where both decoders do.
 
---flat: the decoding processes over so many samples of small files: when they start, open files and memory, from first to last.
+--flat: the decoding processes over so many samples of small files: when they start, open files and memory,
+from first to last.
+
+--places: a clip (8 frames, 0.5 s with its sound) at 10.5 s and at 280.5 s of five minutes of HEVC, 1920×1080,
+as phones write them, key frames a second apart; what is learned of a file once is learned anew each time.
 """
 
 import sys
@@ -47,6 +55,7 @@ def command_line():
     )
     parser.add_argument("--flat", type=int, metavar="N", help="N samples through decoding processes instead")
     parser.add_argument("--workers", type=int, default=2, help="decoding processes of --flat (default: 2)")
+    parser.add_argument("--places", action="store_true", help="a clip early and late in a long HEVC file")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
     return parser.parse_args()
 
@@ -68,18 +77,20 @@ import numpy as np
 import report
 import torch
 
-from avid import data, datasets, temporal_tasks, toy
+from avid import data, datasets, media, temporal_tasks, toy
 from avid.media import Media, av, decord, paste, shown
 from avid.tools import prepare
 
 SECONDS, WARM_UP, BATCH = 10, 8, 16
 
 
-# ------------------------------------------------------------------------------------------------------------------ files
+# ------------------------------------------------------------------------------------------------------ files
 
 
 def write(folder, count, source=None):
-    """Below folder: original/, `count` files as large collections have them, and prepared/, small copies. → {folder: table}"""
+    """Below folder: original/, `count` files as large collections have them, and prepared/, small copies. →
+    {folder: table}
+    """
     original = folder / "original"
     original.mkdir(parents=True, exist_ok=True)
     for k in range(count):
@@ -99,12 +110,13 @@ def small(folder, count=16):
     return {"toy": table(world / "train")}
 
 
-ORIGINAL = f"-t {SECONDS} -r 25 -s 340x256 -c:v libx264 -preset fast -threads 1 -g 250 -keyint_min 250 -sc_threshold 0".split()
+ORIGINAL = f"-t {SECONDS} -r 25 -s 340x256 -c:v libx264 -preset fast -threads 1 -g 250".split()
+ORIGINAL += "-keyint_min 250 -sc_threshold 0".split()
 ORIGINAL += "-crf 24 -pix_fmt yuv420p -c:a aac -ac 2 -ar 44100 -b:a 128k -f mp4 -movflags +faststart".split()
 
 
 def content(k, source):
-    """ffmpeg's input for the k-th file: another part of the source each, or a zoom with grain and pink noise."""
+    """ffmpeg's input for the k-th file: another part of the source, or a zoom with grain and pink noise."""
     if source:
         return ["-stream_loop", "-1", "-ss", str(3 * k), "-i", source]
     picture = (
@@ -126,7 +138,7 @@ def table(folder):
     return datasets.load(config.Data(name="folder", root=str(folder)), "train")
 
 
-# ------------------------------------------------------------------------------------------------------------------- ways
+# ------------------------------------------------------------------------------------------------------- ways
 
 
 def bare(path, frames, start_s, seconds):
@@ -162,12 +174,12 @@ def costs(cfg, files, samples):
     for sample in range(samples + WARM_UP):
         index, draw = sample % len(files), (3, 0, sample)
         path = str(files.root / files.paths[index])
-        with Media(path) as media:  # what the loader will draw
+        with Media(path) as file:  # what the loader will draw
             rng = np.random.default_rng((cfg.seed, *draw))
-            (clip, *_), _ = temporal_tasks.plan(*clips.usable(media), clips.length_s, cfg.temporal, rng)
+            (clip, *_), _ = temporal_tasks.plan(*clips.usable(file), clips.length_s, cfg.temporal, rng)
             start_s = clips.start_of(clip, cfg.video.frames / cfg.video.fps)
             times = start_s + (np.arange(cfg.video.frames) + 0.5) * clip.speed / cfg.video.fps
-            frames = shown(media.reader.starts_s, times).tolist()
+            frames = shown(file.reader.starts_s, times).tolist()
         sound = (clips.start_of(clip, cfg.audio.seconds), cfg.audio.seconds * clip.speed)
         ways = {
             "bare": lambda a=(path, frames, *sound): bare(*a),
@@ -196,7 +208,9 @@ def plainly(clips, index, draw):
 
 @contextmanager
 def timed(spent, samples=1):
-    """Note what a sample costs of what happens within: milliseconds of the processor's, by the clock, and kB read from files."""
+    """Note what a sample costs of what happens within: milliseconds of the processor's, by the clock, and kB
+    read from files.
+    """
 
     def now():
         read = int(
@@ -222,11 +236,11 @@ def row(setting, spent):
     }
 
 
-# ------------------------------------------------------------------------------------------------------------------- flat
+# ------------------------------------------------------------------------------------------------------- flat
 
 
 def flat(cfg, files, samples, workers):
-    """Rows: how much memory and how many open files the processes have, of ten stages of `samples` samples."""
+    """Rows: memory and open files of the processes, of ten stages of `samples` samples."""
     batch_size, begun = 10, time.perf_counter()
     steps = samples // batch_size
     draws = data.BatchSampler(len(files), batch_size, "iid", cfg.seed, 0, steps)
@@ -253,6 +267,30 @@ def resident_mib(pid):
     return next(float(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS"))
 
 
+# ----------------------------------------------------------------------------------------------------- places
+
+
+def places(folder, repeats=5):
+    """Rows: milliseconds of a clip at two places of a long file."""
+    path, ten = folder / "hevc.mp4", folder / "ten.mp4"
+    if not path.exists():
+        inputs = "-f lavfi -i testsrc2=s=1920x1080:r=25 -f lavfi -i anoisesrc=color=pink -t 10".split()
+        codec = "-c:v libx265 -preset ultrafast -x265-params keyint=25:log-level=none -c:a aac"
+        command = [ffmpeg(), "-v", "error", "-y"]
+        subprocess.run([*command, *inputs, *codec.split(), ten], check=True)
+        subprocess.run([*command, "-stream_loop", "29", "-i", ten, "-c", "copy", path], check=True)
+    rows = []
+    for at_s in (10.5, 280.5):
+        spent = []
+        for _ in range(repeats):
+            media._known.clear()
+            with timed(spent), Media(path) as file:
+                file.frames(at_s + np.arange(8) / 16)
+                file.sound(at_s, 8000, 16000)
+        rows.append({"at, s": at_s, "clip": float(np.median(np.array(spent)[:, 0]))})
+    return rows
+
+
 def main(arguments):
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -265,6 +303,9 @@ def main(arguments):
                 arguments.workers,
             )
             return report.show("The loader's processes", rows, arguments.json)
+        if arguments.places:
+            folder.mkdir(parents=True, exist_ok=True)
+            return report.show("A clip by its place, ms of processor time", places(folder), arguments.json)
         tables = small(folder) | write(folder, arguments.files, arguments.source)
         rows = []
         for name in arguments.settings:

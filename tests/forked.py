@@ -1,6 +1,8 @@
-"""The project's scripts in processes that are forked from one that has imported everything: a start takes milliseconds.
+"""The project's scripts in processes that are forked from one that has imported everything: a start takes
+milliseconds.
 
-In: a script's name and its command line. Out: a process with a group of its own, ended as `python script …` would end.
+In: a script's name and its command line. Out: a process with a group of its own, ended as `python script …`
+would end.
 """
 
 import atexit
@@ -23,7 +25,9 @@ context.set_forkserver_preload(SCRIPTS)
 
 
 def from_here():
-    """Have the processes forked from this one, for scripts that start no threads; OMP_NUM_THREADS must be 1 before torch comes."""
+    """Have the processes forked from this one, for scripts that start no threads; OMP_NUM_THREADS must be 1
+    before torch comes.
+    """
     global context
     assert os.environ["OMP_NUM_THREADS"] == "1"
     sys.path.insert(0, str(ROOT))
@@ -43,9 +47,11 @@ def serve():
 
 
 def start(script, arguments, folder, log, environment=None, before=None):
-    """Run a script of the project in `folder` with its output in the file `log`; returns a multiprocessing.Process.
+    """Run a script of the project in `folder` with its output in the file `log`; returns a
+    multiprocessing.Process.
 
-    The process leads a group of its own. before: a function that the process calls first (one that can be pickled).
+    The process leads a group of its own. before: a function that the process calls first (one that can be
+    pickled).
     """
     serve()
     process = context.Process(

@@ -256,8 +256,12 @@ def test_a_wrong_line_of_hmdb51_is_an_error_that_names_it(line, tmp_path):
 
 @pytest.mark.parametrize("ending", [".wav", ".ogg"])
 def test_esc50_has_five_folds_and_a_subset(ending, tmp_path):
-    rows = [f"{fold}-{take}-A-{take}.wav,{fold},{take},{category},{ten},{take},A"
-            for fold in range(1, 6) for take, category, ten in ((0, "dog", "True"), (7, "crow", "False"))]  # fmt: skip
+    takes = (0, "dog", "True"), (7, "crow", "False")
+    rows = [
+        f"{fold}-{take}-A-{take}.wav,{fold},{take},{category},{ten},{take},A"
+        for fold in range(1, 6)
+        for take, category, ten in takes
+    ]
     write(tmp_path, "meta/esc50.csv", "filename,fold,target,category,esc10,src_file,take", *rows, end="\r\n")
     touch(tmp_path, *(f"audio/{row.split('.')[0]}{ending}" for row in rows))
     train, test = load(tmp_path, "esc50", "train2"), load(tmp_path, "esc50", "test2")

@@ -1,4 +1,6 @@
-"""Clips out of files: what is drawn depends on (seed, step, place) alone, what cannot be read is named and replaced."""
+"""Clips out of files: what is drawn depends on (seed, step, place) alone, what cannot be read is named and
+replaced.
+"""
 
 import dataclasses
 import itertools
@@ -203,7 +205,9 @@ def test_sound_is_never_taken_from_beyond_its_end(table):
 
 
 def test_picture_and_sound_of_a_clip_share_their_middle(tmp_path):
-    """A chirp sounds while frame 50 is shown: at the middle of the clip both are, though the sound is shorter."""
+    """A chirp sounds while frame 50 is shown: at the middle of the clip both are, though the sound is
+    shorter.
+    """
     good(tmp_path / "a.mp4", wave=chirps([2.0], 4.0, 16000))
     cfg = settings(video={**WHOLE, "frames": 25, "fps": 25.0}, audio={"seconds": 0.5}, clips=1)
     clips = Clips(folder_table(tmp_path), cfg, training=False)
@@ -446,7 +450,7 @@ def test_an_epoch_leaves_out_what_fills_no_batch():
 
 
 def test_iid_draws_are_independent():
-    """Every instance is equally likely at every place; a batch holds repetitions as often as chance has it."""
+    """Every instance is equally likely at every place; a batch repeats one as often as chance has it."""
     batches = np.array(batches_of(BatchSampler(20, 10, "iid", seed=0, first_step=0, last_step=2000)))
     assert np.bincount(batches.flatten(), minlength=20) == pytest.approx(1000, abs=150)
     distinct = np.mean([len(set(batch)) for batch in batches])

@@ -1,4 +1,6 @@
-"""The tables that all readers give, and the lists and folders of no benchmark; the benchmarks' are in test_benchmarks_lists.py."""
+"""The tables that all readers give, and the lists and folders of no benchmark; the benchmarks' are in
+test_benchmarks_lists.py.
+"""
 
 import csv
 import hashlib
@@ -165,7 +167,8 @@ def test_the_report_counts_and_names_what_is_missing(tmp_path):
     table = load(tmp_path, "manifest", "train")
     assert table.missing == [f"{i}.mp4" for i in range(1200)]
     assert table.report() == (
-        f"{tmp_path.name}/manifest.csv train: 1 files, 2 classes; 1,200 more are listed and not on disk, e.g. 0.mp4, 1.mp4, 2.mp4"
+        f"{tmp_path.name}/manifest.csv train: 1 files, 2 classes; "
+        "1,200 more are listed and not on disk, e.g. 0.mp4, 1.mp4, 2.mp4"
     )
     assert datasets.take(table, [0]).report() == f"{tmp_path.name}/manifest.csv train: 1 files, 2 classes"
 
@@ -266,7 +269,8 @@ def test_a_path_named_twice_is_an_error_that_names_both_lines(tmp_path):
     write(tmp_path, "manifest.csv", "path,label", "v/a.mp4,x", "b.mp4,x", "v//a.mp4,y", "b.mp4,z")
     touch(tmp_path, "v/a.mp4", "b.mp4")
     assert error(tmp_path, "manifest", "train") == (
-        f"{tmp_path / 'manifest.csv'}, line 4: v/a.mp4 again, as in manifest.csv, line 2 (1 more such lines); keep one of them"
+        f"{tmp_path / 'manifest.csv'}, line 4: v/a.mp4 again, as in manifest.csv, line 2 "
+        "(1 more such lines); keep one of them"
     )
 
 
@@ -438,7 +442,8 @@ def test_the_same_part_twice_is_an_error_that_names_it(tmp_path):
     write(tmp_path, "manifest.csv", "path,start,end", "a.mp4,0,10", "a.mp4,12,22", "a.mp4,12.0,22")
     touch(tmp_path, "a.mp4")
     assert error(tmp_path, "manifest", "train") == (
-        f"{tmp_path / 'manifest.csv'}, line 4: a.mp4 [12.0-22.0 s] again, as in manifest.csv, line 3; keep one of them"
+        f"{tmp_path / 'manifest.csv'}, line 4: a.mp4 [12.0-22.0 s] again, "
+        "as in manifest.csv, line 3; keep one of them"
     )
 
 

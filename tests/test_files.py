@@ -1,4 +1,4 @@
-"""Files that nobody looked at: decoders that die or hang, damaged files, silence. None costs more than itself."""
+"""Files that nobody looked at: decoders that die or hang, damage, silence. None costs more than itself."""
 
 import csv
 import dataclasses
@@ -89,7 +89,7 @@ def batches(table, training, workers):
     return data.loader(clips, workers, batch_sampler=BatchSampler(len(table), 4, "epoch", 0, 0, 6))
 
 
-# ------------------------------------------------------------------------------------------ decoders that die or hang
+# ---------------------------------------------------------------------------------- decoders that die or hang
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -256,7 +256,7 @@ def test_a_check_names_the_files_that_its_decoders_die_or_hang_on(deadly, tmp_pa
     assert rows["hangs.mp4"]["reason"] == "takes the decoder too long: more than 20 s"
 
 
-# ---------------------------------------------------------------------------------------------------- named at the end
+# ------------------------------------------------------------------------------------------- named at the end
 
 
 def test_every_skipped_file_is_in_the_list_at_the_end(tmp_path, capsys):
@@ -282,7 +282,7 @@ def test_without_bad_files_there_is_no_list(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-# ------------------------------------------------------------------------------------------------------------- damaged
+# ---------------------------------------------------------------------------------------------------- damaged
 
 
 def test_damaged_files_are_used_or_refused(tmp_path):
@@ -312,7 +312,7 @@ def test_a_file_that_looks_like_an_address_is_a_file(tmp_path, monkeypatch):
     assert Media("http:localhost/a.mp4", ("audio",)).last_s == pytest.approx(1.0, abs=0.1)
 
 
-# ------------------------------------------------------------------------------------------------- nothing to see or hear
+# ------------------------------------------------------------------------------------- nothing to see or hear
 
 NOTHING = {  # pictures and sounds of ffmpeg that do not change
     "black": ("color=black:s=64x64:r=25", "anullsrc"),

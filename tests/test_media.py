@@ -19,7 +19,7 @@ TWO_SECONDS = np.arange(50) / 25  # 25 frames a second
 OPEN_GROUPS = {"x264-params": "open-gop=1:bframes=3:keyint=24:min-keyint=24:scenecut=0"}
 
 
-# ---------------------------------------------------------------------------------------------------------------- picture
+# ---------------------------------------------------------------------------------------------------- picture
 
 
 @pytest.mark.parametrize("container", ["mp4", "mkv"])
@@ -94,7 +94,7 @@ def test_small_pictures(media_file, size):
     assert numbers(frames) == [2, 25]
 
 
-# ------------------------------------------------------------------------------------------------------------------ sound
+# ------------------------------------------------------------------------------------------------------ sound
 
 
 def heard_at(media, time_s, rate_hz):
@@ -187,7 +187,7 @@ def test_an_interval_equals_that_part_of_the_whole(media_file, name):
             assert chirp_time(part, 16000) == pytest.approx(chirp_time(same, 16000), abs=1.1 * MS)
 
 
-# -------------------------------------------------------------------------------------------------- picture against sound
+# -------------------------------------------------------------------------------------- picture against sound
 
 PLACES = {  # (first frame at, sound from) s
     "together": (0.0, 0.0),
@@ -284,7 +284,7 @@ def test_without_time_stamps_sound_is_counted_from_the_beginning(media_file, sou
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------- faults
+# ----------------------------------------------------------------------------------------------------- faults
 
 
 def complaint(path, modalities=("video", "audio"), then=lambda media: None):
@@ -409,7 +409,7 @@ def test_media_imported_first_leaves_torch_whole():
     assert "2090" in done.stdout
 
 
-# ------------------------------------------------------------------------------------------------------------- real files
+# ------------------------------------------------------------------------------------------------- real files
 
 
 @pytest.mark.parametrize("name", ["flipping_a_pancake.mkv", "nasa_13013.mp4"])
@@ -455,7 +455,9 @@ def in_another_process(code, **environment):
 
 
 def test_decords_libraries_are_for_itself_alone(tmp_path):
-    """Nothing that is loaded after avid finds symbols of decord, and NVIDIA's libraries are not opened for it."""
+    """Nothing that is loaded after avid finds symbols of decord, and NVIDIA's libraries are not opened for
+    it.
+    """
     library = tmp_path / "nvidia" / "made_up" / "lib" / "libmade_up.so"
     library.parent.mkdir(parents=True)
     import _ctypes
@@ -488,7 +490,9 @@ def test_faiss_loaded_after_avid_finds_the_nearest():
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.ts"])
 def test_a_clip_costs_the_same_wherever_it_lies(media_file, monkeypatch, name):
-    """What HEVC has to decode for the last second of a file is what it has to for the first ones, not all before."""
+    """What HEVC has to decode for the last second of a file is what it has to for the first ones, not all
+    before.
+    """
     encoder = {"x265-params": "log-level=none:keyint=25:min-keyint=25:scenecut=0"}
     path = media_file(name, frame_s=np.arange(250) / 25, codecs=("libx265",), encoder=encoder)
     decoded, plain = [], Timed._decoded

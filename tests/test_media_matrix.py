@@ -1,6 +1,7 @@
 """Files that other people's tools wrote: a clip's picture belongs to its sound, streamed and in memory.
 
-A small part of tests/long/media_matrix.py, whose table is in docs/reliability.md; and real files that carry their truth.
+A small part of tests/long/media_matrix.py, whose table is in docs/reliability.md; and real files that carry
+their truth.
 """
 
 import sys
@@ -71,7 +72,9 @@ def test_a_real_wmv_with_close_key_frames(real_media):
 
 
 def test_a_real_cut_by_copy(real_media):
-    """Its frames, numbered by 16 blocks, are those of the sine's frequency, 500 + 400·t Hz; the same in memory."""
+    """Its frames, numbered by 16 blocks, are those of the sine's frequency, 500 + 400·t Hz; the same in
+    memory.
+    """
     path = real_media / "cut_by_copy.mp4"
     whole = MediaInMemory(path)
     for at_s in np.random.default_rng(0).uniform(0.1, 9.0, 12):

@@ -1,4 +1,4 @@
-"""Odd files, encoded by ffmpeg: picture and sound are those of the asked times, and clips of them can be had."""
+"""Odd files, encoded by ffmpeg: picture and sound are those of the asked times, and give clips."""
 
 import subprocess
 import sys
@@ -18,7 +18,9 @@ from avid.media import Media, MediaError
 
 @pytest.fixture
 def encoded(tmp_path):
-    """A function of a file name, of ffmpeg's options, of a number of frames, of input options and of a sound: it writes a file."""
+    """A function of a file name, of ffmpeg's options, of a number of frames, of input options and of a sound:
+    it writes a file.
+    """
     imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
 
     def write(name, options, frames=50, before="", wave=None, rate_hz=48000):
@@ -124,10 +126,11 @@ def test_sound_shorter_and_longer_than_the_picture(encoded, name, seconds):
 @pytest.mark.parametrize("default", [0, 1])
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
 def test_of_several_streams_picture_and_sound_are_the_default_ones(encoded, name, default):
-    """One small, black and soft, the other large, numbered and loud: decord and PyAV agree on which to read."""
+    """One small, black and soft, the other large, numbered, loud: decord and PyAV agree on which to read."""
     path = encoded(
         name,
-        "-filter_complex [0:v]scale=32:32,lutrgb=r=0:g=0:b=0[small];[1:a]volume=0.01[soft] -map [small] -map 0:v -map [soft] "
+        "-filter_complex [0:v]scale=32:32,lutrgb=r=0:g=0:b=0[small];[1:a]volume=0.01[soft] "
+        "-map [small] -map 0:v -map [soft] "
         f"-map 1:a -c:v libx264 -c:a aac -disposition:v:{default} default -disposition:v:{1 - default} 0 "
         f"-disposition:a:{default} default -disposition:a:{1 - default} 0",
     )

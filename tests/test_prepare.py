@@ -1,4 +1,6 @@
-"""What a check finds in files of known faults, and that prepared files show and sound the same at the same times."""
+"""What a check finds in files of known faults, and that prepared files show and sound the same at the same
+times.
+"""
 
 import csv
 import json
@@ -340,7 +342,9 @@ def test_source_and_copy_lie_apart(folder, tmp_path):
 
 @pytest.fixture
 def fake_ffmpeg(tmp_path, monkeypatch):
-    """A function of a shell script that stands for ffmpeg: $out is the file that it is to write. The trial run succeeds."""
+    """A function of a shell script that stands for ffmpeg: $out is the file that it is to write. The trial
+    run succeeds.
+    """
     (tmp_path / "bin").mkdir()
 
     def install(script):
@@ -374,7 +378,8 @@ def test_an_interruption_ends_every_process_and_leaves_nothing_half(how, folder,
 
 def test_a_full_disk_ends_the_preparation_with_one_line(folder, fake_ffmpeg, tmp_path, capsys):
     fake_ffmpeg(
-        'echo "[mp4] something" >&2; echo "av_interleaved_write_frame(): No space left on device" >&2; exit 228'
+        'echo "[mp4] something" >&2; '
+        'echo "av_interleaved_write_frame(): No space left on device" >&2; exit 228'
     )
     assert run("prepare", folder, tmp_path / "out", "--workers", 1) == 2
     assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
@@ -396,12 +401,16 @@ def test_without_ffmpeg_one_line_says_how_to_get_it(folder, tmp_path, monkeypatc
     assert run("prepare", folder, tmp_path / "out") == 2
     assert (
         capsys.readouterr().err
-        == "error: no ffmpeg on PATH. Install ffmpeg 5.1 or newer, with libx264 and aac, or: pip install imageio-ffmpeg\n"
+        == "error: no ffmpeg on PATH. Install ffmpeg 5.1 or newer, with libx264 and aac, "
+        "or: pip install imageio-ffmpeg\n"
     )
 
 
 def test_help_answers_without_the_heavy_imports():
-    code = "import sys, avid.tools.prepare as p\ntry: p.main(['check', '--help'])\nfinally: assert not {'torch', 'decord', 'av'} & set(sys.modules)"
+    code = (
+        "import sys, avid.tools.prepare as p\ntry: p.main(['check', '--help'])\n"
+        "finally: assert not {'torch', 'decord', 'av'} & set(sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "--modality" in done.stdout, done.stderr
 

@@ -34,7 +34,7 @@ OPEN_GROUPS = {"x264-params": "open-gop=1:bframes=3:keyint=24:min-keyint=24:scen
     ],
 )
 def test_a_file_in_memory_gives_the_same(media_file, name, codecs, options):
-    """Frames bit for bit; sound too, but where an encoder left noise to the decoder, and where time stamps are
+    """Frames bit for bit; sound too, but where an encoder left noise to the decoder, or time stamps are
     rounded."""
     picture = {"frame_s": TWO_SECONDS} if codecs[0] else {}
     wave = 0.3 * tone(400, 2.0, 44100) + chirps([0.1, 0.9, 1.7], 2.0, 44100)
@@ -82,7 +82,7 @@ def test_a_file_is_decoded_once(media_file):
 
 
 def test_parts_of_a_file_in_memory_are_of_one_decoding(media_file, monkeypatch):
-    """data.in_memory with a list of intervals: the file is decoded once, each part keeps its bounds and clock."""
+    """data.in_memory with a list of intervals: one decoding, and each part keeps its bounds and clock."""
     path = media_file("a.mp4", frame_s=TWO_SECONDS, wave=tone(600, 2.0, 48000))
     opened, plain = [], media.av.open
     monkeypatch.setattr(media.av, "open", lambda *a, **k: (opened.append(a), plain(*a, **k))[1])

@@ -2,9 +2,10 @@
 
     python tests/long/files.py --mutants 500 --seed 0 [--keep FOLDER]
 
-In: small files of several containers and codecs, written here, and the real files of AVID_TEST_DATA. Out: a table of what became
-of every kind of damage, the commonest reasons, the slowest files, and exit code 0 where every batch has the right shape and finite
-numbers, every file that was skipped has a reason of one line, and no process is left.
+In: small files of several containers and codecs, written here, and the real files of AVID_TEST_DATA. Out: a
+table of what became of every kind of damage, the commonest reasons, the slowest files, and exit code 0 where
+every batch has the right shape and finite numbers, every file that was skipped has a reason of one line, and
+no process is left.
 """
 
 import argparse

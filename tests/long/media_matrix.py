@@ -1,10 +1,12 @@
-"""Does the picture of a clip belong to its sound? Every container, with the codecs that it takes, in ten conditions.
+"""Does the picture of a clip belong to its sound? Every container, with the codecs that it takes, in ten
+conditions.
 
     python tests/long/media_matrix.py [--only TEXT …] [--clips 20] [--keep FOLDER] [--markdown FILE]
 
-In: nothing; the files are written here by ffmpeg. They carry their own truth: frame k shows k as 16 black or white blocks, and the
-sound at a time is like that at no other time. Out: a table of how many clips show a frame that is more than one frame off its sound,
-or are more than 10 ms off the sound that ffmpeg gives for that time, by Media and by MediaInMemory. Exit code 0 where none is.
+In: nothing; the files are written here by ffmpeg. They carry their own truth: frame k shows k as 16 black or
+white blocks, and the sound at a time is like that at no other time. Out: a table of how many clips show a
+frame that is more than one frame off its sound, or are more than 10 ms off the sound that ffmpeg gives for
+that time, by Media and by MediaInMemory. Exit code 0 where none is.
 """
 
 import argparse
@@ -32,7 +34,7 @@ CLIP_S, FRAMES = 0.5, 8
 SOUND_TOLERANCE_S = 0.01
 ALIKE = 0.5  # correlation from which on a sound is taken for that of the source: another place's is below 0.2
 
-# --------------------------------------------------------------------------------------------------------------- the source
+# ------------------------------------------------------------------------------------------------- the source
 
 
 def picture(numbers):
@@ -65,7 +67,9 @@ def spectrum(size):
 
 
 def heard(wave):
-    """The source's time at which this sound of HZ begins, s; None where it is silent, nan where it is like no part of the source."""
+    """The source's time at which this sound of HZ begins, s; None where it is silent, nan where it is like no
+    part of the source.
+    """
     if np.abs(wave).max(initial=0.0) < 1e-2:
         return None
     size = 1 << 18
@@ -77,7 +81,7 @@ def heard(wave):
     return at / HZ if abs(alike[at]) > ALIKE * norm else np.nan
 
 
-# ----------------------------------------------------------------------------------------------------------------- the files
+# -------------------------------------------------------------------------------------------------- the files
 
 SOUNDS = {  # container: codecs of sound, the first one goes with most pictures
     "mp4": ("aac", "libmp3lame"),
@@ -112,7 +116,8 @@ ENCODER = {  # what every encoder is told besides the distance of key frames
     "libvpx-vp9": "-deadline realtime -cpu-used 8 -b:v 1M",
     "libsvtav1": "-preset 13 -svtav1-params lp=1",
     "libtheora": "-q:v 7",
-    "mpeg2video": "-b:v 1M -minrate 1M -maxrate 1M -bufsize 512k",  # of DVDs: no two frames in one packet of the container
+    # of DVDs: no two frames in one packet of the container
+    "mpeg2video": "-b:v 1M -minrate 1M -maxrate 1M -bufsize 512k",
     "mpeg1video": "-b:v 1M -minrate 1M -maxrate 1M -bufsize 512k",
     "prores_ks": "-profile:v 0",
     "h263": "-s 176x144 -q:v 4",
@@ -176,7 +181,9 @@ def ffmpeg(*words, stdin=None):
 
 
 def write_source(folder):
-    """What every file is made of, without loss and with frequent key frames: folder/picture.raw and folder/sound.f32."""
+    """What every file is made of, without loss and with frequent key frames: folder/picture.raw and
+    folder/sound.f32.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     picture(range(SECONDS * FPS)).tofile(folder / "picture.raw")
     melody(SOURCE_HZ).tofile(folder / "sound.f32")
@@ -220,7 +227,9 @@ def kept_frames(condition):
 
 
 def make(folder, name, codec, sound, condition):
-    """Write one file; returns its File, or None where codec or container do not have this. Raises ValueError by ffmpeg's word."""
+    """Write one file; returns its File, or None where codec or container do not have this. Raises ValueError
+    by ffmpeg's word.
+    """
     groups = {"open groups of 30": 30, "open groups of 400": 400}
     if name.endswith(".avi") and condition in ("late sound", "first time stamp 100 s"):
         return None  # AVI's sound begins with the file
@@ -268,11 +277,13 @@ def make_sound(folder, name, condition):
     return File(out, np.array([], int))
 
 
-# ----------------------------------------------------------------------------------------------------------------- the judge
+# -------------------------------------------------------------------------------------------------- the judge
 
 
 def reference(path):
-    """All of a file's sound by ffmpeg itself, from the file's first moment on, with silence where it has none: float32 at HZ."""
+    """All of a file's sound by ffmpeg itself, from the file's first moment on, with silence where it has
+    none: float32 at HZ.
+    """
     words = [
         "-i",
         path,
@@ -306,7 +317,9 @@ def clip(media, at_s, has_picture):
 
 
 def picture_is_off(images, frames, source_s):
-    """Whether one of these images is more than one frame from that of its time, where the first is of the source's time source_s."""
+    """Whether one of these images is more than one frame from that of its time, where the first is of the
+    source's time source_s.
+    """
     wanted = (source_s + np.arange(FRAMES) * CLIP_S / FRAMES) * FPS + 1e-3
     wanted = np.searchsorted(frames, wanted, side="right") - 1
     found = [number(image) for image in images]
@@ -369,7 +382,7 @@ def judge(file, clips, seed=0):
     return Verdict("", way if has_picture else "PyAV", *np.mean(rows, 0).tolist())
 
 
-# ----------------------------------------------------------------------------------------------------------------- the table
+# -------------------------------------------------------------------------------------------------- the table
 
 
 def matrix(only=()):
@@ -378,7 +391,8 @@ def matrix(only=()):
         sounds = SOUNDS[ending]
         for k, codec in enumerate(pictures):
             sound = sounds[k % len(sounds)]
-            row = f"{ending}, {codec.removeprefix('lib').removesuffix('_ks')}, {sound.split()[0].removeprefix('lib')}"
+            names = codec.removesuffix("_ks"), sound.split()[0]
+            row = ", ".join([ending, *(name.removeprefix("lib") for name in names)])
             if not only or any(text in row for text in only):
                 yield row, ending, codec, sound
     for name in SOUND_FILES:
