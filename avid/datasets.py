@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-MEDIA = ".mp4 .mkv .webm .avi .mov .m4v .mpg .mpeg .wmv .flv .3gp".split()
+MEDIA = ".mp4 .mkv .webm .avi .mov .m4v .mpg .mpeg .wmv .flv .3gp .ts .mts .m2ts .ogv".split()
 MEDIA += ".wav .flac .ogg .opus .mp3 .m4a .aac .wma".split()
 ENDINGS = set(MEDIA)
 SPELLED = {

@@ -324,6 +324,12 @@ def test_a_folder_of_classes_is_read_whole_for_every_split(tmp_path):
     assert load(tmp_path, "folder", "test").paths == table.paths
 
 
+@pytest.mark.parametrize("ending", ["MTS", "m2ts", "ts", "ogv", "3gp", "webm", "wma", "opus"])
+def test_files_of_every_usual_ending_are_found(ending, tmp_path):
+    touch(tmp_path, f"a.{ending}", "a.txt")
+    assert load(tmp_path, "folder", "train").paths == [f"a.{ending}"]
+
+
 def test_a_flat_folder_has_no_labels(tmp_path):
     touch(tmp_path, "b.mp4", "a.wav")
     table = load(tmp_path, "folder", "train")

@@ -4,6 +4,7 @@ A small part of tests/long/media_matrix.py, whose table is in docs/reliability.m
 their truth.
 """
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ pytest.importorskip("imageio_ffmpeg", reason="no ffmpeg to write the files with:
 import media_matrix
 
 from avid.media import Media, MediaError, MediaInMemory
+from avid.tools import prepare
 
 CASES = [  # container, codec of the picture, of the sound, what was done to it, who has to read it
     ("mp4", "libx264", "aac", "whole", "decord"),
@@ -60,6 +62,18 @@ def test_times_that_cannot_be_are_refused_with_a_reason(folder):
     file = media_matrix.make(folder, name, "libtheora", "libvorbis", "cut by copy")
     with pytest.raises(MediaError, match="time stamps are impossible"):
         Media(file.path)
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mov", "mkv", "ts"])
+def test_prepared_files_that_were_cut_by_copy_keep_their_sound(folder, tmp_path, ending):
+    file = media_matrix.make(folder, f"cut by copy.{ending}", "libx264", "aac", "cut by copy")
+    (tmp_path / "in").mkdir()
+    shutil.copy(file.path, tmp_path / "in")
+    assert prepare.prepare(tmp_path / "in", tmp_path / "out", prepare.Small(), 1) == 1
+    prepared = media_matrix.File(tmp_path / "out/cut by copy.mp4", file.frames)
+    before, after = (media_matrix.judge(one, clips=6) for one in (file, prepared))
+    assert before.right and not before.reason and after.right and not after.reason, (before, after)
+    assert after.way == "decord"
 
 
 def test_a_real_wmv_with_close_key_frames(real_media):
