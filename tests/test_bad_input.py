@@ -378,6 +378,10 @@ def test_a_run_folder_is_known_by_its_settings(tmp_path):
     (out / "config.yaml").unlink()
     (out / "last.pt").write_text("anything")
     cli.check_run_folder(cfg)
+    config.save(cfg, out / "config.yaml")
+    cli.check_run_folder(cfg)
+    with pytest.raises(config.ConfigError, match=r"model\.width"):  # before a toy is written, or a list read
+        cli.check_run_folder(config.load("toy", [f"out={out}", "model.width=8"]))
 
 
 def test_pictures_are_known_by_what_is_written_in_them(tmp_path):
