@@ -237,7 +237,10 @@ class Counted:
 
     def __init__(self, path, container, stream, origin_s):
         self.reader = decord.VideoReader(path, num_threads=1)
-        self.starts_s = start_of(stream) - origin_s + frame_times(self.reader)  # N
+        starts_s = self.reader.get_frame_timestamp(np.arange(len(self.reader)))[:, 0].astype(float)
+        if not (len(starts_s) and abs(starts_s).max() < 1e4 and (np.diff(starts_s) > 0).all()):
+            raise ValueError("no times of frames, or not exact ones")
+        self.starts_s = start_of(stream) - origin_s + (starts_s - starts_s[0])  # N
         self.fps = self.reader.get_avg_fps()
         self.first_s, self.last_s = self.starts_s[0], self.starts_s[-1] + 1 / self.fps
 
@@ -433,14 +436,6 @@ def upright(frame):
 def shown(starts_s, times_s):
     """The numbers of the frames on show at these times (T,), each shown from starts_s (N,) on; 0 before."""
     return (np.searchsorted(starts_s, np.asarray(times_s) + SAME_S, side="right") - 1).clip(0)
-
-
-def frame_times(reader):
-    """When each frame of a decord reader is first shown, s from the first (N,). Raises ValueError."""
-    times = reader.get_frame_timestamp(np.arange(len(reader)))[:, 0].astype(float)
-    if not (len(times) and abs(times).max() < 1e4 and (np.diff(times) > 0).all()):
-        raise ValueError("no times of frames, or not exact ones")
-    return times - times[0]
 
 
 def why_not_decord(container, stream):

@@ -404,7 +404,11 @@ def main(argv=None):
     # an exception, as Ctrl-C is: workers end, part files go
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        usable = _check(arguments) if arguments.command == "check" else _prepare(arguments)
+        if arguments.command == "check":
+            usable = _check(arguments)
+        else:
+            small = Small(arguments.short_side, arguments.keyint, arguments.audio_rate)
+            usable = prepare(arguments.src, arguments.dst, small, arguments.workers)
     except (config.ConfigError, DataError, OSError) as error:
         config.stop(error)
     except KeyboardInterrupt:
@@ -424,11 +428,6 @@ def _check(arguments):
     out = arguments.out or Path(f"check-{name}-{place}-{split}-{modality}.csv")
     workers = arguments.workers or max(cfg.data.workers, 1)
     return check(datasets.load(cfg.data, split), modalities, out, workers, cfg)
-
-
-def _prepare(arguments):
-    small = Small(arguments.short_side, arguments.keyint, arguments.audio_rate)
-    return prepare(arguments.src, arguments.dst, small, arguments.workers)
 
 
 def _parser():
