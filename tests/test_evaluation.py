@@ -147,10 +147,9 @@ def test_numbered_divisions(tmp_path):
 
 
 def test_files_without_a_class_are_an_error_that_counts_them():
-    nothing = np.zeros(3)
-    table = datasets.Table(
-        "x", Path("."), ["a.mp4", "b.mp4", "c.mp4"], np.array([0, -1, 1]), ["p", "q"], *[nothing] * 3, {}, []
-    )
+    whole = np.zeros(3), np.full(3, np.inf), np.zeros(3)  # start_s, end_s, fold
+    paths, labels = ["a.mp4", "b.mp4", "c.mp4"], np.array([0, -1, 1])
+    table = datasets.Table("x", Path("."), paths, labels, ["p", "q"], *whole, {}, [])
     with pytest.raises(
         datasets.DataError, match=r"x: 1 of 3 files have no class, e\.g\. b\.mp4; give them one"
     ):
