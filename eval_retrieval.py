@@ -48,7 +48,7 @@ if __name__ == "__main__":  # before the heavy imports: --help and a wrong argum
 
 import numpy as np
 
-from avid import data, datasets, evaluation
+from avid import data, datasets, distributed, evaluation
 from avid.tools import figures, fingerprint, page, sync, where
 
 RANKS = (1, 5, 10, 20)
@@ -93,6 +93,7 @@ def main(arguments):
         mean = {name: np.mean([result[name] for result in found]).item() for name in scores(found[0])}
         row = {"task": task, "label": subject.cfg.data.label, **found[0], **mean, "divisions": found}
         show(subject, task, evaluation.write_result(subject, f"retrieval-{task}", row))
+    distributed.end()
 
 
 def measure(subject, task, train_table, table, arguments, first):
