@@ -83,7 +83,8 @@ def main(cfg):
         folder.begin_from(cfg.init, network, bank, objective.ancestor)
     steps = range(first_step, last_step)
     draws = optim.draws, cfg.seed, first_step, last_step, *world[:2], optim.copies
-    sampler = data.BatchSampler(n, optim.batch_size, *draws)
+    together = cfg.data.clips_per_open, data.shards(train_table, cfg)
+    sampler = data.BatchSampler(n, optim.batch_size, *draws, *together)
     loader = data.loader(data.Clips(train_table, cfg, training=True), cfg.data.workers, batch_sampler=sampler)
     model.train()
     held_out_check = functools.partial(evaluation.check, network, bank, held_out, cfg, world)

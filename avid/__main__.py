@@ -2,6 +2,7 @@
 
     python -m avid check --data folder --root DIR     what of a data set can be used, and why the rest cannot
     python -m avid prepare SRC DST                    small copies of a folder's videos, which decode fast
+    python -m avid pack DATA DST                      a data set in shards, whose reading decodes no video
     python -m avid statistics --out FILE.npz          mean and deviation of each band of a data set's sound
     python -m avid embed --ckpt C DIR --out F.npz     embeddings of your own videos and sounds
     python -m avid search --ckpt C DIR QUERY          which of them are like a video, a picture or a sound
@@ -19,6 +20,7 @@ import sys
 COMMANDS = {
     "check": "prepare",
     "prepare": "prepare",
+    "pack": "pack",
     "statistics": "statistics",
     "embed": "collection",
     "search": "collection",

@@ -134,7 +134,7 @@ def evaluation(parser, argv=None):
 def fits(cfg, videos, processes=1):
     """Raise ConfigError where training cannot be done on so many videos, by so many processes."""
     batch, contrast, weights = cfg.optim.batch_size, cfg.contrast, vars(cfg.weights)
-    if "video" not in datasets.DATA[cfg.data.name].modalities:
+    if "video" not in datasets.row(cfg.data).modalities:
         raise ConfigError(
             f"data.name={cfg.data.name} has no pictures, and training needs them; choose another data set"
         )
@@ -156,10 +156,12 @@ def fits(cfg, videos, processes=1):
         raise ConfigError(
             f"optim.batch_size={batch} is larger than the data set of {videos} videos; lower it"
         )
-    if batch % processes:
+    clips = cfg.data.clips_per_open
+    if batch % (processes * clips):
+        sharing = f"{processes} processes" + f", {clips} clips a file" * (clips > 1)
         raise ConfigError(
-            f"optim.batch_size={batch} cannot be shared evenly by {processes} processes; make it a multiple "
-            f"of {processes}"
+            f"optim.batch_size={batch} cannot be shared evenly by {sharing}; make it a multiple of "
+            f"{processes * clips}"
         )
     if batch // processes % cfg.optim.accumulate:
         raise ConfigError(

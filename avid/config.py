@@ -90,7 +90,15 @@ class Data:
     timeout_s: float = setting(60.0,
         "s; a file on which a decoding process takes longer, twice, is given up [C]", above=0, at_most=86400)
     in_memory: bool = setting(False,
-        "each process keeps what it decoded, whole and as it is: for small data sets [C]")
+        "each process of a training keeps what it decoded, whole and as it is: for small data sets [C]")
+    clips_per_open: int = setting(1,
+        "places of a batch that take clips of one opened file: cheaper, less mixed batches [C]", at_least=1)
+    decode: str = setting("cpu",
+        "device: of packed data, decoding processes only read bytes; the device does the rest [C]",
+        choices=("cpu", "device"))
+    shuffle: str = setting("full",
+        "shards: of packed data, a batch comes out of one shard or two, for slow disks [C]",
+        choices=("full", "shards"))
     max_bad_share: float = setting(0.1,
         "stop when more than this share of the drawn files cannot be used [C]", at_least=0, at_most=1)
 
@@ -523,6 +531,9 @@ def _check(cfg):
             wrong(key, f"one of {', '.join(among)}")
     if row.written and data.subset:
         wrong("data.subset", "one of nothing")
+    for key, default in {"data.decode": "cpu", "data.shuffle": "full"}.items():
+        if data.name != "packed" and value(key) != default:
+            wrong(key, f"{default}, as data.name={data.name} is not packed; see python -m avid pack")
     for key in ("video.crop_area", "video.crop_ratio"):
         if len(value(key)) != 2 or value(key)[0] > value(key)[1]:
             wrong(key, "[least, largest]")
@@ -662,8 +673,9 @@ def save(cfg, path):
 
 MAY_CHANGE = (  # when a run goes on
     "out", "profile", "log", "eval", "finetune", "data.root", "data.workers", "data.in_memory",
-    "data.timeout_s", "data.max_bad_share", "bank.spread", "optim.accumulate", "optim.checkpoint_activations",
-    "optim.epochs", "optim.max_bad_steps", "optim.lr", "optim.clip_grad", "optim.amp",
+    "data.decode", "data.timeout_s", "data.max_bad_share", "bank.spread", "optim.accumulate",
+    "optim.checkpoint_activations", "optim.epochs", "optim.max_bad_steps", "optim.lr", "optim.clip_grad",
+    "optim.amp",
 )  # fmt: skip
 
 

@@ -16,6 +16,8 @@ if __name__ == "__main__":  # python -m avid check|prepare is python -m avid che
     raise SystemExit(main())
 
 import atexit
+import contextlib
+import copy
 import csv
 import errno
 import functools
@@ -27,7 +29,6 @@ import signal
 import sys
 import weakref
 from collections import Counter, deque
-from contextlib import contextmanager
 from multiprocessing.connection import wait
 
 import numpy as np
@@ -35,10 +36,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from . import config, distributed, files, memory_bank, processes, temporal_tasks
+from . import config, distributed, files, memory_bank, packed, processes, temporal_tasks
 from .config import ConfigError
 from .media import MODALITIES, Media, MediaError, in_memory
-from .spectrogram import edge_s, spectrogram
+from .spectrogram import edge_s, spectrogram, stretch
 
 PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in grey [ITU-R BT.601]
@@ -92,6 +93,8 @@ class Clips(torch.utils.data.Dataset):
         self.table, self.cfg, self.training, self.modalities = table, cfg, training, modalities
         self.clips = clips or cfg.eval.clips
         self.given_up, self.reading = {}, None  # index → why; what each decoding process reads: see Loader
+        self.raw = False  # see for_device
+        self.last = None, None  # with data.clips_per_open: index and media of the file that stays open
         if "audio" in modalities:
             config.band_statistics(cfg.audio)  # a ConfigError before anything is read
         self.length_s = max(
@@ -136,7 +139,7 @@ class Clips(torch.utils.data.Dataset):
                 item |= dict(zip((f"near_{key}", f"far_{key}"), draws, strict=True))
         return item
 
-    @contextmanager
+    @contextlib.contextmanager
     def watched(self, index):
         """Within, a decoding process has noted what it reads, and the kernel ends it after data.timeout_s."""
         if index in self.given_up:
@@ -155,9 +158,7 @@ class Clips(torch.utils.data.Dataset):
 
     def read(self, index, rng):
         """The clips of one video: M×…, as the module says."""
-        table = self.table
-        file = (table.root / table.paths[index], self.modalities, table.start_s[index], table.end_s[index])
-        with (self.cfg.data.in_memory and in_memory(*file)) or Media(*file) as media:
+        with self.opened(index) as media:
             first_s, last_s = self.usable(media)
             if self.training:
                 clips, labels = temporal_tasks.plan(first_s, last_s, self.length_s, self.cfg.temporal, rng)
@@ -165,12 +166,44 @@ class Clips(torch.utils.data.Dataset):
                 item |= self.draws(len(clips), rng)
             else:
                 clips, item = self.evenly(first_s, last_s), {}
-            if "video" in self.modalities:
+            if self.raw:
+                item["undecoded"] = self.undecoded(media, clips, rng)
+            elif "video" in self.modalities:
                 item["video"] = torch.stack([self.picture(media, clip, rng) for clip in clips])
-                media.close_picture()
-            if "audio" in self.modalities:
+                if media is not self.last[1]:
+                    media.close_picture()
+            if "audio" in self.modalities and not self.raw:
                 item["audio"] = torch.stack([self.loudness(media, clip, rng) for clip in clips])
             return item
+
+    def opened(self, index):
+        """A context with the media of an instance. With data.clips_per_open above 1 a training leaves it open
+        until it opens another one."""
+        if not self.training or self.cfg.data.clips_per_open == 1:
+            return self.open(index)
+        if self.last[0] != index:
+            if self.last[1]:
+                self.last[1].close()
+            self.last = None, None
+            self.last = index, self.open(index)
+        return contextlib.nullcontext(self.last[1])
+
+    def open(self, index):
+        """The media.Media of an instance, or what gives the same from memory or from a pack."""
+        table = self.table
+        if table.record is not None:
+            return packed.PackedMedia(table.root, table.record[index], self.modalities)
+        file = (table.root / table.paths[index], self.modalities, table.start_s[index], table.end_s[index])
+        keeps = self.cfg.data.in_memory and self.training  # an evaluation reads a file once
+        return (keeps and in_memory(*file)) or Media(*file)
+
+    def for_device(self):
+        """These clips for a Loader, whose batches go to `to_device`: as bytes where data.decode=device."""
+        if self.cfg.data.decode == "cpu":
+            return self
+        clips = copy.copy(self)
+        clips.raw = True
+        return clips
 
     def evenly(self, first_s, last_s):
         """The clips of evaluation."""
@@ -203,26 +236,29 @@ class Clips(torch.utils.data.Dataset):
         low, high = max(start_s - reach_s, media.first_s), min(start_s + reach_s, last_s)
         return rng.uniform(low, high) if low < high else start_s
 
-    def picture(self, media, clip, rng):
-        """uint8 3×T×S×S: frames `speed` apart, cropped and resized alike.
-
-        A video that is too short starts again (loops).
-        """
+    def frame_times(self, media, clip, rng):
+        """When the frames of a clip are shown, T s, `speed` apart. A video that is too short starts again."""
         video = self.cfg.video
         start_s = self.start_of(clip, video.frames / video.fps)
         if self.training and video.offset_s:
             start_s = self.moved(start_s, clip, media, rng)
         times = start_s + (np.arange(video.frames) + 0.5) * clip.speed / video.fps
         times = media.first_s + (times - media.first_s) % (media.last_s - media.first_s)
-        frames = media.frames(times[::-1] if clip.backward else times)  # T×H×W×3
-        height, width = frames.shape[1:3]
-        if self.training:
-            top, left, height, width = random_crop(height, width, video.crop_area, video.crop_ratio, rng)
-        else:
-            top, left, height, width = central_crop(height, width, self.cfg.eval.crop)
+        return times[::-1] if clip.backward else times
+
+    def crop(self, height, width, rng):
+        """What is kept of frames of this size: top, left, height, width."""
+        if not self.training:
+            return central_crop(height, width, self.cfg.eval.crop)
+        return random_crop(height, width, self.cfg.video.crop_area, self.cfg.video.crop_ratio, rng)
+
+    def picture(self, media, clip, rng):
+        """uint8 3×T×S×S: the frames of a clip, cropped and resized alike."""
+        frames = media.frames(self.frame_times(media, clip, rng))  # T×H×W×3
+        top, left, height, width = self.crop(*frames.shape[1:3], rng)
         frames = torch.from_numpy(frames[:, top : top + height, left : left + width])  # T×h×w×3
         # rows of RGB as they are, in bytes: the channels become planes when the item is put together
-        size = {"size": [video.size, video.size], "mode": "bilinear", "antialias": True}
+        size = {"size": [self.cfg.video.size] * 2, "mode": "bilinear", "antialias": True}
         return F.interpolate(frames.permute(0, 3, 1, 2), **size).transpose(0, 1)
 
     def loudness(self, media, clip, rng):
@@ -233,8 +269,34 @@ class Clips(torch.utils.data.Dataset):
         audio = self.cfg.audio
         image = spectrogram(media, self.start_of(clip, audio.seconds), audio, clip.speed)
         if self.training:
-            image = (image + 20 * np.log10(rng.uniform(1 - audio.volume, 1 + audio.volume))).clamp_min(-100.0)
+            image = (image + self.louder_db(rng)).clamp_min(-100.0)
         return image.flip(1) if clip.backward else image
+
+    def louder_db(self, rng):
+        """The random gain."""
+        volume = self.cfg.audio.volume
+        return 20 * np.log10(rng.uniform(1 - volume, 1 + volume))
+
+    def undecoded(self, media, clips, rng):
+        """What `picture` and `loudness` begin with, by the same draws: a dict a clip, packed.Undecoded.of."""
+        audio, fields = self.cfg.audio, [{} for _ in clips]
+        if "video" in self.modalities:
+            for clip, found in zip(clips, fields, strict=True):
+                found["jpegs"] = media.jpegs(media.shown(self.frame_times(media, clip, rng)))
+                found["crop"] = self.crop(*media.size, rng)
+        if "audio" in self.modalities:
+            if media.rate_hz != audio.rate_hz:
+                raise ConfigError(
+                    f"data.decode=device needs sound packed at audio.rate_hz={audio.rate_hz}, and that of "
+                    f"{self.table.root} has {media.rate_hz} Hz; pack with --audio-rate {audio.rate_hz}, or "
+                    "set data.decode=cpu"
+                )
+            for clip, found in zip(clips, fields, strict=True):
+                start_s, samples, hop = stretch(self.start_of(clip, audio.seconds), audio, clip.speed)
+                found |= {"pcm": media.pcm(start_s, samples), "gain": media.gain, "hop": hop}
+                found["louder_db"] = self.louder_db(rng) if self.training else None
+                found["backward"] = clip.backward
+        return fields
 
 
 class BatchSampler(torch.utils.data.Sampler):
@@ -245,16 +307,25 @@ class BatchSampler(torch.utils.data.Sampler):
     together [A], so that what comes last in a pass is hardly older than the rest; "iid": every place of a
     batch drawn independently, with replacement. All are functions of (seed, step): resuming at a step, with
     any number of ranks, continues the same sequence.
+
+    clips_per_open: so many places that follow each other take one instance, each with draws of its own; a
+    step has so many times fewer instances. shards: in which shard each instance lies (n); a batch then comes
+    out of one or two. In a pass one shard follows another, in random order, each shuffled; "iid": a shard is
+    drawn, as often as it has instances, and the batch out of it.
     """
 
-    def __init__(self, n, batch_size, how, seed, first_step, last_step, rank=0, world=1, copies=10):
-        if batch_size > n:
+    def __init__(
+        self, n, batch_size, how, seed, first_step, last_step, rank=0, world=1, copies=10, clips_per_open=1,
+        shards=None,
+    ):  # fmt: skip
+        self.files = batch_size // clips_per_open  # of a step
+        if self.files > n:
             what = f"a batch of {batch_size} is larger than the data set of {n} videos"
             raise ConfigError(f"{what}; lower optim.batch_size")
-        if batch_size % world:
-            what = f"optim.batch_size = {batch_size} clips cannot be shared evenly by {world} processes"
-            raise ConfigError(what)
-        self.n, self.batch_size, self.how, self.seed = n, batch_size, how, seed
+        if batch_size % (world * clips_per_open):
+            sharing = f"{world} processes" + f", {clips_per_open} clips a file" * (clips_per_open > 1)
+            raise ConfigError(f"optim.batch_size = {batch_size} clips cannot be shared evenly by {sharing}")
+        self.n, self.how, self.seed, self.clips_per_open, self.shards = n, how, seed, clips_per_open, shards
         self.copies = copies if how == "copies" else 1
         self.steps = range(first_step, last_step)
         self.local = range(rank * batch_size // world, (rank + 1) * batch_size // world)
@@ -264,27 +335,49 @@ class BatchSampler(torch.utils.data.Sampler):
         return len(self.steps)
 
     def global_batch(self, step):
-        """The batch_size instances of a step."""
+        """The instances of a step, one for each file that it opens."""
         if self.how == "iid":
-            return np.random.default_rng((self.seed, 1, step)).integers(self.n, size=self.batch_size)
+            rng = np.random.default_rng((self.seed, 1, step))
+            if self.shards is None:
+                return rng.integers(self.n, size=self.files)
+            members = np.flatnonzero(self.shards == self.shards[rng.integers(self.n)])
+            return members[rng.integers(len(members), size=self.files)]
         entries = self.copies * self.n
-        number, place = divmod(step, entries // self.batch_size)
+        number, place = divmod(step, entries // self.files)
         if number != self.number:
             rng = np.random.default_rng((self.seed, 2, number))
             self.number, self.order = number, rng.permutation(entries) % self.n
-        return self.order[place * self.batch_size : (place + 1) * self.batch_size]
+            if self.shards is not None:
+                turn = rng.permutation(self.shards.max() + 1)  # of each shard
+                self.order = self.order[np.argsort(turn[self.shards[self.order]], kind="stable")]
+        return self.order[place * self.files : (place + 1) * self.files]
 
     def __iter__(self):
         for step in self.steps:
             batch = self.global_batch(step)
-            yield [(int(batch[place]), (OF_A_STEP, step, place)) for place in self.local]
+            yield [
+                (int(batch[place // self.clips_per_open]), (OF_A_STEP, step, place)) for place in self.local
+            ]
 
 
-def collate(items):
-    """Items → a batch; items without tensors (files that could not be used) only leave their failures."""
+def shards(table, cfg):
+    """In which shard each instance of a table lies (N); None where data.shuffle=full: it does not matter."""
+    if cfg.data.shuffle == "full":
+        return None
+    return packed.opened(str(table.root)).index["shard"][table.record].astype(np.int64)
+
+
+def collate(items, cfg=None):
+    """Items → a batch; items without tensors (files that could not be used) only leave their failures.
+
+    cfg: config.Config, of items whose clips are bytes: they become the batch's packed.Undecoded.
+    """
     failures = [failure for item in items for failure in item.pop("failures")]
     whole = [item for item in items if len(item) > 1]
+    videos = [item.pop("undecoded") for item in whole if "undecoded" in item]
     batch = torch.utils.data.default_collate(whole) if whole else {}
+    if videos:
+        batch["undecoded"] = packed.Undecoded.of(videos, cfg.video.size, cfg.audio)
     return {**batch, "failures": failures}
 
 
@@ -328,7 +421,7 @@ def loader(dataset, workers, batch_sampler=None, batch_size=None):
     batch_size at a time."""
     if batch_sampler is None:
         batch_sampler = torch.utils.data.BatchSampler(range(len(dataset)), batch_size, drop_last=False)
-    return Loader(dataset, workers, batch_sampler)
+    return Loader(dataset.for_device(), workers, batch_sampler)
 
 
 class Loader:
@@ -397,7 +490,7 @@ class Loader:
             self.clips,
             batch_sampler=keys,
             num_workers=self.workers,  # each has two batches ahead, in shared memory and then pinned
-            collate_fn=collate,
+            collate_fn=functools.partial(collate, cfg=self.clips.cfg),
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=at_start,
             generator=torch.Generator(),  # the global one stays as it is
@@ -471,6 +564,8 @@ def to_device(batch, device, audio):
     float B·M×1×F×bins, normalised by the statistics of `audio`, config.Audio.
     """
     batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+    if "undecoded" in batch:
+        batch |= batch.pop("undecoded").decode(device)
     if "video" in batch:
         video = batch["video"].flatten(0, 1)
         if "flip" in batch:

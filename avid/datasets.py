@@ -12,11 +12,13 @@ import functools
 import gc
 import hashlib
 import inspect
+import io
 import itertools
 import json
 import math
 import os
 import re
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PureWindowsPath
@@ -133,6 +135,7 @@ class Table:
     columns: dict[str, list[str]]  # the list's other columns, N each
     missing: list[str]  # listed, not on disk
     notes: list[str] = field(default_factory=list)  # what else its report says
+    record: np.ndarray | None = None  # N int64 of packed data: where each lies, avid/packed.py; None: files
 
     def __len__(self):
         return len(self.paths)
@@ -197,7 +200,8 @@ def take(table, positions):
     at = at.tolist()
     columns = {key: [values[i] for i in at] for key, values in table.columns.items()}
     paths = [table.paths[i] for i in at]
-    return replace(table, paths=paths, columns=columns, missing=[], notes=[], **arrays)
+    record = None if table.record is None else table.record[at]
+    return replace(table, paths=paths, columns=columns, missing=[], notes=[], record=record, **arrays)
 
 
 def table_hash(table):
@@ -223,10 +227,9 @@ def held_out(data, train):
     They are of the part that results are reported on, or else of val or test; of a numbered division, of its
     own test part. Raises DataError.
     """
-    row = DATA[data.name]
-    splits = dict.fromkeys((row.evaluation, "val", "test"))
-    if row.divisions:  # train2 → test2
-        splits = [row.evaluation + re.search("[0-9]?$", data.split)[0]]
+    splits = dict.fromkeys((row(data).evaluation, "val", "test"))
+    if row(data).divisions:  # train2 → test2
+        splits = [row(data).evaluation + re.search("[0-9]?$", data.split)[0]]
     for split in splits:
         try:
             table = unseen(load(data, split), train)
@@ -267,6 +270,12 @@ def hold_out(table, seed, share=0.2):
     for part, name in zip(parts, ("train", "test"), strict=True):
         part.name = f"{table.name} ({name})"
     return parts
+
+
+def sources(table):
+    """The files that tell whether a table's content is as it was: its own, or what a pack is known by."""
+    paths = table.paths if table.record is None else ["pack.json"]
+    return [table.root / path for path in paths]
 
 
 def same_class(query, gallery):
@@ -495,6 +504,89 @@ def esc50(root, split, subset=""):
     return _table(f"{subset or 'esc50'} {title}", root, split, rows, official=True)
 
 
+def packed(root, split, label="label"):
+    """
+    root/pack.json, manifest.csv, failures.csv         as `python -m avid pack DATA root` writes them
+    root/index.npy, shard-000000.tar, …
+
+    Splits, divisions and classes are those of the data set that was packed; `label` as of a manifest.
+    """
+    facts = checked_json(root / "pack.json")
+    rows, lost = (
+        _checked_csv(root / name, facts["crc32"][name]) for name in ("manifest.csv", "failures.csv")
+    )
+    known = {name for names in {*rows["splits"], *lost["splits"]} for name in names.split()}
+    if split not in known:
+        split = SPELLED.get(split, split)
+    if DATA[facts["data"]].divisions and split in ("train", "test"):
+        split += "1"  # as those data sets do
+    if split not in known | {"all"}:
+        raise NoSplit(f"packed {facts['data']}: no such split in {root}, only {', '.join(sorted(known))}")
+
+    def belonging(columns):
+        belongs = {names: split == "all" or split in names.split() for names in set(columns["splits"])}
+        return [*map(belongs.__getitem__, columns["splits"])]
+
+    here, lacking = belonging(rows), belonging(lost)
+    # a column of the list that has the name of one of ours stands as list.NAME
+    theirs = {name.removeprefix("list."): name for name in rows if name not in PACKED_COLUMNS}
+    if label not in ("label", *theirs):
+        raise Misplaced(f"packed {facts['data']}: no column {label}; there are {', '.join(sorted(theirs))}")
+    words = rows["label" if label == "label" else theirs[label]]
+    classes = facts["classes"] if label == "label" else sorted({*words} - {""})
+    codes = Codes()
+    numbers = np.array([*map(codes.__getitem__, itertools.compress(words, here))])
+    picked = {name: [*itertools.compress(values, here)] for name, values in rows.items()}
+    return Table(
+        f"packed {facts['data']} {split}",
+        root,
+        picked["path"],
+        _labels(codes, numbers, classes, json.loads if facts["several_classes"] else None),
+        classes,
+        np.array([*map(float, picked["start"])]),
+        np.array([float(end or "inf") for end in picked["end"]]),
+        np.array([*map(int, picked["fold"])], np.int64),
+        {name: picked[column] for name, column in theirs.items()},
+        [*itertools.compress(lost["path"], lacking)],
+        record=np.array([*map(int, picked["record"])], np.int64),
+    )
+
+
+# of a pack's manifest, before the list's own
+PACKED_COLUMNS = ("record", "path", "start", "end", "label", "splits", "fold")
+
+
+def checked_json(path):
+    """What tools.pack.write_json wrote, a dict. Misplaced where it is not there, DataError: damaged."""
+    try:
+        facts = json.loads(path.read_bytes())
+        check = facts.pop("check")
+    except OSError as error:
+        raise Misplaced(f"cannot read {path}: {error.strerror}; a pack has it once it is finished") from None
+    except (ValueError, AttributeError, KeyError, TypeError):
+        check = facts = None
+    if facts is None or zlib.crc32(json.dumps(facts).encode()) != check:
+        raise DataError(f"{path} is damaged; restore it, or pack again into another folder")
+    return facts
+
+
+def _checked_csv(path, check):
+    """The columns of a list of a pack: {name: n texts}. DataError where it is not what was written."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    if zlib.crc32(content) != check:
+        raise DataError(f"{path} is damaged, or was changed; restore it, or pack again into another folder")
+    lines = csv.reader(io.StringIO(content.decode(errors="surrogateescape"), newline=""))
+    columns = {name: [] for name in next(lines)}
+    while some := [*itertools.islice(lines, PIECE)]:
+        for column, values in zip(columns.values(), zip(*some, strict=True), strict=True):
+            shared = {}  # of equal texts one is kept
+            column.extend(map(shared.setdefault, values, values))
+    return columns
+
+
 class DataSet(NamedTuple):
     """One row of the table of data sets: all that the rest of the project asks about one."""
 
@@ -527,7 +619,19 @@ DATA = {
     "ucf101": DataSet(ucf101, needs=("video",), divisions=3),  # half of its videos have sound
     "hmdb51": DataSet(hmdb51, needs=("video",), divisions=3),
     "esc50": DataSet(esc50, ("audio",), ("audio",), divisions=5, **_ESC),
+    "packed": DataSet(packed, **_LABEL),  # see `row`
 }
+UNPACKED = [name for name in DATA if name != "packed"]
+
+
+def row(data):
+    """The DataSet that a config.Data names; of packed data what was packed, as its folder says."""
+    if data.name != "packed":
+        return DATA[data.name]
+    of = DATA[checked_json(Path(data.root).expanduser() / "pack.json")["data"]]
+    return DATA["packed"]._replace(
+        modalities=of.modalities, needs=of.needs, evaluation=of.evaluation, divisions=of.divisions
+    )
 
 
 # -------------------------------------------------------------------------------------------- rows to a table

@@ -15,9 +15,9 @@ import numpy as np
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from . import config, data, datasets, models, run, temporal_tasks
+from . import config, data, datasets, models, packed, run, temporal_tasks
 from .files import file_hash, printable
-from .media import MODALITIES, Media, MediaError, faults
+from .media import MODALITIES, MediaError, faults
 from .progress import bar as progress_bar
 from .spectrogram import columns
 
@@ -103,10 +103,12 @@ class Clips(data.Clips):
 
     def read(self, index, rng):
         table = self.table
-        path = table.root / table.paths[index]
-        there = held(path)
+        if table.record is None:
+            there = held(table.root / table.paths[index])
+        else:
+            there = packed.held(table.root, table.record[index])
         of = self.of[there]
-        with Media(path, there, table.start_s[index], table.end_s[index]) as media:
+        with of.open(index) as media:
             when = of.evenly(*of.usable(media))
             item = dict(self.blank)
             if "video" in there:

@@ -50,7 +50,7 @@ class Subject:
             "checkpoint": self.name,
             "checkpoint_hash": self.hash,
             "data": source.name,
-            "split": source.split or datasets.DATA[source.name].evaluation,
+            "split": source.split or datasets.row(source).evaluation,
             "seed": self.cfg.seed,
         }
 
@@ -121,11 +121,11 @@ def tables(cfg):
     out, by the seed [C]. Raises DataError.
     """
     source = toy.source(cfg)
-    if divisions := datasets.DATA[source.name].divisions:
+    if divisions := datasets.row(source).divisions:
         numbers = range(1, divisions + 1) if source.split == "all" else [source.split or "1"]
         pairs = [(f"train{n}", f"test{n}") for n in numbers]
     else:
-        pairs = [("train", source.split or datasets.DATA[source.name].evaluation)]
+        pairs = [("train", source.split or datasets.row(source).evaluation)]
     # all are read before the first is used
     pairs = [(datasets.load(source, train), datasets.load(source, test)) for train, test in pairs]
     for train, test in pairs:
@@ -135,7 +135,7 @@ def tables(cfg):
 
 def modalities_of(cfg, asked=None):
     """The modalities of the data set's files, or the one asked for. Raises ConfigError where they lack it."""
-    held = datasets.DATA[cfg.data.name].modalities
+    held = datasets.row(cfg.data).modalities
     if asked and asked not in held:
         raise config.ConfigError(
             f"--modality {asked} cannot be had: {cfg.data.name} has no pictures; use --modality audio"
@@ -253,7 +253,7 @@ def features(subject, clips, *what, level="clip"):
     """
     cfg, table = subject.cfg, clips.table
     content = [subject.hash, str(table.root.resolve()), table.paths]
-    content += [[files.state(table.root / path) for path in table.paths]]
+    content += [[files.state(path) for path in datasets.sources(table)]]
     content += [table.start_s.tolist(), table.end_s.tolist(), clips.modalities, clips.clips, level, what]
     content += [dataclasses.asdict(part) for part in (cfg.video, cfg.audio, cfg.model, cfg.eval)]
     path = subject.out / "features" / f"{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]}.npz"

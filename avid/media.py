@@ -276,6 +276,11 @@ class Timed:
         self.in_order = container.format.name == "avi" and pyramids
         self.first_s, self.last_s = once_a_file(self._extent, self.container, self.stream)
 
+    @functools.cached_property
+    def starts_s(self):
+        """When each frame is first shown (N,): all of them are decoded."""
+        return np.array([start_s for start_s, _ in self._decoded(self._reopened())])
+
     def _extent(self, *_):
         """When the first frame is shown and until when the last one is, s."""
         first_s, _ = next(self._decoded(self._reopened()), (None, None))

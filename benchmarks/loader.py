@@ -1,31 +1,36 @@
-"""What a training sample costs: bare decoding of its frames and its sound, the loader, and plain ways of
-doing the same.
+"""What a training sample costs: from videos, from packed data, decoded on the device; and bare decoding.
 
     python benchmarks/loader.py [--settings A B toy] [--samples 200] [--source VIDEO] [--folder DIR]
-                                [--json FILE] [key=value …]
-    python benchmarks/loader.py --flat 5000 [--workers 2] [--folder DIR] [--json FILE] [key=value …]
+    python benchmarks/loader.py --settings A --scale 2000 16000 [--json FILE] [key=value …]
+    python benchmarks/loader.py --flat 5000 [--packed] [--workers 2] [--folder DIR] [--json FILE]
     python benchmarks/loader.py --places [--folder DIR] [--json FILE]
 
-Settings: A, files of 10 s as `python -m avid.data prepare` writes them (short side 128, a key frame every
-32), 8 frames at 112²; B, the files that those were prepared from (340×256, key frames 250 apart, B frames,
+Settings: A, files of 10 s as `python -m avid prepare` writes them (short side 128, a key frame every 32),
+8 frames at 112²; B, the files that those were prepared from (340×256, key frames 250 apart, B frames,
 stereo), 8 frames at 224²; both with 2 s of sound, multi-scale crop, jitter and spectrogram; toy, the toy
-world as configs/toy.yaml takes it. The files of A and B are synthetic, or made of --source.
+world as configs/toy.yaml takes it. The files of A and B are synthetic, or made of --source. Each in three
+forms:
 
-    bare         decord opens the file and reads the sample's frames, PyAV opens it and decodes its sound
-    loader       the same files, frames and stretches of sound through data.Clips: decode, crop, resize,
-                 resample, spectrogram, draws
+    mp4                the files
+    packed             packed by `python -m avid pack`; B with a short side of 256, the toy as large as it is
+    packed, on device  the same with data.decode=device: the decoding process's part, which only reads bytes
+
+    bare         mp4: decord opens the file and reads the sample's frames, PyAV opens it and decodes the
+                 stretch of sound; packed: JPEGs are decoded, samples made float32; on device: bytes copied
+    loader       the same files, frames and stretches through data.Clips: decode, crop, resize, resample,
+                 spectrogram, draws
     whole sound  the loader, but all of a file's sound is decoded and the stretch cut out, as plain loaders do
     in memory    the loader with data.in_memory, after the first time
+    2, 4 a file  the loader with data.clips_per_open=2 and 4: so many clips of one opened file
     collate      into a batch
-    jitter       to_device: flip, colour jitter, normalisation, batched, here on the CPU
+    to device    to_device, here on the CPU: decoding where it is left to it; flip, jitter, normalisation
 
 Milliseconds a sample, medians, one process with one thread (decord adds one of its own). All ways take the
 same samples, in turns. The time is the processor's, which a busy machine changes less; in brackets, by the
-clock on the wall. kB: what the loader reads of a file, twice where both decoders do.
+clock. kB: what the loader reads of a file, twice where both decoders do; of packed data the sample's.
 
---flat: the decoding processes over so many samples of small files: when they start, open files and memory,
-from first to last.
-
+--scale X …: clips/s of a core, loader and collate, and how many cores a GPU of X clips/s needs.
+--flat: the decoding processes over so many samples of small files: when they start, open files and memory.
 --places: a clip (8 frames, 0.5 s with its sound) at 10.5 s and at 280.5 s of five minutes of HEVC, 1920×1080,
 as phones write them, key frames a second apart; what is learned of a file once is learned anew each time.
 """
@@ -37,10 +42,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from avid import cli, config
 
-SETTINGS = {  # name: (configuration, changes, files)
-    "A": ("xid", ["video.size=112"], "prepared"),
-    "B": ("xid", ["video.size=224"], "original"),
-    "toy": ("toy", [], "toy"),
+SETTINGS = {  # name: (configuration, changes, files, short side and sample rate of the packed ones)
+    "A": ("xid", ["video.size=112"], "prepared", (128, 24000)),
+    "B": ("xid", ["video.size=224"], "original", (256, 24000)),
+    "toy": ("toy", [], "toy", (64, 16000)),
 }
 
 
@@ -53,6 +58,9 @@ def command_line():
     parser.add_argument(
         "--folder", metavar="DIR", help="where the files are, or will be (default: for the time being)"
     )
+    what = "clips/s of a GPU: how many cores feed it"
+    parser.add_argument("--scale", type=float, nargs="+", default=[], metavar="X", help=what)
+    parser.add_argument("--packed", action="store_true", help="--flat on packed data")
     parser.add_argument("--flat", type=int, metavar="N", help="N samples through decoding processes instead")
     parser.add_argument("--workers", type=int, default=2, help="decoding processes of --flat (default: 2)")
     parser.add_argument("--places", action="store_true", help="a clip early and late in a long HEVC file")
@@ -70,27 +78,29 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections import defaultdict
 from contextlib import contextmanager
 from unittest import mock
 
 import numpy as np
 import report
 import torch
+from torchvision.io import ImageReadMode, decode_jpeg
 
 from avid import data, datasets, media, temporal_tasks, toy
 from avid.media import Media, av, decord, paste, shown
-from avid.tools import prepare
+from avid.packed import PackedMedia
+from avid.tools import pack, prepare
 
 SECONDS, WARM_UP, BATCH = 10, 8, 16
+WAYS = ("bare", "loader", "whole sound", "in memory", "2 a file", "4 a file", "collate", "to device")
 
 
 # ------------------------------------------------------------------------------------------------------ files
 
 
 def write(folder, count, source=None):
-    """Below folder: original/, `count` files as large collections have them, and prepared/, small copies. →
-    {folder: table}
-    """
+    """Below folder: original/, `count` files as collections have them, and prepared/. → {folder: table}"""
     original = folder / "original"
     original.mkdir(parents=True, exist_ok=True)
     for k in range(count):
@@ -110,13 +120,15 @@ def small(folder, count=16):
     return {"toy": table(world / "train")}
 
 
-ORIGINAL = f"-t {SECONDS} -r 25 -s 340x256 -c:v libx264 -preset fast -threads 1 -g 250".split()
-ORIGINAL += "-keyint_min 250 -sc_threshold 0".split()
-ORIGINAL += "-crf 24 -pix_fmt yuv420p -c:a aac -ac 2 -ar 44100 -b:a 128k -f mp4 -movflags +faststart".split()
+ORIGINAL = (
+    f"-t {SECONDS} -r 25 -s 340x256 -c:v libx264 -preset fast -threads 1 -g 250 -keyint_min 250 "
+    "-sc_threshold 0 -crf 24 -pix_fmt yuv420p -c:a aac -ac 2 -ar 44100 -b:a 128k -f mp4 "
+    "-movflags +faststart"
+).split()
 
 
 def content(k, source):
-    """ffmpeg's input for the k-th file: another part of the source, or a zoom with grain and pink noise."""
+    """ffmpeg's input for the k-th file: a part of the source, or a zoom with grain and pink noise."""
     if source:
         return ["-stream_loop", "-1", "-ss", str(3 * k), "-i", source]
     picture = (
@@ -134,8 +146,16 @@ def ffmpeg():
     return imageio_ffmpeg.get_ffmpeg_exe()
 
 
-def table(folder):
-    return datasets.load(config.Data(name="folder", root=str(folder)), "train")
+def table(folder, name="folder"):
+    return datasets.load(config.Data(name=name, root=str(folder)), "train")
+
+
+def packed(files, short_side, audio_rate):
+    """The same table, packed beside it."""
+    folder = files.root.with_name(f"{files.root.name}-packed-{short_side}")
+    small = pack.Small(short_side=short_side, audio_rate=audio_rate)
+    pack.pack(config.Data(name="folder", root=str(files.root)), folder, small, workers=1)
+    return table(folder, "packed")
 
 
 # ------------------------------------------------------------------------------------------------------- ways
@@ -163,42 +183,89 @@ class WholeSound(Media):
         return placed
 
 
-def costs(cfg, files, samples):
-    """Of each way the cost of a sample: {way: 3×samples}, see `timed`."""
-    in_memory = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, in_memory=True))
-    clips, kept = (data.Clips(files, settings, training=True) for settings in (cfg, in_memory))
+def bare_packed(jpegs, pcm):
+    """Decode the frames, and do nothing with them."""
+    for jpeg in jpegs:
+        decode_jpeg(torch.from_numpy(jpeg), ImageReadMode.RGB)
+    pcm.astype(np.float32)
+
+
+def bare_bytes(jpegs, pcm):
+    return np.concatenate(jpegs), pcm.copy()
+
+
+def costs(cfg, files, packed_files, samples):
+    """Of each form and each way the cost of a sample: {form: {way: 3×samples}}, see `timed`."""
+
+    def clips(table, **changes):
+        settings = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **changes))
+        return data.Clips(table, settings, training=True).for_device()
+
+    loaders = {
+        "mp4": clips(files, in_memory=False),
+        "packed": clips(packed_files, name="packed"),
+        "packed, on device": clips(packed_files, name="packed", decode="device"),
+    }
+    sharing = {k: clips(files, in_memory=False, clips_per_open=k) for k in (2, 4)}
+    kept = clips(files, in_memory=True)
     for index in range(len(files)):
         kept[index, (0,)]  # decoded now
-    spent = {name: [] for name in ("bare", "loader", "whole sound", "in memory", "collate", "jitter")}
-    items = []
+    spent = {form: defaultdict(list) for form in loaders}
+    items = {form: [] for form in loaders}
     for sample in range(samples + WARM_UP):
-        index, draw = sample % len(files), (3, 0, sample)
-        path = str(files.root / files.paths[index])
-        with Media(path) as file:  # what the loader will draw
-            rng = np.random.default_rng((cfg.seed, *draw))
-            (clip, *_), _ = temporal_tasks.plan(*clips.usable(file), clips.length_s, cfg.temporal, rng)
-            start_s = clips.start_of(clip, cfg.video.frames / cfg.video.fps)
-            times = start_s + (np.arange(cfg.video.frames) + 0.5) * clip.speed / cfg.video.fps
-            frames = shown(file.reader.starts_s, times).tolist()
-        sound = (clips.start_of(clip, cfg.audio.seconds), cfg.audio.seconds * clip.speed)
+        key = sample % len(files), (3, 0, sample)
+        sources = drawn(loaders, key)
         ways = {
-            "bare": lambda a=(path, frames, *sound): bare(*a),
-            "loader": lambda i=index, d=draw: items.append(clips[i, d]),
-            "whole sound": lambda i=index, d=draw: plainly(clips, i, d),
-            "in memory": lambda i=index, d=draw: kept[i, d],
+            ("mp4", "whole sound"): lambda k=key: plainly(loaders["mp4"], *k),
+            ("mp4", "in memory"): lambda k=key: kept[k],
         }
-        for name in list(ways)[sample % 4 :] + list(ways)[: sample % 4]:
-            with timed(spent[name]):
-                ways[name]()
-        if len(items) == BATCH:
-            with timed(spent["collate"], BATCH):
-                batch = data.collate(items)
-            with timed(spent["jitter"], BATCH):
-                data.to_device(batch, torch.device("cpu"), cfg.audio)
-            items.clear()
+        for k in sharing:
+            ways["mp4", f"{k} a file"] = lambda k=k, key=key: several(sharing[k], k, *key)
+        for form, (decode, *what) in sources.items():
+            ways[form, "bare"] = lambda decode=decode, what=what: decode(*what)
+            ways[form, "loader"] = lambda form=form, k=key: items[form].append(loaders[form][k])
+        turn = sample % len(ways)
+        for form, way in [*list(ways)[turn:], *list(ways)[:turn]]:
+            with timed(spent[form][way], int(way[0]) if way.endswith("a file") else 1):
+                ways[form, way]()
+        for form, (_, jpegs, pcm) in list(sources.items())[1:]:  # a memory map is read without a call
+            spent[form]["loader"][-1][2] = (sum(map(len, jpegs)) + pcm.nbytes) / 1e3
+        for form, some in items.items():
+            if len(some) == BATCH:
+                with timed(spent[form]["collate"], BATCH):
+                    batch = data.collate(some, cfg)
+                with timed(spent[form]["to device"], BATCH):
+                    data.to_device(batch, torch.device("cpu"), cfg.audio)
+                some.clear()
     return {
-        name: np.array(values[WARM_UP if len(values) > samples else 0 :]).T for name, values in spent.items()
+        form: {name: np.array(x[WARM_UP if len(x) > samples else 0 :]).T for name, x in ways.items()}
+        for form, ways in spent.items()
     }
+
+
+def drawn(loaders, key):
+    """What each form decodes of a sample: {form: (its bare way, its arguments …)}."""
+    (index, draw), clips = key, loaders["mp4"]
+    cfg, files, packed_files = clips.cfg, clips.table, loaders["packed"].table
+    path = str(files.root / files.paths[index])
+    with Media(path) as file:
+        rng = np.random.default_rng((cfg.seed, *draw))
+        (clip, *_), _ = temporal_tasks.plan(*clips.usable(file), clips.length_s, cfg.temporal, rng)
+        frames = shown(file.reader.starts_s, clips.frame_times(file, clip, rng)).tolist()
+    start_s, seconds = clips.start_of(clip, cfg.audio.seconds), cfg.audio.seconds * clip.speed
+    record = PackedMedia(packed_files.root, packed_files.record[index])
+    jpegs = record.jpegs(record.shown(clips.frame_times(record, clip, rng)))
+    pcm = record.pcm(start_s, round(seconds * record.rate_hz))
+    return {
+        "mp4": (bare, path, frames, start_s, seconds),
+        "packed": (bare_packed, jpegs, pcm),
+        "packed, on device": (bare_bytes, jpegs, pcm),
+    }
+
+
+def several(clips, count, index, draw):
+    """So many clips of one file; the one before is another."""
+    return [clips[index, (*draw, k)] for k in range(count)]
 
 
 def plainly(clips, index, draw):
@@ -208,9 +275,7 @@ def plainly(clips, index, draw):
 
 @contextmanager
 def timed(spent, samples=1):
-    """Note what a sample costs of what happens within: milliseconds of the processor's, by the clock, and kB
-    read from files.
-    """
+    """Note what a sample costs within: ms of the processor, ms by the clock, and kB read from files."""
 
     def now():
         read = int(
@@ -223,24 +288,27 @@ def timed(spent, samples=1):
     spent.append((now() - before) / samples)
 
 
-def row(setting, spent):
+def row(setting, form, spent, scale):
     """A line of the table: medians; ratios are the medians of the samples' own."""
-    found = {"setting": setting}
-    for name, (processor, *_) in spent.items():
-        found[name] = float(np.median(processor))
-        if name in ("loader", "whole sound"):
-            found[f"{name} / bare"] = float(np.median(processor / spent["bare"][0]))
-    return found | {
+    found = {"setting": setting, "form": form}
+    for name in [way for way in WAYS if way in spent]:
+        found[name] = float(np.median(spent[name][0]))
+        if name == "loader":
+            found["loader / bare"] = float(np.median(spent[name][0] / spent["bare"][0]))
+    found |= {
         "kB read": float(np.median(spent["loader"][2])),
         "(loader)": float(np.median(spent["loader"][1])),
     }
+    if scale:
+        found["clips/s a core"] = 1000 / (found["loader"] + found["collate"])
+    return found | {f"cores for {x:,.0f} clips/s": x / found["clips/s a core"] for x in scale}
 
 
 # ------------------------------------------------------------------------------------------------------- flat
 
 
 def flat(cfg, files, samples, workers):
-    """Rows: memory and open files of the processes, of ten stages of `samples` samples."""
+    """Rows: memory and open files of the processes, at ten stages of `samples` samples."""
     batch_size, begun = 10, time.perf_counter()
     steps = samples // batch_size
     draws = data.BatchSampler(len(files), batch_size, "iid", cfg.seed, 0, steps)
@@ -296,12 +364,9 @@ def main(arguments):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(arguments.folder or folder).resolve()
         if arguments.flat:
-            rows = flat(
-                config.load("toy", arguments.overrides),
-                small(folder)["toy"],
-                arguments.flat,
-                arguments.workers,
-            )
+            files, cfg = small(folder)["toy"], config.load("toy", arguments.overrides)
+            files = packed(files, *SETTINGS["toy"][3]) if arguments.packed else files
+            rows = flat(cfg, files, arguments.flat, arguments.workers)
             return report.show("The loader's processes", rows, arguments.json)
         if arguments.places:
             folder.mkdir(parents=True, exist_ok=True)
@@ -309,11 +374,10 @@ def main(arguments):
         tables = small(folder) | write(folder, arguments.files, arguments.source)
         rows = []
         for name in arguments.settings:
-            packaged, changes, files = SETTINGS[name]
-            spent = costs(
-                config.load(packaged, changes + arguments.overrides), tables[files], arguments.samples
-            )
-            rows.append(row(name, spent))
+            packaged, changes, files, small_as = SETTINGS[name]
+            cfg = config.load(packaged, changes + arguments.overrides)
+            spent = costs(cfg, tables[files], packed(tables[files], *small_as), arguments.samples)
+            rows += [row(name, form, ways, arguments.scale) for form, ways in spent.items()]
         report.show(
             "A sample of training, ms", rows, arguments.json, samples=arguments.samples, files=arguments.files
         )

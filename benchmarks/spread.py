@@ -4,7 +4,8 @@
 
 Processes of one machine that talk by Gloo stand for the ranks; D = 128, float16. Nothing is computed but the
 bank's part of a step: B = 256 instances, 1,024 negatives; neighbours of 64 instances a rank out of
-contrast.sample = 65,536. Times by the clock, of the slowest rank; memory of the largest rank.
+contrast.sample = 65,536. Of each time the processor's and, in brackets, that by the clock, which a busy
+machine changes more; of the slowest rank. Memory of the largest rank.
 
     begin       drawing the first memories, each rank its own
     step        candidates read by all ranks together, and the update: the median of 20
@@ -59,10 +60,10 @@ def one_rank(rank, world, instances, folder):
         spent = []
         for _ in range(times):
             distributed.wait()
-            begun = time.perf_counter()
+            begun = time.process_time(), time.perf_counter()
             result = work()
-            spent.append(time.perf_counter() - begun)
-        found[name] = scale * float(np.median(spent))
+            spent.append((time.process_time() - begun[0], time.perf_counter() - begun[1]))
+        found[name], found[f"({name})"] = (scale * np.median(spent, axis=0)).tolist()
         return result
 
     held = report.memory_gb()

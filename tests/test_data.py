@@ -128,8 +128,9 @@ def test_clips_out_of_memory_are_the_same_bits(tmp_path, training):
         assert same(Clips(table, kept, training)[key], Clips(table, cfg, training)[key])
     for path in folder.rglob("*.mp4"):
         path.unlink()
-    # it was read from memory
-    assert Clips(table, kept, training)[(0, (3, 0, 0)) if training else 0]["failures"] == []
+    # a training reads from memory, an evaluation reads a file once
+    failures = Clips(table, kept, training)[(0, (3, 0, 0)) if training else 0]["failures"]
+    assert bool(failures) != training
 
 
 @pytest.mark.parametrize("moments", [1, 2])

@@ -100,12 +100,14 @@ def file_format(out, asked=None):
 
 
 def listing(places):
-    """The datasets.Table of a folder, of a list, or of files. Raises DataError where there is none."""
+    """The datasets.Table of a folder, a list, packed data, or files. Raises DataError where there is none."""
     place = Path(places[0])
     if len(places) > 1:
         if folders := [name for name in places if os.path.isdir(name)]:
             raise datasets.DataError(f"{folders[0]} is a folder; name one folder, or files")
         return datasets.of_files(places)
+    if (place / "pack.json").is_file():
+        return datasets.packed(place, "all")
     if place.is_dir():
         has_list = (place / "manifest.csv").is_file()
         return datasets.manifest(place, "all") if has_list else datasets.folder(place, "all")
@@ -145,7 +147,7 @@ def settings_of(model):
 def mark_of(model, table, *more):
     """32 hex digits of all that decides the embeddings of a table: network, settings, and the files' names
     and state."""
-    states = [files.state(table.root / path) for path in table.paths]
+    states = [files.state(path) for path in datasets.sources(table)]
     content = [VERSION, model.hash, settings_of(model), os.path.abspath(table.root), table.paths, states]
     content += [table.start_s.tolist(), table.end_s.tolist(), *more]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]

@@ -43,6 +43,9 @@ class Copies(data.Clips):
         clips = temporal_tasks.evenly(first_s, last_s, self.speed * self.length_s, self.clips)
         return [dataclasses.replace(clip, speed=self.speed) for clip in clips]
 
+    def for_device(self):
+        return self  # distortions are of pictures and of sound, not of bytes
+
     def picture(self, media, clip, rng):
         return self.distort(super().picture(media, clip, rng), self.strength, copy.deepcopy(rng))
 

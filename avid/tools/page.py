@@ -227,7 +227,7 @@ def of_table(table, row, clip, cfg, modalities, clips=None, **more):
     taken = data.Clips(table, cfg, training=False, modalities=modalities, clips=clips)
     path, label = table.root / table.paths[row], table.labels[row]
     names = [table.classes[i] for i in (label.nonzero()[0] if label.ndim else [label] if label >= 0 else [])]
-    with data.Media(path, modalities, table.start_s[row], table.end_s[row]) as media:
+    with taken.open(row) as media:
         time_s = taken.evenly(*taken.usable(media))[clip].start_s
     return look(path, time_s, cfg, name=table.name_of(row), label=", ".join(names), **more)
 

@@ -436,8 +436,8 @@ def _parser():
 
     what = "read every file of a data set once: what is usable, what is not and why, as a CSV"
     add = commands.add_parser("check", help=what, description=what, formatter_class=cli.Help).add_argument
-    what = f"data set: {', '.join(datasets.DATA)}"
-    add("--data", required=True, choices=datasets.DATA, metavar="D", help=what)
+    what = f"data set: {', '.join(datasets.UNPACKED)}"
+    add("--data", required=True, choices=datasets.UNPACKED, metavar="D", help=what)
     add("--root", required=True, metavar="R", help="folder of the data set")
     add("--split", default="all", metavar="S", help="part to read (default: all)")
     needs = ", ".join(f"{name}: {row.needs[0]}" for name, row in datasets.DATA.items() if len(row.needs) == 1)

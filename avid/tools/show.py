@@ -97,8 +97,7 @@ def tasks(cfg, path, row=0, draws=6):
     train, _ = next(evaluation.tables(cfg))
     clips, rng = data.Clips(train, cfg, training=False), np.random.default_rng(cfg.seed)
     figure, axes = plt.subplots(2 * draws, 2, figsize=(11, 1.9 * draws), layout="constrained")
-    part = train.start_s[row], train.end_s[row]
-    with data.Media(train.root / train.paths[row], data.MODALITIES, *part) as media:
+    with clips.open(row) as media:
         first_s, last_s = clips.usable(media)
         if last_s - first_s < 2 * cfg.temporal.speeds[0] * clips.length_s:
             raise data.MediaError(

@@ -98,6 +98,7 @@ def measure(table, cfg, out):
             np.savez(file, mark=np.array(mark), done=done, count=count, sums=sums)
 
     print(table.report())
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, decode="cpu"))  # no device takes part
     clips = data.Clips(datasets.take(table, slice(done, None)), cfg, training=False, modalities=("audio",))
     bad_files = data.BadFiles(clips.table, cfg.data.max_bad_share)
     bar = progress.bar(None, "hearing", len(table), done, unit="file")

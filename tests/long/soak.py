@@ -2,6 +2,7 @@
 whether any of them grows.
 
     python tests/long/soak.py --minutes 60 --out soak
+    python tests/long/soak.py --minutes 60 --out soak --packed --epochs 1000000   one training on packed data
 
 In: nothing; a toy world is written below --out. Out: soak.csv with a line every few seconds, soak.png, and
 the first quarter's figures beside the last quarter's. One process trains again and again, with two decoding
@@ -13,6 +14,7 @@ import argparse
 import csv
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -40,7 +42,7 @@ PANELS = {  # column: what it is
 WARM_UP = 0.1  # share of the time that is left out: libraries fill their caches
 
 
-def cycles(epochs):
+def cycles(settings, epochs):
     """Train, probe, retrieve, for ever: runs in the watched process."""
     import runpy
 
@@ -55,7 +57,7 @@ def cycles(epochs):
             ("eval_linear.py", ckpt),
             ("eval_retrieval.py", ckpt),
         ):
-            sys.argv = [str(forked.ROOT / script), *more, *SETTINGS, f"out={out}", f"seed={cycle}"]
+            sys.argv = [str(forked.ROOT / script), *more, *settings, f"out={out}", f"seed={cycle}"]
             handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
             runpy.run_path(sys.argv[0], run_name="__main__")
             for number, handler in handlers.items():
@@ -103,10 +105,22 @@ def draw(rows, path):
     figure.savefig(path, dpi=110)
 
 
-def main(minutes, out, every_s, epochs):
+def pack(out):
+    """The toy world, packed below `out`: the settings that name it."""
+    from avid import config, toy
+
+    files = toy.write(out / "world", config.load("toy", SETTINGS).toy, 0, 1, progress=False)
+    command = [sys.executable, "-m", "avid", "pack", str(files), str(out / "packed"), "--data=toy"]
+    command += ["--audio-rate=16000", "--shard-gb=0.001"]
+    subprocess.run(command, check=True, cwd=forked.ROOT)
+    return ["data.name=packed", "data.root=packed"]
+
+
+def main(minutes, out, every_s, epochs, packed):
     out.mkdir(parents=True)
+    settings = SETTINGS + (pack(out) if packed else [])
     begin = time.monotonic()
-    process = forked.start("", [], out, out / "log", before=Cycles(epochs))
+    process = forked.start("", [], out, out / "log", before=Cycles(settings, epochs))
     rows = []
     with open(out / "soak.csv", "w", newline="") as file:
         lines = csv.DictWriter(file, ["s", *PANELS])
@@ -142,11 +156,11 @@ def main(minutes, out, every_s, epochs):
 class Cycles:
     """`cycles`, as forked.start calls it first: it never returns."""
 
-    def __init__(self, epochs):
-        self.epochs = epochs
+    def __init__(self, settings, epochs):
+        self.settings, self.epochs = settings, epochs
 
     def __call__(self):
-        cycles(self.epochs)
+        cycles(self.settings, self.epochs)
 
 
 if __name__ == "__main__":
@@ -160,7 +174,7 @@ if __name__ == "__main__":
     )
     arguments.add_argument("--every", type=float, default=5.0, metavar="S", help="seconds between samples")
     arguments.add_argument("--epochs", type=int, default=40, help="of each training")
-    arguments = arguments.parse_args()
-    raise SystemExit(
-        1 if main(arguments.minutes, arguments.out.resolve(), arguments.every, arguments.epochs) else 0
-    )
+    arguments.add_argument("--packed", action="store_true", help="train and evaluate on packed data")
+    asked = arguments.parse_args()
+    leaked = main(asked.minutes, asked.out.resolve(), asked.every, asked.epochs, asked.packed)
+    raise SystemExit(1 if leaked else 0)
