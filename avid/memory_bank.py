@@ -85,7 +85,7 @@ class MemoryBank(torch.nn.Module):
         return self.read(modality, index)
 
     def load_rows(self, folder, state):
-        """Take this rank's rows out of what a spread bank's `save_rows` wrote and returned. Every rank calls."""
+        """Take this rank's rows out of what a spread bank's `save_rows` wrote. Every rank calls."""
         distributed.load_rows(folder, self._local(), self.num_instances)
         for name, x in self.named_buffers():
             if not x.dim():
@@ -309,7 +309,7 @@ def draw_sample(num_instances, contrast, seed):
     """The instances among which neighbours are looked for: contrast.sample of them, distinct, each as
     likely, in random order.
 
-    → S int64 on the CPU, at most N; None where contrast.sample is 0: all of them. seed: the same for all ranks.
+    → S int64 on the CPU, at most N; None where contrast.sample is 0: all. seed: the same for all ranks.
     """
     if not contrast.sample:
         return None

@@ -51,8 +51,8 @@ class StageClassifiers(nn.Module):
 
 
 def linear_layers(subject, train_table, test_table, modality, out):
-    """AVID's linear protocol on Kinetics [A]: the classifiers of all stages trained together by Adam on random
-    crops, 12 epochs.
+    """AVID's linear protocol on Kinetics [A]: the classifiers of all stages trained together by Adam on
+    random crops, 12 epochs.
 
     Arguments, resuming and errors as finetune.finetune's; by picture, in one process. → {"conv2x top1", … of
     videos, the softmax averaged over eval.clips clips; "conv2x clip_top1", … of clips; "best top1": the best

@@ -166,7 +166,7 @@ def newest(path, owner=True, fault_of=lambda state: ""):
 
 
 def folders_of(state):
-    """The folders beside a checkpoint that hold what was spread over the ranks: {name: {file: its CRC-32}}."""
+    """The folders beside a checkpoint with what was spread over the ranks: {name: {file: its CRC-32}}."""
     parts = [part for part in state.values() if isinstance(part, dict) and "folder" in part]
     return {part["folder"]: part["crc32"] for part in parts}
 

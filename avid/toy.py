@@ -397,8 +397,8 @@ def table(toy, seed):
 
 
 def place(toy, seed, row):
-    """Where the thing of a row of `table` is in the middle of its video: {"x", "y": its centre, from the upper
-    left corner; "radius"}, shares of the picture's side."""
+    """Where the thing of a row of `table` is in the middle of its video: {"x", "y": its centre, from the
+    upper left corner; "radius"}, shares of the picture's side."""
     seen, _ = _draws(seed, row)
     track = course(row["motion"], row["tempo"], toy.seconds, seen)
     radius = seen.uniform(*RADIUS)  # as `picture` draws it
@@ -510,7 +510,7 @@ def source(cfg, workers=None):
 
 
 def _refuse_a_collection(root):
-    """Raise ConfigError where `root` is a folder of videos, flat, by class or in parts: data.name was forgotten.
+    """Raise ConfigError where `root` is a folder of videos, flat or by class: data.name was forgotten.
 
     Other data sets may be in folders below it, as data/kinetics400 beside the toy in data/.
     """

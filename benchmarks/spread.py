@@ -1,4 +1,4 @@
-"""A memory bank spread over processes, by the number of videos: beginning, a step, saving and loading, memory.
+"""A memory bank spread over processes, by the number of videos: beginning, a step, saving, loading, memory.
 
     python benchmarks/spread.py [--instances 1000000 10000000] [--ranks 4] [--folder DIR] [--json FILE]
 

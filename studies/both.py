@@ -20,7 +20,8 @@ from . import figures, robust, temporal
 
 BASE = (  # twice as long as temporal: soft targets need it, see robust
     *temporal.BASE,
-    *"toy.faulty=0.3 bank.num_negatives=512 loss.temperature=0.3 optim.epochs=40 loss.warmup_epochs=20".split(),
+    *"toy.faulty=0.3 bank.num_negatives=512 loss.temperature=0.3".split(),
+    *"optim.epochs=40 loss.warmup_epochs=20".split(),
 )  # fmt: skip
 ALONE = (
     "weights.xid=1", *(f"weights.{name}=0" for name in (*temporal.CONTRASTS, *TASKS)),

@@ -1,4 +1,4 @@
-"""What is done to batches on the device: flip, colour, masks and normalisation, each against plain numbers."""
+"""What is done to batches on the device: flip, colour, masks, normalisation, each against plain numbers."""
 
 import numpy as np
 import pytest
@@ -57,7 +57,8 @@ def test_values_stay_between_0_and_1():
 
 
 def test_brightness_contrast_and_saturation_in_plain_numbers():
-    """As torchvision has them: brightness scales, contrast and saturation blend with the mean grey and with the grey."""
+    """As torchvision has them: brightness scales, contrast blends with the mean grey, saturation with the
+    grey."""
     x = videos() * 0.5
     luma = (x * torch.tensor([0.299, 0.587, 0.114])[:, None, None, None]).sum(1, keepdim=True)
     mean = luma.mean((1, 2, 3, 4), keepdim=True)

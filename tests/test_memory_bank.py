@@ -390,7 +390,7 @@ def test_a_half_precision_bank_has_neighbours_too():
     assert not nearest & set(negatives.flatten().tolist()) and 3 not in negatives
 
 
-# ------------------------------------------------------------------------------------- neighbourhoods out of a sample
+# ----------------------------------------------------------------------------- neighbourhoods out of a sample
 
 
 def test_a_sample_is_uniform_and_without_repeats():

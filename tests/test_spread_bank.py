@@ -68,7 +68,7 @@ def one_rank(rank, world, folder):
 
 
 def same_neighbours(bank, whole, index):
-    """Neighbours out of a sample: of a spread bank, whose rows lie elsewhere, those of the bank in one piece."""
+    """Out of a sample, a spread bank, whose rows lie elsewhere, finds those of the bank in one piece."""
     for tau_n in (math.inf, 0.5):
         contrast = config.Contrast(n_pos=2, k_pos=3, negatives=4, tau_n=tau_n, sample=8)
         sample = draw_sample(N, contrast, 5)

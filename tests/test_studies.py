@@ -1,4 +1,4 @@
-"""The studies, each in its --quick form, and the arithmetic of their measures on banks whose answer is known."""
+"""The studies, each in its --quick form, and their measures on banks whose answer is known."""
 
 import csv
 import shutil
@@ -212,7 +212,7 @@ def test_tables_go_between_their_marks(tmp_path):
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- measures
+# --------------------------------------------------------------------------------------------------- measures
 
 
 def world(faulty, n=200):
@@ -278,7 +278,8 @@ def test_the_estimates_are_those_that_training_uses(estimator):
 
 
 def test_the_cycle_doubts_faulty_neighbours():
-    """The pictures' neighbours take a candidate whose sound is wrong as well as any other; the cycle passes over it."""
+    """Neighbours by picture take a candidate whose sound is wrong like any other; the cycle passes over
+    it."""
     table = world(0.3)
     bank = bank_by_kind(table)
     on_faulty = {

@@ -145,7 +145,7 @@ def rows(result):
 
 
 def draw(path, result):
-    """R@1 by instance against strength, a panel a distortion: those of the picture above, of the sound below."""
+    """R@1 by instance against strength, a panel a distortion: the picture's above, the sound's below."""
     panels = {}
     for row in list(rows(result))[1:]:
         panels.setdefault(row["R@1, %"], []).append(row)

@@ -45,8 +45,8 @@ def measure(subject, table):
     """Maps of the clip in the middle of each video, and where they are brightest. → (result, [(row of the
     table, t×h×w), …])
 
-    result: videos, files, skipped; and, where the table knows the place of the thing, three shares in percent: of
-    maps whose brightest cell has its middle on the thing (a disc), the mean over t; of cells that have,
+    result: videos, files, skipped; and, where the table knows the place of the thing, three shares in
+    percent: of maps whose brightest cell has its middle on the thing (a disc), the mean over t; of cells that have,
     what a random choice would get; of the picture that the thing covers. Raises ConfigError of a toy that
     was written before its manifest held places.
     """
