@@ -1,7 +1,7 @@
 """What the ancestors do another way, on the toy world: how batches are drawn, what the network hears, which
 positives agree.
 
-    python -m studies.sources                 all runs that are not in studies/results/sources.csv, then tables
+    python -m studies.sources               all runs that are not in studies/results/sources.csv, then tables
     python -m studies.sources --only draws      one question: draws, frontend or agreement
     python -m studies.sources --table           tables from what is there
 

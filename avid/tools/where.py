@@ -46,9 +46,9 @@ def measure(subject, table):
     table, t×h×w), …])
 
     result: videos, files, skipped; and, where the table knows the place of the thing, three shares in
-    percent: of maps whose brightest cell has its middle on the thing (a disc), the mean over t; of cells that have,
-    what a random choice would get; of the picture that the thing covers. Raises ConfigError of a toy that
-    was written before its manifest held places.
+    percent: of maps whose brightest cell has its middle on the thing (a disc), the mean over t; of cells
+    that have, what a random choice would get; of the picture that the thing covers. Raises ConfigError of
+    a toy that was written before its manifest held places.
     """
     cfg, network = subject.cfg, subject.network
     known = places(table)
