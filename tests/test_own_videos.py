@@ -360,7 +360,7 @@ def test_a_complete_file_is_left_and_another_one_is_not_overwritten(folder, tmp_
 
 
 def embed_in_parts(arguments, folder, note):
-    """What a process does: `python -m avid embed` in parts of eight; it notes how many files it has to read."""
+    """What a process does: `python -m avid embed`, eight files at a time; it notes how many it reads."""
     os.chdir(folder)
     multiprocessing.set_start_method(None, force=True)  # decoding processes start as they do elsewhere
     fill = collection.fill
