@@ -58,7 +58,7 @@ def main(cfg):
         models.checkpoint_activations(network)
     if optim.accumulate > 1:
         models.in_parts(network, optim.accumulate)
-    Bank = memory_bank.SpreadBank if cfg.bank.spread else memory_bank.MemoryBank
+    Bank = memory_bank.kind(cfg)
     bank = Bank(n, cfg.model.embedding, cfg.bank.momentum, cfg.seed, cfg.bank.dtype).to(world.device)
     objective = Objective(cfg, bank, world, epoch_steps)
     model = torch.compile(network) if optim.compile else network
@@ -85,7 +85,7 @@ def main(cfg):
     draws = optim.draws, cfg.seed, first_step, last_step, *world[:2], optim.copies
     together = cfg.data.clips_per_open, data.shards(train_table, cfg)
     sampler = data.BatchSampler(n, optim.batch_size, *draws, *together)
-    loader = data.loader(data.Clips(train_table, cfg, training=True), cfg.data.workers, batch_sampler=sampler)
+    loader = data.loader(data.training_clips(train_table, cfg), cfg.data.workers, batch_sampler=sampler)
     model.train()
     held_out_check = functools.partial(evaluation.check, network, bank, held_out, cfg, world)
     clips = optim.batch_size * cfg.temporal.moments
@@ -130,6 +130,8 @@ class Objective:
     def leaves_heads_out(self):
         """Whether a projection head may get no gradient: only these terms reach both modalities' heads."""
         weights = self.cfg.weights
+        if self.cfg.data.need == "any":  # a batch may lack a modality
+            return True
         return not (weights.xid or weights.contrast_va or weights.contrast_av)
 
     def __call__(self, output, batch, index, step):
@@ -140,6 +142,8 @@ class Objective:
         global batch; {"<task> %": accuracy over all ranks}.
         """
         terms, agreed = {}, self.ancestor.agrees(step)
+        if "held" in batch:  # data.need=any: which of the instances have a picture, a sound
+            self.bank.mark(index, distributed.gather(batch["held"]))
         if self.cfg.weights.xid:
             terms["xid"] = self.robust_xid(output, index, step, agreed)
         if agreed:
@@ -157,6 +161,7 @@ class Objective:
         else:
             per_clip = self.shared_candidates(output, index, local, step, robust)
         weight = pair_weights(index, self.bank, self.cfg.loss, robust)  # B
+        weight = weight * self.bank.has("video", index) * self.bank.has("audio", index)  # no pair: 0
         moments = len(per_clip) * self.world.size // len(index)
         return losses.weighted_mean(per_clip, local(weight), moments * weight.sum() / self.world.size)
 
@@ -180,21 +185,23 @@ class Objective:
         cfg, local, terms = self.cfg, batch["index"], {}  # b, the instances of this rank
         live = {"video": output.video, "audio": output.audio}  # b·M×D
         moments, first = len(output.video) // len(local), self.world.rank * len(local)
+        partial = "held" in batch  # memories of what files lack do not count
         for key in data.MODALITIES:
             queries = [q for q in data.MODALITIES if getattr(cfg.weights, f"contrast_{q[0]}{key[0]}")]
             if not queries:
                 continue
             seeds = [memory_bank.row_seed(cfg.seed, key, step, first + i) for i in range(len(local))]
             draws = batch[f"near_{key}"], batch[f"far_{key}"]  # made by the decoding processes
-            sample = self.sample(key, step)  # S instances, or None: all
-            near, far = self.bank.neighbours(key, local, cfg.contrast, seeds, draws, sample)  # b×…×D
+            asked = key, local, cfg.contrast, seeds, draws, self.sample(key, step)
+            near, far = self.bank.neighbours(*asked)  # b×…×D
+            valid = [self.bank.has(key, x) for x in self.bank.neighbourhood(*asked)] if partial else None
             near, far = (x.repeat_interleave(moments, 0) for x in (near, far))  # b·M×…×D
             for query in queries:
                 own = live[key]  # the matched clip of the other modality, or the other moment's of the same
                 if query == key:
                     own = own.view(-1, 2, own.shape[1]).flip(1).flatten(0, 1)
-                loss = losses.contrast(live[query], own, near, far, cfg.contrast.temperature)  # b·M
-                terms[f"contrast_{query[0]}{key[0]}"] = loss.mean()
+                loss = losses.contrast(live[query], own, near, far, cfg.contrast.temperature, valid)  # b·M
+                terms[f"contrast_{query[0]}{key[0]}"] = self.mean(loss, batch, query, key)
         return terms
 
     def sample(self, key, step):
@@ -203,11 +210,20 @@ class Objective:
         drawn = memory_bank.draw_sample(self.bank.num_instances, self.cfg.contrast, seed)
         return drawn if drawn is None else distributed.to_device(drawn, self.world.device)
 
+    def mean(self, per_clip, batch, *modalities):
+        """The mean over this rank's clips, b·M; of files that may lack a modality over those that have these:
+        the ranks' mean of it is that of the global batch."""
+        if "held" not in batch:
+            return per_clip.mean()
+        have = torch.stack([batch["held"][:, data.MODALITIES.index(m)] for m in modalities]).all(0)  # b
+        counts = have.repeat_interleave(len(per_clip) // len(have)).to(per_clip)  # b·M
+        return losses.weighted_mean(per_clip, counts, distributed.total(counts.sum()) / self.world.size)
+
     def temporal_tasks(self, logits, batch):
         """Speed, direction, order (docs/method.md 6): the mean over the known labels, and the accuracy."""
         if not logits:
             return {}, {}
-        targets = {task: temporal_tasks.TASKS[task].targets(batch) for task in logits}
+        targets = {task: temporal_tasks.targets(task, batch) for task in logits}
         results = {task: temporal_tasks.task_loss(x, targets[task]) for task, x in logits.items()}
         local = torch.stack([n for _, *counts in results.values() for n in counts])
         counts = distributed.total(local).view(-1, 2)  # right answers, known labels: over all ranks

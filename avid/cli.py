@@ -134,14 +134,18 @@ def evaluation(parser, argv=None):
 def fits(cfg, videos, processes=1):
     """Raise ConfigError where training cannot be done on so many videos, by so many processes."""
     batch, contrast, weights = cfg.optim.batch_size, cfg.contrast, vars(cfg.weights)
-    if "video" not in datasets.row(cfg.data).modalities:
-        raise ConfigError(
-            f"data.name={cfg.data.name} has no pictures, and training needs them; choose another data set"
-        )
     if not any(weights.values()):
         raise ConfigError(
             "all weights.* are 0, so that there is nothing to learn; set one, such as weights.xid=1"
         )
+    if "video" not in datasets.row(cfg.data).modalities:
+        pictures = [name for name, weight in weights.items() if weight and "video" in config.needs(name)]
+        if pictures or cfg.data.need != "any":
+            need = f"weights.{pictures[0]}={weights[pictures[0]]:g}" if pictures else "data.need=both"
+            raise ConfigError(
+                f"data.name={cfg.data.name} has no pictures, and {need} needs them; choose another data set, "
+                "or data.need=any and terms of sound alone, such as weights.contrast_aa"
+            )
     if weights["cma"] and not cfg.init and not cfg.loss.warmup_epochs:
         raise ConfigError(
             "weights.cma needs a bank that has learned: init=CHECKPOINT of a run on the same videos, "

@@ -85,6 +85,9 @@ class Data:
     split: str = setting("", "part to read; empty: the data set's own train (test for evaluation)")
     label: str = setting("label", "column of the manifest that is the class (evaluation only)")
     subset: str = setting("", "esc10: the 10 classes of ESC-10 of data set esc50; empty: the whole data set")
+    need: str = setting("both",
+        "what a file to train on must hold; any: picture or sound, and what needs both is masked [C]",
+        choices=("both", "any"))
     workers: int = setting(8,
         "decoding processes a rank; 0: none, and a decoder that hangs or dies ends the run [C]", at_least=0)
     timeout_s: float = setting(60.0,
@@ -579,11 +582,32 @@ def _check(cfg):
             "loss.form",
             "softmax; or bank.candidates=own, as nce takes the negatives of each sample by themselves",
         )
+    if data.need == "any":
+        for key, there, needed in (
+            ("bank.spread", not bank.spread, "false"),
+            ("data.decode", data.decode == "cpu", "cpu"),
+            ("bank.candidates", bank.candidates == "shared", "shared"),
+            ("weights.cma", not cfg.weights.cma, "0: agreement is between picture and sound"),
+        ):
+            if not there:
+                wrong(key, f"{needed}; or data.need=both")
+        if not any(weight for name, weight in vars(cfg.weights).items() if len(needs(name)) == 1):
+            raise ConfigError(
+                "data.need=any needs a term of one modality, such as weights.contrast_vv or "
+                "weights.speed_audio: a file without picture or without sound teaches nothing else"
+            )
     for f in dataclasses.fields(Weights):
         weight = getattr(cfg.weights, f.name)
         for needed in f.metadata["needs"] if weight else ():
             if not NEEDS[needed](cfg):
                 raise ConfigError(f"weights.{f.name}={weight} needs {needed}")
+
+
+def needs(term):
+    """The modalities that a term of Weights needs of a file."""
+    letters, audio = term.rpartition("_")[2], ("audio",)
+    one = {"vv": ("video",), "video": ("video",), "aa": audio, "audio": audio}
+    return one.get(letters, ("video", "audio"))
 
 
 def bands(audio):

@@ -5,9 +5,9 @@ sound of the chosen intervals, crops, and computes the log-mel; to_device() does
 batches, dicts of tensors: video uint8 B×M×3×T×S×S, audio float32 B×M×1×F×bins (dB), index B; of training, the
 draws of the augmentations and the labels of the temporal tasks: flip and grey B×M, jitter and mask B×M×4,
 speed and direction B×M, order B; with contrast among clips, near_video B×k and far_video B×n, as for audio:
-the draws of neighbours (memory_bank.draw_neighbours). M is the number of clips a video. Every random choice
-is a function of (seed, step, place in the global batch), so it does not depend on workers, ranks or
-interruptions.
+the draws of neighbours (memory_bank.draw_neighbours). M is the number of clips a video. Where files may lack
+a modality (data.need=any), held bool B×2: whether each has a picture, a sound. Every random choice is a
+function of (seed, step, place in the global batch), so it does not depend on workers, ranks or interruptions.
 """
 
 if __name__ == "__main__":  # python -m avid check|prepare is python -m avid check|prepare
@@ -36,9 +36,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from . import config, distributed, files, memory_bank, packed, processes, temporal_tasks
+from . import config, datasets, distributed, files, memory_bank, packed, processes, temporal_tasks
 from .config import ConfigError
 from .media import MODALITIES, Media, MediaError, in_memory
+from .media import held as held_by_file
 from .spectrogram import edge_s, spectrogram, stretch
 
 PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
@@ -367,18 +368,67 @@ def shards(table, cfg):
     return packed.opened(str(table.root)).index["shard"][table.record].astype(np.int64)
 
 
+def held(table, index):
+    """What the file of an instance holds, of MODALITIES. Raises MediaError where it is nothing."""
+    if table.record is not None:
+        return packed.held(table.root, table.record[index])
+    return held_by_file(table.root / table.paths[index])
+
+
+class AnyClips(Clips):
+    """Training clips of files of which each has a picture, a sound, or both, which then lie where both are.
+
+    An item has `held`, bool 2, of MODALITIES, and no tensor of a modality that it lacks.
+    """
+
+    def __init__(self, table, cfg):
+        super().__init__(table, cfg, training=True)
+        parts = MODALITIES, ("video",), ("audio",)
+        self.of = {part: Clips(table, cfg, training=True, modalities=part) for part in parts}
+
+    def read(self, index, rng):
+        there = held(self.table, index)
+        item = self.of[there].read(index, rng)
+        return item | {"held": torch.tensor([modality in there for modality in MODALITIES])}
+
+
+def with_both(table):
+    """The instances whose files have a picture and a sound; one that cannot be opened has none."""
+
+    def has_both(index):
+        try:
+            return held(table, index) == MODALITIES
+        except MediaError:
+            return False
+
+    return datasets.take(table, np.array([has_both(index) for index in range(len(table))], bool))
+
+
+def training_clips(table, cfg):
+    """The Clips to train on: of files with picture and sound or, with data.need=any, with either."""
+    return AnyClips(table, cfg) if cfg.data.need == "any" else Clips(table, cfg, training=True)
+
+
 def collate(items, cfg=None):
     """Items → a batch; items without tensors (files that could not be used) only leave their failures.
 
-    cfg: config.Config, of items whose clips are bytes: they become the batch's packed.Undecoded.
+    cfg: config.Config, of items whose clips are bytes: they become the batch's packed.Undecoded. What a file
+    does not hold (AnyClips) is lent by another one of the batch, so that batch norm sees clips and no blanks:
+    `held` tells that it does not count. A modality that no file of the batch holds is None.
     """
     failures = [failure for item in items for failure in item.pop("failures")]
     whole = [item for item in items if len(item) > 1]
+    lacking = {}
+    for modality in MODALITIES if whole and "held" in whole[0] else ():
+        lenders = [item for item in whole if modality in item]
+        lacking |= {} if lenders else {modality: None}
+        for k, item in enumerate(item for item in whole if modality not in item and lenders):
+            item[modality] = lenders[k % len(lenders)][modality]
     videos = [item.pop("undecoded") for item in whole if "undecoded" in item]
     batch = torch.utils.data.default_collate(whole) if whole else {}
     if videos:
         batch["undecoded"] = packed.Undecoded.of(videos, cfg.video.size, cfg.audio)
-    return {**batch, "failures": failures}
+    return {**batch, **lacking, "failures": failures}
 
 
 def at_start(_):
@@ -566,7 +616,7 @@ def to_device(batch, device, audio):
     batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
     if "undecoded" in batch:
         batch |= batch.pop("undecoded").decode(device)
-    if "video" in batch:
+    if batch.get("video") is not None:
         video = batch["video"].flatten(0, 1)
         if "flip" in batch:
             video = augment(video, *(batch[draw].flatten(0, 1) for draw in ("flip", "jitter", "grey")))
@@ -574,7 +624,7 @@ def to_device(batch, device, audio):
             video = video.float().div_(255)
         mean, std = constant(PIXEL_MEAN, video.device), constant(PIXEL_STD, video.device)
         batch["video"] = video.sub_(mean[:, None, None, None]).div_(std[:, None, None, None])
-    if "audio" in batch:
+    if batch.get("audio") is not None:
         sound = normalise(batch["audio"].flatten(0, 1).float(), audio)
         batch["audio"] = mask(sound, batch["mask"].flatten(0, 1)) if "mask" in batch else sound
     return batch

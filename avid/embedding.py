@@ -7,17 +7,14 @@ Out: unit vectors to compare, features to go on with, and when each clip begins,
 import os
 from dataclasses import dataclass, field
 
-import torch
-
-# isort: split
-import av
 import numpy as np
+import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from . import config, data, datasets, models, packed, run, temporal_tasks
+from . import config, data, datasets, models, run, temporal_tasks
 from .files import file_hash, printable
-from .media import MODALITIES, MediaError, faults
+from .media import MODALITIES, MediaError
 from .progress import bar as progress_bar
 from .spectrogram import columns
 
@@ -72,17 +69,6 @@ def load(checkpoint, device=None, cfg=None, settings=()):
 # ------------------------------------------------------------------------------------------------- the files
 
 
-def held(path):
-    """What a file holds, of MODALITIES; a cover is no picture. Raises MediaError where it is nothing."""
-    with faults("cannot be opened"), av.open(os.path.abspath(path), metadata_errors="ignore") as container:
-        video, audio = container.streams.best("video"), container.streams.best("audio")
-        cover = video is not None and video.disposition & av.stream.Disposition.attached_pic
-        there = {"video": video is not None and not cover, "audio": audio is not None}
-        if not any(there.values()):
-            raise MediaError("neither picture nor sound")
-        return tuple(modality for modality in MODALITIES if there[modality])
-
-
 class Clips(data.Clips):
     """The evaluation clips of files of which each has a picture, a sound, or both, which then lie where
     both are.
@@ -103,10 +89,7 @@ class Clips(data.Clips):
 
     def read(self, index, rng):
         table = self.table
-        if table.record is None:
-            there = held(table.root / table.paths[index])
-        else:
-            there = packed.held(table.root, table.record[index])
+        there = data.held(table, index)
         of = self.of[there]
         with of.open(index) as media:
             when = of.evenly(*of.usable(media))

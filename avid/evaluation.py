@@ -323,12 +323,12 @@ def confusions(network, table, cfg, device, draws=2):
     counts = {task: torch.zeros(n, n, dtype=torch.long) for task, n in temporal_tasks.classes(cfg).items()}
     was_training = network.training
     network.eval()
-    for batch in data.loader(data.Clips(table, cfg, training=True), cfg.data.workers, batch_sampler=batches):
+    for batch in data.loader(data.training_clips(table, cfg), cfg.data.workers, batch_sampler=batches):
         batch = data.to_device(batch, device, cfg.audio)
         with run.autocast(cfg.optim.amp, device):
             output = network(batch["video"], batch["audio"])
         for task, logits in output.temporal.items():
-            truth = temporal_tasks.TASKS[task].targets(batch)
+            truth = temporal_tasks.targets(task, batch)
             known = truth != temporal_tasks.UNKNOWN
             n = len(counts[task])
             counts[task] += (
@@ -358,10 +358,12 @@ def check(network, bank, held_out, cfg, world):
     tqdm.write("bank: " + ", ".join(f"{name} {value:.3f}" for name, value in results.items()))
     if held_out is None:
         return results
-    found = extract(network, data.Clips(held_out, cfg, training=False, clips=1), world.device)
-    recalls = cross_modal(found, held_out.labels[found.index])
-    tqdm.write("held out: " + ", ".join(f"{name} {value:.1f}" for name, value in recalls.items()))
-    results |= recalls
+    pairs = held_out if cfg.data.need == "both" else data.with_both(held_out)
+    if len(pairs):
+        found = extract(network, data.Clips(pairs, cfg, training=False, clips=1), world.device)
+        recalls = cross_modal(found, pairs.labels[found.index])
+        tqdm.write("held out: " + ", ".join(f"{name} {value:.1f}" for name, value in recalls.items()))
+        results |= recalls
     if network.temporal.heads:
         from .tools import figures  # here: evaluation is read by many who draw nothing
 

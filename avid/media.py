@@ -362,6 +362,17 @@ class Timed:
         return float(stamp * self.stream.time_base) - self.origin_s
 
 
+def held(path):
+    """What a file holds, of MODALITIES; a cover is no picture. Raises MediaError where it is nothing."""
+    with faults("cannot be opened"), av.open(os.path.abspath(path), metadata_errors="ignore") as container:
+        video, audio = container.streams.best("video"), container.streams.best("audio")
+        cover = video is not None and video.disposition & av.stream.Disposition.attached_pic
+        there = {"video": video is not None and not cover, "audio": audio is not None}
+        if not any(there.values()):
+            raise MediaError("neither picture nor sound")
+        return tuple(modality for modality in MODALITIES if there[modality])
+
+
 class MediaInMemory(Media):
     """A file that was decoded whole and closed: the frames and the sound that Media gives, without decoding.
 

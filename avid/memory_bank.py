@@ -91,6 +91,10 @@ class MemoryBank(torch.nn.Module):
             if not x.dim():
                 x.copy_(state[name])
 
+    def has(self, modality, index=None):
+        """Whether instances (…, None: all) have a picture, or a sound: bool; here True for all (0-dim)."""
+        return torch.ones((), dtype=torch.bool, device=self.agreement.device)
+
     def agreement_mean_std(self):
         """μ, σ of the agreement over the whole bank, from running sums: two float64 0-dim tensors; σ ≥ 0,
         never NaN."""
@@ -174,7 +178,9 @@ class MemoryBank(torch.nn.Module):
         itself = index if sample is None else _place(index, sample)  # b   where each row stands in memory
         with torch.autocast(memory.device.type, enabled=False):
             similarity = torch.cat([own @ some.float().T for some in memory.split(PIECE)], 1)  # b×N
-        similarity.scatter_(1, itself[:, None], -torch.inf)
+        similarity.scatter_(1, itself[:, None], -torch.inf).masked_fill_(
+            ~self.has(modality, sample), -torch.inf
+        )
         nearness, nearest = similarity.topk(contrast.k_pos, 1)  # b×k
 
         # the largest of log p + Gumbel noise are draws without replacement
@@ -303,6 +309,55 @@ class SpreadBank(MemoryBank):
                 stored[: len(saved)] = saved.to(stored.device)
             else:
                 stored.copy_(saved)
+
+
+class PartialBank(MemoryBank):
+    """The same bank of files of which some have no picture or no sound, as becomes known when they are read.
+
+    held N×2 bool, of video and audio: what each instance has, both until `mark` says otherwise. A memory that
+    an instance cannot have is no candidate, no neighbour, does not move and is in no statistics.
+    """
+
+    def __init__(self, num_instances, dim, momentum, seed, dtype="float32"):
+        super().__init__(num_instances, dim, momentum, seed, dtype)
+        self.register_buffer("held", torch.ones(num_instances, 2, dtype=torch.bool))  # N×2
+
+    def mark(self, index, held):
+        """Note what instances have: index B, of the global batch; held B×2."""
+        self.held[index] = held
+
+    def has(self, modality, index=None):
+        column = self.held[:, 0 if modality == "video" else 1]
+        return column if index is None else column[index]
+
+    def agreement_mean_std(self):
+        """μ, σ over the instances that have both: O(N)."""
+        paired, agreed = self.held.all(1).double(), self.agreement.double()  # N
+        mean = (paired * agreed).sum() / paired.sum().clamp(min=1)
+        variance = (paired * (agreed - mean).square()).sum() / paired.sum().clamp(min=1)
+        return mean, variance.sqrt()
+
+    def candidates(self, index, num_negatives, generator_seed):
+        """Those that have both. The column of an instance that has not is another's, the first valid one."""
+        found = super().candidates(index, num_negatives, generator_seed)
+        paired = self.held.all(1) if found.index is None else self.held[found.index].all(1)  # C
+        valid = found.valid & paired
+        valid = valid | ~valid.any()  # no pair at all: no row of the batch counts
+        column = torch.where(valid[found.column], found.column, valid.int().argmax())
+        return Candidates(found.index, valid, column)
+
+    def update(self, index, video, audio, where=None):
+        held = index.chunk(distributed.world_size())[distributed.rank()]  # b, this rank's instances
+        both = []
+        for modality, x in (("video", video), ("audio", audio)):
+            lacking = ~self.has(modality, held).repeat_interleave(len(x) // len(held))  # b·M
+            both.append(x.detach().masked_fill(lacking[:, None], torch.nan))  # not finite: moves nothing
+        super().update(index, *both, where=where)
+
+
+def kind(cfg):
+    """The class of the bank that the settings ask for."""
+    return SpreadBank if cfg.bank.spread else PartialBank if cfg.data.need == "any" else MemoryBank
 
 
 def draw_sample(num_instances, contrast, seed):

@@ -223,9 +223,23 @@ class AudioVisual(nn.Module):
         """encode_video or encode_audio, by name."""
         return self.encode_video(clips) if modality == "video" else self.encode_audio(clips)
 
+    def nothing(self, modality, n):
+        """What `encode` gives of n clips that are not there: zeros n×D, n×F."""
+        head = getattr(self, f"{modality}_proj").projection
+        linear = [layer for layer in head if isinstance(layer, nn.Linear)]
+        like = linear[0].weight
+        return like.new_zeros(n, linear[-1].out_features), like.new_zeros(n, linear[0].in_features)
+
     def forward(self, video, audio):
-        """Float clips, B×3×T×S×S and B×1×frames×bins → Output. A video's two clips stand side by side."""
-        (v, video_features), (a, audio_features) = self.encode_video(video), self.encode_audio(audio)
+        """Float clips, B×3×T×S×S and B×1×frames×bins → Output. A video's two clips stand side by side.
+
+        Where one of them is None, no file of the batch has it: its embeddings and features are zeros.
+        """
+        sides = (video, audio), (audio, video)
+        (v, video_features), (a, audio_features) = (
+            self.encode(modality, own) if own is not None else self.nothing(modality, len(other))
+            for modality, (own, other) in zip(NETWORKS, sides, strict=True)
+        )
         return Output(v, a, video_features, audio_features, self.temporal(video_features, audio_features))
 
 

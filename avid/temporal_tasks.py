@@ -218,6 +218,18 @@ class Heads(nn.Module):
         return {name: head(TASKS[name].inputs(features)) for name, head in self.heads.items()}
 
 
+def targets(name, batch):
+    """The right answers to a task, a row a question, of a batch's labels: UNKNOWN, too, where a file lacks
+    what the task is about (`held` B×2, of video and audio)."""
+    task = TASKS[name]
+    if "held" not in batch:
+        return task.targets(batch)
+    held = {"video": batch["held"][:, 0], "audio": batch["held"][:, 1], "cross": batch["held"].all(1)}
+    label = batch[task.kind]
+    there = held[task.modality].view(-1, *[1] * (label.dim() - 1))  # B or B×1
+    return task.targets({task.kind: label.where(there, UNKNOWN)})
+
+
 def task_loss(logits, target):
     """Sum of the cross entropies, number of right answers, number of labels that are known: three scalars."""
     known = (target != UNKNOWN).sum()

@@ -42,11 +42,11 @@ def trained(cfg):
     return network.to(distributed.start().device).eval(), saved
 
 
-def untrained(cfg):
+def untrained(cfg, modalities=data.MODALITIES):
     """An untrained network, its batch-norm statistics set from the training videos: the floor."""
     torch.manual_seed(cfg.seed)
     network = models.AudioVisual(cfg.model).to(distributed.start().device).eval()
-    evaluation.calibrate_batch_norm(subject(network, cfg, trained=False), tables(cfg)[0])
+    evaluation.calibrate_batch_norm(subject(network, cfg, trained=False), tables(cfg)[0], modalities)
     return network
 
 

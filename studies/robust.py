@@ -123,13 +123,8 @@ def measure(run, cfg):
 def told(method, table):
     """While it lasts, the manifest is in place of what an oracle's training would estimate: of the weights,
     or of soft targets."""
-    true = torch.tensor(np.array(table.columns["faulty"]) == "0").float()  # N
     seen, heard = map(torch.from_numpy, measures.kinds(table))  # N
     draw, drawn = memory_bank.MemoryBank.candidates, []
-
-    def pair_weights(index, bank, loss, robust):
-        """1 of a true pair, 0 of a faulty one; 1 during the warm-up."""
-        return true[index] if robust else torch.ones(len(index))
 
     def candidates(bank, *arguments):
         drawn[:] = [draw(bank, *arguments)]
@@ -153,8 +148,18 @@ def told(method, table):
             patches.enter_context(mock.patch.object(memory_bank.MemoryBank, "candidates", candidates))
             patches.enter_context(mock.patch.object(losses, "soft_targets", soft_targets))
         elif method in ORACLES:
-            patches.enter_context(mock.patch.object(train, "pair_weights", pair_weights))
+            patches.enter_context(weighed(table))
         yield
+
+
+def weighed(table):
+    """While it lasts, a pair weighs 1 if it is true by the manifest, 0 if faulty; 1 in the warm-up."""
+    true = torch.tensor(np.array(table.columns["faulty"]) == "0").float()  # N
+
+    def pair_weights(index, bank, loss, robust):
+        return true[index] if robust else torch.ones(len(index))
+
+    return mock.patch.object(train, "pair_weights", pair_weights)
 
 
 def tables(rows):

@@ -1,7 +1,8 @@
 """What the studies share: every run once, in processes beside each other; the CSV of all runs, which is the
 state; tables from it.
 
-In: a Study, which names its runs, the settings in which they differ, and what is measured of each.
+In: a Study, which names its runs, the settings in which they differ, and what is measured of each; of a study
+on real clips, the folder that holds them (--videos).
 Out: studies/results/<study>.csv, a row a run; <study>.md, and the same table between its marks in README.md
 and docs/results.md; pictures in docs/images. A run whose row is there is not run again; tables and curves are
 made of the CSV alone.
@@ -47,6 +48,16 @@ class Run(NamedTuple):
     cfg: str = ""  # the packaged configuration, where it is not its study's
 
 
+def toy_worlds(tasks, arguments):
+    """Write the toys that the runs train on, and the same without faulty pairs: see measures.clean."""
+    worlds = {}
+    for *_, cfg in tasks:
+        for part in (cfg.toy, dataclasses.replace(cfg.toy, faulty=0.0)):
+            worlds[tuple(vars(part).items()), cfg.seed] = part
+    for (_, seed), part in worlds.items():
+        toy.write(arguments.root, part, seed, arguments.jobs)
+
+
 class Study(NamedTuple):
     name: str
     cfg: str  # the packaged configuration that the base starts from
@@ -55,9 +66,15 @@ class Study(NamedTuple):
     measure: Callable  # Run, cfg → {column: number or list of numbers}, having trained
     tables: Callable  # rows → {name: Markdown}
     figures: Callable  # rows, folder of pictures, folder of runs, arguments → the paths written
+    prepare: Callable = (
+        toy_worlds  # tasks, arguments: what the runs train on, written where it is not there yet
+    )
+    root: Callable = lambda run, arguments: arguments.root  # data.root of a run
+    world: str = str(toy.WORLD)  # what it trains on, and the version of that: a part of a row's identity
 
 
-def command_line(doc, argv=None):
+def command_line(doc, argv=None, videos=""):
+    """videos: of a study on real clips, what the folder --videos has to hold."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--jobs", type=int, default=2, metavar="N", help="runs side by side, each on one core (default: 2)"
@@ -74,6 +91,8 @@ def command_line(doc, argv=None):
     parser.add_argument(
         "--root", default="data", metavar="DIR", help="where the toy worlds are written (default: data)"
     )
+    if videos:
+        parser.add_argument("--videos", metavar="DIR", help=videos)
     parser.add_argument(
         "--runs", default="runs", metavar="DIR", help="where checkpoints and logs go (default: runs)"
     )
@@ -147,27 +166,19 @@ def publish(name, text, arguments):
 def perform(study, runs, path, folder, arguments):
     """Do the runs that have no row in the CSV at `path`; each row is written as soon as its run is done."""
     done = {identity(row) for row in read(path)}
-    tasks, worlds = [], {}
+    tasks = []
     for run in runs:
         facts = describe(study, run, arguments.quick)
-        if identity(facts) in done:
-            continue
-        cfg = configuration(
-            study, run, arguments.quick, arguments.root, folder_of(study, run, folder, arguments.quick)
-        )
-        for part in (
-            cfg.toy,
-            dataclasses.replace(cfg.toy, faulty=0.0),
-        ):  # the second one: of probes, see measures.clean
-            worlds[tuple(vars(part).items()), cfg.seed] = part
-        tasks.append((study.name, run, facts, cfg))
+        if identity(facts) not in done:
+            out = folder_of(study, run, folder, arguments.quick)
+            cfg = configuration(study, run, arguments.quick, study.root(run, arguments), out)
+            tasks.append((study.name, run, facts, cfg))
     print(f"{study.name}: {len(runs)} runs, {len(tasks)} to do, {arguments.jobs} side by side; {path}")
     if arguments.list:
         for _, _, facts, cfg in tasks:
             print(f"to do: {cfg.out}: {facts['settings']}")
         return
-    for (_, seed), part in worlds.items():
-        toy.write(arguments.root, part, seed, arguments.jobs)
+    study.prepare(tasks, arguments)
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["OMP_NUM_THREADS"] = "1"  # of the runs' processes: the same bits however many run side by side
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -194,7 +205,7 @@ def one(name, run, facts, cfg):
     import torch
 
     torch.set_num_threads(1)
-    if getattr(one, "world", None) != (world := (cfg.seed, cfg.toy)):
+    if getattr(one, "world", None) != (world := (cfg.seed, cfg.toy, cfg.data.root)):
         media.in_memory.cache_clear()
     one.world = world
     out = Path(cfg.out)
@@ -221,15 +232,15 @@ def folder_of(study, run, folder, quick):
     return folder / "-".join([*words, f"seed{run.seed}", mark]).replace(" ", "")
 
 
+def settings_of(study, run, quick):
+    """key=value of all that a run changes in its study's configuration; quick: and learns nothing."""
+    if not quick:
+        return [*study.base, *run.settings]
+    return [*study.base, *TINY, *(one for one in run.settings if "epochs=" not in one)]
+
+
 def configuration(study, run, quick, root, out):
-    overrides = [
-        *study.base,
-        *(TINY if quick else ()),
-        *run.settings,
-        f"seed={run.seed}",
-        f"data.root={root}",
-        f"out={out}",
-    ]
+    overrides = [*settings_of(study, run, quick), f"seed={run.seed}", f"data.root={root}", f"out={out}"]
     overrides += ["data.workers=0", "data.in_memory=true"]
     return config.load(run.cfg or study.cfg, overrides)
 
@@ -237,9 +248,7 @@ def configuration(study, run, quick, root, out):
 def describe(study, run, quick):
     """The columns that say which run a row is: group, seed, all settings that differ from the packaged
     configuration, versions."""
-    settings = dict(
-        override.split("=", 1) for override in [*study.base, *(TINY if quick else ()), *run.settings]
-    )
+    settings = dict(override.split("=", 1) for override in settings_of(study, run, quick))
     versions = {"python": platform.python_version()} | {
         name: metadata.version(name) for name in ("torch", "numpy", "scikit-learn")
     }
@@ -249,7 +258,7 @@ def describe(study, run, quick):
         "settings": " ".join(
             [f"--cfg {run.cfg or study.cfg}", *(f"{key}={value}" for key, value in sorted(settings.items()))]
         ),
-        "world": str(toy.WORLD),
+        "world": study.world,
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
 

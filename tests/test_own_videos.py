@@ -21,7 +21,7 @@ from conftest import chirps, write_media
 from test_train import TINY
 
 import avid
-from avid import config, data, datasets, embedding, evaluation, models, run
+from avid import config, data, datasets, embedding, evaluation, media, models, run
 from avid.media import MediaError
 from avid.tools import collection
 
@@ -124,7 +124,7 @@ def test_a_cover_is_no_picture(model, tmp_path):
             if packet.dts is not None:
                 packet.stream = sound
                 file.mux(packet)
-    assert embedding.held(tmp_path / "song.m4a") == ("audio",)
+    assert media.held(tmp_path / "song.m4a") == ("audio",)
     assert model.embed(tmp_path / "song.m4a").video is None
 
 

@@ -195,12 +195,12 @@ def look(path, time_s, cfg, whole=False, **more):
 
     whole: that of all the sound from there on, at most LONGEST_S.
     """
-    from avid import embedding, media, spectrogram
+    from avid import media, spectrogram
 
     shown = Shown(Path(path), time_s=time_s, **more)
     length_s = {"video": cfg.video.frames / cfg.video.fps, "audio": cfg.audio.seconds}
     try:
-        shown.there = embedding.held(path)
+        shown.there = media.held(path)
         kind = shown.there[0]
         with media.Media(path, (kind,)) as file:
             if kind == "video":

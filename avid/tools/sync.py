@@ -35,32 +35,34 @@ class Grid(data.Clips):
         return [temporal_tasks.Clip(start_s + k * self.step_s) for k in range(self.clips)]
 
 
-def steps(cfg, asked_s=None):
+def steps(cfg, asked_s=None, longest_s=LONGEST_S):
     """(s between two shifts, how many of them there are on either side). Raises ConfigError.
 
-    asked_s: None, half of the shorter of a picture's and a sound's clip, and at most COARSEST_S.
+    asked_s: None, half of the shorter of a picture's and a sound's clip, and at most COARSEST_S; longest_s:
+    the largest shift.
     """
     step_s = asked_s or min(cfg.video.frames / cfg.video.fps / 2, cfg.audio.seconds / 2, COARSEST_S)
     if not FINEST_S <= step_s <= LONGEST_S:
         raise config.ConfigError(
             f"--step {step_s:g} cannot be used; expected {FINEST_S:g} to {LONGEST_S:g} s"
         )
-    return step_s, int(LONGEST_S / step_s + 1e-9)
+    return step_s, int(longest_s / step_s + 1e-9)
 
 
-def measure(subject, table, step_s=None):
-    """Which shift of the sound, −2 … 2 s, a network prefers, and how many videos prefer none, in percent.
+def measure(subject, table, step_s=None, longest_s=LONGEST_S):
+    """Which shift of the sound, by default −2 … 2 s, a network prefers, and how many videos prefer none, in
+    percent.
 
-    subject: evaluation.Subject; table: datasets.Table; step_s: see `steps`. A shift of s pairs the picture at
-    t with the sound at t + s; each shift gets the mean over eval.clips pairs of a video. Two ways to judge a
-    pair: "similarity", the cosine of the embeddings, and, where the network has the head, "order_cross", the
-    probability that picture and sound overlap.
+    subject: evaluation.Subject; table: datasets.Table; step_s, longest_s: see `steps`. A shift of s pairs the
+    picture at t with the sound at t + s; each shift gets the mean over eval.clips pairs of a video. Two ways
+    to judge a pair: "similarity", the cosine of the embeddings, and, where the network has the head,
+    "order_cross", the probability that picture and sound overlap.
     → {"similarity exact", "similarity within one step": of videos, percent; "similarity control exact", …: of
     pictures with the sounds of other videos; "chance exact", …; and lists over "shifts_s": "similarity by
     shift", the mean over videos of what a shift gets more than the average one, "similarity error", its
     standard error, and "similarity preferred", percent of videos}. Raises ConfigError, MediaError.
     """
-    step_s, reach = steps(subject.cfg, step_s)
+    step_s, reach = steps(subject.cfg, step_s, longest_s)
     found = evaluation.features(subject, Grid(table, subject.cfg, step_s, reach), "sync", step_s)
     shifts = np.arange(-reach, reach + 1)
     result = {"videos": len(found.index), "files": len(table), "skipped": len(found.failures)}

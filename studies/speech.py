@@ -1,0 +1,178 @@
+"""Lips and speech: 1,000 sentences of one talker of the GRID corpus.
+
+    python -m studies.speech --videos DIR          all runs that are not in studies/results/speech.csv yet,
+                                                   then the tables and the figure; DIR holds manifest.csv
+    python -m studies.speech --videos DIR --only intervals --seeds 0
+    python -m studies.speech --table --figures
+
+Methods: xid, plain, of whole sentences; intervals: an instance is a second of a sentence, so that another
+second of the same lips is a negative; tasks: order across modalities and within, speed and direction, without
+any contrast; intervals-tasks: both; xid-cold: a lower temperature; robust. Then xid, robust and oracle with
+30 % of the training sounds swapped.
+"""
+
+from . import runs
+
+HOLDS = "folder with manifest.csv (path,label,split and the six words) and its clips"
+
+if __name__ == "__main__":
+    arguments = runs.command_line(__doc__, videos=HOLDS)
+
+import contextlib
+import csv
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+import train
+from avid import config, data, evaluation, files
+from avid.temporal_tasks import TASKS
+from avid.tools import sync
+
+from . import figures, measures, robust, swapped
+
+WORDS = ("command", "colour", "preposition", "letter", "digit", "adverb")
+BASE = (
+    "data.name=manifest video.frames=16 video.fps=25 video.size=48 video.flip=0.5 audio.seconds=0.64 "
+    "audio.mels=64 "
+    "audio.rate_hz=16000 optim.epochs=40 optim.batch_size=64 log.check_epochs=0 eval.clips=4 "
+    "bank.num_negatives=1024"
+).split()
+WARM_UP = "loss.warmup_epochs=20"
+ORDERS = (
+    "temporal.moments=2", "optim.epochs=20", "temporal.speeds=[1,2]", "temporal.reverse=true",
+    *(f"weights.{task}=1" for task in TASKS),
+)  # fmt: skip
+INTERVAL_S, LENGTH_S = 0.96, 2.88  # of an instance, of what is cut into instances
+STEP_S, LONGEST_S = 0.08, 0.8  # of sync: two frames, and the largest shift
+METHODS = {
+    "xid": (),
+    "xid-cold": ("loss.temperature=0.07",),
+    "robust": (*robust.ROBUST, WARM_UP),
+    "intervals": (),
+    "tasks": (*ORDERS, "weights.xid=0"),
+    "intervals-tasks": ORDERS,
+    "oracle": (WARM_UP,),
+}
+WHOLE = ("untrained", "intervals", "tasks", "intervals-tasks", "xid", "xid-cold", "robust")
+DOUBTING = ("xid", "robust", "oracle")
+SHARE = 0.3
+MEASURES = {
+    "v→a instance R@1": "lips → speech, R@1",
+    "v→a instance R@5": "R@5",
+    "a→v instance R@1": "speech → lips, R@1",
+    "a→v instance R@5": "R@5",
+    "sync": "in sync, within two frames",
+    **{f"{word} probe video": f"{word} by lips, probe" for word in WORDS},
+    **{f"{word} probe audio": f"{word} by sound, probe" for word in WORDS},
+}
+
+
+def plan(seeds):
+    made = [runs.Run(group(m, 0.0), seed, METHODS.get(m, ())) for seed in seeds for m in WHOLE]
+    return made + [runs.Run(group(m, SHARE), seed, METHODS[m]) for seed in seeds for m in DOUBTING]
+
+
+def group(method, faulty):
+    return {"method": method, "faulty": f"{faulty:g}"}
+
+
+def manifest(run, arguments):
+    """The manifest that a run trains on, below --root."""
+    if not arguments.videos:
+        config.stop(f"--videos DIR is missing: {HOLDS}")
+    source = Path(arguments.videos) / swapped.NAME
+    folder = swapped.folder_of(arguments.root, source, float(run.group["faulty"]), run.seed)
+    return folder / ("intervals.csv" if run.group["method"].startswith("intervals") else swapped.NAME)
+
+
+def prepare(tasks, arguments):
+    """Write what `manifest` names."""
+    for _, run, *_ in tasks:
+        source = Path(arguments.videos) / swapped.NAME
+        written = swapped.write(arguments.root, source, float(run.group["faulty"]), run.seed)
+        write_intervals(written, written.with_name("intervals.csv"))
+
+
+def write_intervals(source, path):
+    """The manifest with every training sentence in instances of INTERVAL_S, one after the other."""
+    rows = []
+    for row in runs.read(source):
+        starts = np.arange(0, LENGTH_S - INTERVAL_S / 2, INTERVAL_S) if row["split"] == "train" else [None]
+        for start_s in starts:
+            ends = {"start": "", "end": ""}
+            if start_s is not None:
+                ends = {"start": f"{start_s:.2f}", "end": f"{start_s + INTERVAL_S:.2f}"}
+            rows.append(row | ends)
+    with files.replacing(path, newline="") as file:
+        lines = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        lines.writeheader()
+        lines.writerows(rows)
+
+
+def measure(run, cfg):
+    """Train, unless the method is `untrained`, and measure."""
+    method, (table, _) = run.group["method"], measures.tables(cfg)
+    if method == "untrained":
+        return knowledge(measures.untrained(cfg), cfg)
+    with robust.weighed(table) if method == "oracle" else contextlib.nullcontext():
+        train.main(cfg)
+    network, saved = measures.trained(cfg)
+    result = knowledge(network, cfg)
+    if network.temporal.heads:
+        result |= measures.task_accuracies(network, cfg)
+    if cfg.weights.xid:
+        result |= measures.pair_judgement(measures.bank_of(saved, cfg), table, cfg.loss)
+    return result
+
+
+def knowledge(network, cfg):
+    """Of held-out sentences: whether lips find their speech, which words a probe tells, and sync. Percent."""
+    whole = dataclasses.replace(
+        cfg, data=dataclasses.replace(cfg.data, root=str(Path(cfg.data.root).with_name(swapped.NAME)))
+    )
+    tables = [swapped.originals(table) for table in measures.tables(whole)]
+    device = next(network.parameters()).device
+    known, new = (evaluation.extract(network, data.Clips(t, cfg, training=False), device) for t in tables)
+    result = evaluation.cross_modal(new, tables[1].labels[new.index], ks=(1, 5))
+    for word in WORDS:
+        y, new_y = (
+            np.unique(np.array(t.columns[word])[part.index], return_inverse=True)[1]
+            for t, part in zip(tables, (known, new), strict=True)
+        )
+        for modality in data.MODALITIES:  # the mean over a sentence: when a word is said is known to no one
+            x, new_x = (part.video_level("features", modality)[:, None] for part in (known, new))
+            result[f"{word} probe {modality}"] = evaluation.linear_probe(x, y, new_x, new_y, cfg.seed)["top1"]
+    subject = evaluation.Subject(network, cfg, device, "", f"{cfg.out}, {cfg.seed}", Path(cfg.out))
+    found = sync.measure(subject, tables[1], STEP_S, LONGEST_S)
+    ways = {"sync": "similarity", "sync by order": "order_cross"}
+    result |= {name: found[f"{way} within one step"] for name, way in ways.items() if f"{way} exact" in found}
+    return result | {"sync chance": found["chance within one step"]}
+
+
+def tables(rows):
+    text = {}
+    for share in (0.0, SHARE):
+        columns = dict(MEASURES) if not share else MEASURES | {"AUROC": "AUROC of the weights"}
+        lines = [
+            [m, *((mine, column) for column in columns), str(len(mine))]
+            for m in ("untrained", *METHODS)
+            if (mine := runs.select(rows, method=m, faulty=f"{share:g}"))
+        ]
+        text[f"speech-{share:g}"] = runs.table([f"{share:.0%} swapped", *columns.values(), "runs"], lines)
+    return text
+
+
+def draw(rows, images, folder, arguments):
+    shown = {c: f"{head}, %" for c, head in MEASURES.items() if "R@5" not in c}
+    yield figures.bars(images / "speech.png", runs.select(rows, faulty="0"), ["untrained", *METHODS], shown)
+
+
+STUDY = runs.Study(
+    "speech", "small", tuple(BASE), plan, measure, tables, draw,
+    prepare=prepare, root=manifest, world="GRID, talker s1, 1,000 sentences",
+)  # fmt: skip
+
+if __name__ == "__main__":
+    runs.main(STUDY, arguments)

@@ -1,0 +1,88 @@
+"""Real clips of which some have another one's sound: faulty positives whose truth is known.
+
+In: a folder with clips and a manifest of them (path, label, split, perhaps start and end).
+Out: a folder with a manifest that has three more columns, which training never sees: faulty (1: the sound is
+another clip's), original (the path of the clip as it was) and part (the file's split in the folder's
+manifest.csv). Pictures and sounds are copied as they are, packet by packet.
+"""
+
+import csv
+import dataclasses
+import os
+from pathlib import Path
+
+import av
+import numpy as np
+
+from avid import config, files
+
+from . import runs
+
+NAME = "manifest.csv"
+
+
+def folder_of(root, source, share, seed):
+    """Where `write` puts the clips of the manifest `source`, of which this share is swapped by the seed."""
+    return Path(root) / f"{Path(source).parent.name}-{Path(source).stem}-{share:g}-swapped-seed{seed}"
+
+
+def write(root, source, share, seed):
+    """The training clips of a manifest, of which this share have another training clip's sound → the new
+    manifest's path. Written once; an interrupted call is gone on with."""
+    source, folder = Path(source).absolute(), folder_of(root, source, share, seed)
+    if (folder / NAME).exists():
+        return folder / NAME
+    rows = runs.read(source)
+    if not rows:
+        config.stop(f"no manifest with clips: {source}")
+    paths = [row["path"] for row in rows]
+    parts = {row["path"]: row["split"] for row in runs.read(source.parent / NAME)}
+    train = [i for i, row in enumerate(rows) if row["split"] == "train"]
+    others = exchanged(train, share, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for top in {row["path"].partition("/")[0] for row in rows}:  # the clips that stay as they are
+        if not (folder / top).exists():
+            (folder / top).symlink_to(source.parent / top)
+    for i, row in enumerate(rows):
+        row |= {"faulty": str(int(i in others)), "original": paths[i], "part": parts.get(paths[i], "")}
+        if i in others:
+            of_sound = source.parent / paths[others[i]]
+            path = f"swapped/{i:05d}.mp4"
+            if not (folder / path).exists():
+                exchange(source.parent / paths[i], of_sound, folder / path)
+            row["path"] = path
+    with files.replacing(folder / NAME, newline="") as file:
+        lines = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        lines.writeheader()
+        lines.writerows(rows)
+    return folder / NAME
+
+
+def exchanged(instances, share, seed):
+    """{instance: the one whose sound it gets} of this share of the instances, drawn by the seed: each of them
+    gives its sound to another one of them, none to itself."""
+    chosen = np.random.default_rng((seed, 7)).permutation(instances)[: round(share * len(instances))]
+    return {} if len(chosen) < 2 else dict(zip(chosen.tolist(), np.roll(chosen, 1).tolist(), strict=True))
+
+
+def originals(table):
+    """A table of such clips with every sound in its place."""
+    return dataclasses.replace(table, paths=table.columns["original"])
+
+
+def exchange(picture, sound, path):
+    """Write an MP4 with the video packets of one file and the audio packets of another, both from 0 s on."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part.mp4")
+    with av.open(str(picture)) as seen, av.open(str(sound)) as heard, av.open(str(part), "w") as out:
+        packets = []
+        for container, kind in ((seen, "video"), (heard, "audio")):
+            stream = container.streams.best(kind)
+            copy = out.add_stream_from_template(stream)
+            for packet in container.demux(stream):
+                if packet.dts is not None:
+                    packet.stream = copy
+                    packets.append(packet)
+        for packet in sorted(packets, key=lambda packet: packet.dts * packet.time_base):
+            out.mux(packet)
+    os.replace(part, path)

@@ -1,0 +1,255 @@
+"""data.need=any: files with a picture or a sound alone take part, and what needs both is masked for them."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import tone, write_media
+from test_losses import unit
+
+import train
+from avid import cli, config, data, datasets, evaluation, losses, memory_bank, models, temporal_tasks
+from avid.memory_bank import MemoryBank, PartialBank
+
+BOTH, MUTE, SOUND = (True, True), (True, False), (False, True)
+TASKS = (
+    "temporal.moments=2 temporal.speeds=[1,2] temporal.reverse=true contrast.k_pos=2 contrast.n_pos=1 "
+    "contrast.negatives=4 "
+    + " ".join(f"weights.{name}=1" for name in vars(config.Weights()) if name != "cma")
+).split()
+SMALL = (
+    "data.name=folder data.need=any data.workers=0 video.size=32 video.frames=4 audio.seconds=0.25 "
+    "audio.mels=32 "
+    "audio.rate_hz=16000 model.width=4 model.depth=1 model.embedding=16 bank.num_negatives=4 "
+    "optim.batch_size=4 "
+    "optim.epochs=2 log.every_steps=1 log.check_epochs=1"
+).split()
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """Eight videos: three with picture and sound, three mute, two sounds."""
+    folder = tmp_path_factory.mktemp("videos")
+    times, wave = np.arange(40) / 20, tone(440, 2.0, 16000)
+    for i in range(3):
+        write_media(folder / f"both{i}.mp4", times, wave * (1 - 0.2 * i), 16000)
+        write_media(folder / f"mute{i}.mp4", times)
+    for i in range(2):
+        write_media(folder / f"sound{i}.wav", wave=wave, rate_hz=16000, codecs=(None, "pcm_s16le"))
+    return folder
+
+
+def settings(root, *more):
+    return config.load("toy", [*SMALL, *TASKS, f"data.root={root}", *more])
+
+
+def batch_of(cfg, root):
+    """The collated training items of all eight files."""
+    clips = data.training_clips(datasets.load(cfg.data, "train"), cfg)
+    return data.collate([clips[i, (3, 0, i)] for i in range(len(clips))])
+
+
+def test_files_say_what_they_hold_and_lend_each_other_what_they_lack(videos):
+    batch = batch_of(settings(videos), videos)
+    assert batch["failures"] == []
+    assert batch["held"].tolist() == [*[list(BOTH)] * 3, *[list(MUTE)] * 3, *[list(SOUND)] * 2]
+    assert torch.equal(batch["audio"][3:6], batch["audio"][:3])  # the mute ones: of those with sound, in turn
+    assert torch.equal(batch["video"][6:], batch["video"][:2])
+
+
+def test_what_no_file_of_the_batch_holds_is_none_and_its_output_zero(videos, tmp_path):
+    for i in range(5):
+        shutil.copy(videos / "sound0.wav", tmp_path / f"{i}.wav")
+    cfg = settings(tmp_path)
+    batch = data.to_device(batch_of(cfg, tmp_path), torch.device("cpu"), cfg.audio)
+    network = models.AudioVisual(cfg.model, temporal_tasks.classes(cfg))
+    output = network(batch["video"], batch["audio"])
+    assert batch["video"] is None and output.video.shape == output.audio.shape == (10, 16)
+    assert output.video_features.shape == (10, 32) and not output.video.any() and output.audio.any(1).all()
+
+
+def test_by_default_a_file_that_lacks_something_is_not_used(videos):
+    item = data.training_clips(
+        datasets.load(config.Data("folder", str(videos)), "train"), settings(videos, "data.need=both")
+    )[3, (3, 0, 3)]
+    assert [reason for _, reason in item["failures"]][:1] == ["no sound"] and "held" not in item
+
+
+def test_what_is_lent_changes_no_term(videos):
+    """The terms and their gradients are the same whatever stands where a file has nothing."""
+    cfg = settings(videos, "loss.soft=0.5", "loss.w_min=0.25")
+    batch = data.to_device(batch_of(cfg, videos), torch.device("cpu"), cfg.audio)
+    torch.manual_seed(0)
+    network = models.AudioVisual(
+        cfg.model, temporal_tasks.classes(cfg)
+    ).eval()  # clips do not meet in batch norm
+    found = []
+    for _ in range(2):
+        bank = PartialBank(8, 16, 0.5, seed=0)
+        objective = train.Objective(cfg, bank, SimpleNamespace(rank=0, size=1), epoch_steps=1)
+        network.zero_grad()
+        output = network(batch["video"], batch["audio"])
+        terms, accuracies = objective(output, batch, batch["index"], 3)
+        sum(terms.values()).backward()
+        bank.update(batch["index"], output.video, output.audio)
+        gradients = [p.grad.clone() for p in network.parameters() if p.grad is not None]
+        found.append([*terms.values(), *accuracies.values(), *gradients, *bank.buffers()])
+        assert len(terms) == len(vars(cfg.weights)) - 1 and all(term > 0 for term in terms.values())
+        batch["audio"][6:12] = torch.randn_like(batch["audio"][6:12])  # of the mute files, two moments each
+        batch["video"][12:] = torch.randn_like(batch["video"][12:])
+    for before, after in zip(*found, strict=True):
+        torch.testing.assert_close(before, after, rtol=1e-4, atol=1e-5)
+
+
+def bank_and_objective(*more):
+    cfg = config.load("toy_temporal", ["contrast.k_pos=2", "contrast.n_pos=1", "weights.xid=1", *more])
+    bank = PartialBank(8, 6, 0.5, seed=0)
+    return cfg, bank, train.Objective(cfg, bank, SimpleNamespace(rank=0, size=1), epoch_steps=1)
+
+
+def test_xid_is_that_of_the_pairs_alone():
+    cfg, bank, objective = bank_and_objective("bank.num_negatives=all")
+    index, held = torch.arange(4), torch.tensor([BOTH, MUTE, SOUND, BOTH])
+    video, audio = unit(4, 6, seed=1), unit(4, 6, seed=2)
+    bank.mark(index, held)
+    bank.mark(torch.tensor([6]), torch.tensor([MUTE]))
+    ours = objective.robust_xid(models.Output(video, audio, None, None, {}), index, 0, agreed=False)
+    pairs = torch.tensor([0, 3, 4, 5, 7])  # of the bank
+    losses_of = [
+        -torch.log_softmax(x[i] @ bank_side[pairs].T / cfg.loss.temperature, 0)[k]
+        for x, bank_side in ((video, bank.audio), (audio, bank.video))
+        for k, i in enumerate([0, 3])
+    ]
+    torch.testing.assert_close(ours, sum(losses_of) / 2)
+
+
+def test_no_pair_in_a_batch_is_no_loss_and_no_nan():
+    _, bank, objective = bank_and_objective("bank.num_negatives=all")
+    bank.mark(torch.arange(8), torch.tensor([MUTE, SOUND] * 4))
+    video, audio = unit(4, 6, seed=1).requires_grad_(), unit(4, 6, seed=2).requires_grad_()
+    loss = objective.robust_xid(models.Output(video, audio, None, None, {}), torch.arange(4), 0, False)
+    loss.backward()
+    assert loss == 0 and not video.grad.any() and not audio.grad.any()
+
+
+def test_a_contrast_counts_only_memories_that_are_there():
+    x, usual, near, far = unit(3, 5, seed=0), unit(3, 5, seed=1), unit(6, 5, seed=2), unit(12, 5, seed=3)
+    near, far = near.view(3, 2, 5), far.view(3, 4, 5)
+    there = (
+        torch.tensor([[1, 1], [0, 1], [0, 0]]).bool(),
+        torch.tensor([[1] * 4, [0, 1, 1, 0], [0] * 4]).bool(),
+    )
+    ours = losses.contrast(x, usual, near, far, 0.2, there)
+    for i in range(2):
+        alone = losses.contrast(x[[i]], usual[[i]], near[[i]][:, there[0][i]], far[[i]][:, there[1][i]], 0.2)
+        torch.testing.assert_close(ours[[i]], alone)
+    assert ours[2] == 0  # nothing to tell it from
+    everything = torch.ones(3, 2).bool(), torch.ones(3, 4).bool()
+    plain = losses.contrast(x, usual, near, far, 0.2)
+    torch.testing.assert_close(losses.contrast(x, usual, near, far, 0.2, everything), plain)
+
+
+def test_the_bank_leaves_out_what_files_do_not_hold():
+    bank, plain = PartialBank(8, 6, 0.5, seed=0), MemoryBank(8, 6, 0.5, seed=0)
+    index, video, audio = torch.tensor([1, 2, 3]), unit(3, 6, seed=1), unit(3, 6, seed=2)
+    bank.mark(index, torch.tensor([BOTH, MUTE, SOUND]))
+    bank.update(index, video, audio)
+    plain.update(index, video, audio)
+    first = MemoryBank(8, 6, 0.5, seed=0)
+    assert torch.equal(bank.video[[1, 2]], plain.video[[1, 2]]) and torch.equal(bank.video[3], first.video[3])
+    assert torch.equal(bank.audio[[1, 3]], plain.audio[[1, 3]]) and torch.equal(bank.audio[2], first.audio[2])
+    pairs = bank.agreement[[0, 1, 4, 5, 6, 7]].double()
+    mean, std = bank.agreement_mean_std()
+    torch.testing.assert_close(mean, pairs.mean())
+    torch.testing.assert_close(std, pairs.std(correction=0))
+    for negatives in ("all", 16):
+        found = bank.candidates(index, negatives, 0)
+        numbers = torch.arange(8) if found.index is None else found.index
+        assert not {2, 3} & set(numbers[found.valid].tolist())
+        assert found.valid[found.column].all() and numbers[found.column[0]] == 1
+    contrast = config.Contrast(k_pos=5, n_pos=5, negatives=2)
+    near, _ = bank.neighbourhood("video", torch.tensor([1]), contrast, [0])
+    assert 3 not in near[0].tolist()  # five of the six others that have a picture
+
+
+def test_training_with_everything_and_on_from_a_checkpoint(videos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for part in ("train", "test"):
+        shutil.copytree(videos, tmp_path / "data" / part)
+    few = "optim.schedule=constant", "log.check_epochs=0"
+    train.main(settings("data", "out=parts", "optim.epochs=1", *few))
+    train.main(settings("data", "out=parts", *few))
+    train.main(settings("data", "out=once", *few[:1], "log.check_epochs=2"))
+    lines = [json.loads(line) for line in (tmp_path / "once" / "metrics.jsonl").read_text().splitlines()]
+    seen = [line["loss"] for line in lines if "loss" in line]
+    assert len(seen) == 4 and all(np.isfinite(seen))
+    assert any("v→a instance R@1" in line for line in lines)  # of the files with both
+    parts, once = (torch.load(tmp_path / out / "last.pt", weights_only=True) for out in ("parts", "once"))
+    assert not once["bank"]["held"].all() and torch.equal(parts["bank"]["held"], once["bank"]["held"])
+    for name, value in once["network"].items():
+        assert torch.equal(parts["network"][name], value), name
+
+
+def test_sounds_alone_train_the_network_of_sound(videos, tmp_path):
+    for i in range(5):
+        shutil.copy(videos / "sound0.wav", tmp_path / f"{i}.wav")
+    off = [f"weights.{name}=0" for name in vars(config.Weights()) if "video" in config.needs(name)]
+    cfg = settings(tmp_path, *off, f"out={tmp_path / 'run'}")
+    before = models.AudioVisual(cfg.model, temporal_tasks.classes(cfg)).state_dict()
+    train.main(cfg)
+    after = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["network"]
+    still = [n for n in before if "running_mean" in n and not after[n].any()]
+    assert all(name.startswith("video") for name in still) and len(still) == sum(
+        "running_mean" in name and name.startswith("video") for name in before
+    )
+
+
+@pytest.mark.parametrize(
+    "more, text",
+    [
+        (["bank.spread=true"], "bank.spread"),
+        (["bank.candidates=own"], "bank.candidates"),
+        ([f"weights.{n}=0" for n in vars(config.Weights()) if len(config.needs(n)) == 1], "one modality"),
+    ],
+)
+def test_settings_that_cannot_be_had_with_any(more, text):
+    with pytest.raises(config.ConfigError, match=text):
+        settings("x", *more)
+
+
+def test_a_data_set_without_pictures_needs_terms_of_sound():
+    for more, text in ((["data.need=both"], "data.need=any"), ([], "weights.xid=1 needs them")):
+        cfg = settings("x", "data.name=esc50", *more)
+        with pytest.raises(config.ConfigError, match="no pictures") as error:
+            cli.fits(cfg, 100)
+        assert text in str(error.value)
+    off = [f"weights.{name}=0" for name in vars(config.Weights()) if "video" in config.needs(name)]
+    cli.fits(settings("x", "data.name=esc50", *off), 100)
+
+
+def test_the_terms_and_what_they_need():
+    assert {name: config.needs(name) for name in vars(config.Weights())} == {
+        "xid": ("video", "audio"), "cma": ("video", "audio"),
+        "contrast_vv": ("video",), "contrast_aa": ("audio",),
+        "contrast_va": ("video", "audio"), "contrast_av": ("video", "audio"),
+        "speed_video": ("video",), "speed_audio": ("audio",),
+        "direction_video": ("video",), "direction_audio": ("audio",),
+        "order_video": ("video",), "order_audio": ("audio",), "order_cross": ("video", "audio"),
+    }  # fmt: skip
+
+
+def test_confusions_know_what_files_lack(videos):
+    cfg = settings(videos)
+    table = datasets.load(cfg.data, "train")
+    network = models.AudioVisual(cfg.model, temporal_tasks.classes(cfg))
+    counts = evaluation.confusions(network, table, cfg, torch.device("cpu"), draws=1)
+    assert counts["direction_video"].sum() == 2 * 6 and counts["direction_audio"].sum() == 2 * 5
+    assert counts["order_cross"].sum() <= 2 * 3
+
+
+def test_a_bank_is_partial_where_files_may_be():
+    assert memory_bank.kind(settings("x")) is PartialBank
+    assert memory_bank.kind(config.load("toy")) is MemoryBank

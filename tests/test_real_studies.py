@@ -1,0 +1,241 @@
+"""The studies on real clips, in their --quick form on clips made here, and the clips with swapped sounds."""
+
+import contextlib
+import csv
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+from conftest import tone, write_media
+from test_studies import bank_by_kind, world
+
+from avid import config, losses, media
+from studies import capacity, esc10, fingerprint, own, robust, runs, soft, speech, swapped
+
+STUDIES = {
+    s.name: s for s in (own.STUDY, fingerprint.STUDY, speech.STUDY, esc10.STUDY, capacity.STUDY, soft.STUDY)
+}
+CLIPS, SECONDS, RATE_HZ = 14, 6.0, 16000
+
+
+def write_csv(path, head, rows):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([head, *rows])
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """Clips of tones, each its own; lists as studies.own and studies.speech want them."""
+    folder = tmp_path_factory.mktemp("clips")
+    names = [f"clips/{i:02d}.mp4" for i in range(CLIPS)]
+    for i, name in enumerate(names):
+        write_media(folder / name, np.arange(90) / 15, tone(300 + 100 * i, SECONDS, RATE_HZ), RATE_HZ)
+    halves = [
+        (name, f"k{i % 2}", *part)
+        for i, name in enumerate(names)
+        for part in (("train", 0, 3.6), ("test", 3.6, 6))
+    ]
+    write_csv(folder / "own.csv", "path label split start end".split(), halves)
+    words = [[f"{word}{(i // 2) % 2}" for word in speech.WORDS] for i in range(CLIPS)]
+    whole = [(name, f"k{i % 2}", "test" if i >= 10 else "train", *words[i]) for i, name in enumerate(names)]
+    write_csv(folder / "manifest.csv", ["path", "label", "split", *speech.WORDS], whole)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("studies")
+
+
+@pytest.fixture
+def perform(folder, monkeypatch):
+    """A function that runs a study's command in its quick form."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def command(name, *more):
+        where = {"root": "data", "runs": "runs", "results": "results"}
+        options = [word for option, part in where.items() for word in (f"--{option}", folder / part)]
+        words = [str(word) for word in ("--quick", "--jobs", "1", *options, *more)]
+        runs.main(STUDIES[name], runs.command_line("", words, videos="a folder"))
+        return runs.read(folder / "results" / f"{name}.csv")
+
+    yield command
+    signal.signal(signal.SIGTERM, before)
+
+
+def check(rows, methods, columns):
+    assert sorted(row["method"] for row in rows) == sorted(methods)
+    for row in rows:
+        assert all(0 <= float(row[column]) <= 100 for column in columns), row
+
+
+def test_a_folder_that_searches_itself_and_its_fingerprints(perform, folder, videos):
+    methods = ["untrained", "oracle", "both"]
+    rows = perform("own", "--videos", videos, "--only", *methods)
+    check(rows, methods, [c for c in own.MEASURES if c != "sync"])
+    for row in rows:
+        told = row["method"] == "both"
+        assert told == bool(row["order_cross"]) and (row["faulty"] == "0.6") == bool(row["AUROC"])
+    results = folder / "results"
+    assert (
+        "| both |" in (results / "own.md").read_text()
+        and "| oracle |" in (results / "own-0.6.md").read_text()
+    )
+    assert (results / "images" / "own.png").stat().st_size > 5000
+
+    rows = perform("fingerprint", "--videos", videos, "--only", "untrained", "both")
+    check(rows, ["untrained", "both"], [])
+    assert all(
+        f"{name} {s:g} joint instance R@1" in rows[0]
+        for (_, name), ss in fingerprint.curves().items()
+        for s in ss
+    )
+    assert (results / "images" / "fingerprint.png").stat().st_size > 5000
+    assert "by picture" in (results / "fingerprint.md").read_text()
+
+
+def test_fingerprints_need_the_checkpoints(perform, tmp_path, videos, capsys):
+    with pytest.raises(SystemExit):
+        perform("fingerprint", "--videos", videos, "--only", "xid", "--runs", tmp_path)
+    assert "see its log.txt" in capsys.readouterr().err
+    (log,) = tmp_path.glob("studies-quick/fingerprint/xid-*/log.txt")
+    assert "run first: python -m studies.own" in log.read_text(encoding="utf-8")
+
+
+def test_lips_and_speech(perform, folder, videos):
+    methods = ["untrained", "intervals-tasks", "oracle"]
+    rows = perform("speech", "--videos", videos, "--only", *methods)
+    check(rows, methods, speech.MEASURES)
+    (written,) = (folder / "data").glob("*manifest-0-swapped-seed0/intervals.csv")
+    table = runs.read(written)
+    assert len(table) == 10 * 3 + 4 and table[1]["start"] == "0.96" and table[1]["end"] == "1.92"
+    assert "| intervals-tasks |" in (folder / "results" / "speech-0.md").read_text()
+
+
+def test_real_clips_must_be_named(perform, capsys):
+    for name in ("own", "speech", "esc10"):
+        with pytest.raises(SystemExit):
+            perform(name, "--list")
+        assert "--videos DIR is missing" in capsys.readouterr().err
+
+
+def test_sounds_of_four_folds_and_the_fifth(perform, folder, tmp_path):
+    rows = []
+    for name in ("dog", "rain"):
+        for i in range(20):
+            wave = tone({"dog": 300, "rain": 2000}[name] + 20 * i, 3.0, RATE_HZ)
+            write_media(
+                tmp_path / "audio" / f"{name}{i}.wav", wave=wave, rate_hz=RATE_HZ, codecs=(None, "pcm_s16le")
+            )
+            rows.append((f"{name}{i}.wav", i % 5 + 1, 0, name, True))
+    (tmp_path / "meta").mkdir()
+    write_csv(tmp_path / "meta" / "esc50.csv", "filename fold target category esc10".split(), rows)
+    methods = ["statistics", "untrained", "in-domain"]
+    found = perform("esc10", "--videos", tmp_path, "--only", *methods)
+    check(found, methods, ["top1"])
+    by_method = {row["method"]: row for row in found}
+    assert float(by_method["statistics"]["top1"]) > 95  # low and high tones
+    assert float(by_method["in-domain"]["top1 with statistics"]) > 80
+    assert len(runs.numbers(by_method["in-domain"], "folds")) == 5
+    seen = folder / "runs" / "studies-quick" / "esc10"
+    (first,) = seen.glob("in-domain*/fold1/config.yaml")
+    assert config.load(str(first)).data.split == "train1"  # never the fold itself
+
+
+@pytest.mark.parametrize("name, only", [("capacity", ["temporal"]), ("soft", ["mixed", "changed"])])
+def test_studies_of_the_toy(perform, folder, name, only):
+    rows = perform(name, "--only", *only)
+    check(rows, only, ["v→a class R@1"])
+    assert list((folder / "results" / "images").glob(f"{name}.png"))
+
+
+def test_all_runs_are_different_and_have_settings_that_can_be_used():
+    for study in STUDIES.values():
+        made = study.plan([0, 1])
+        identities = {runs.identity(runs.describe(study, run, quick=False)) for run in made}
+        assert len(identities) == len(made)
+        for run in made:
+            runs.configuration(study, run, False, "data", "out")
+
+
+# ------------------------------------------------------------ swapped sounds
+
+
+def pitch_hz(path):
+    """The pitch of a file's sound."""
+    with media.Media(path, ("audio",)) as file:
+        wave = file.sound(1.0, RATE_HZ, RATE_HZ)
+    return np.abs(np.fft.rfft(wave)).argmax()
+
+
+def test_swapped_sounds_are_others_and_the_manifest_tells(videos, tmp_path):
+    path = swapped.write(tmp_path, videos / "own.csv", 0.3, seed=1)
+    rows = runs.read(path)
+    faulty = [row for row in rows if row["faulty"] == "1"]
+    assert len(faulty) == 4 and all(row["split"] == "train" for row in faulty)  # 30 % of 14
+    for row in rows:
+        number = int(row["original"][-6:-4])
+        right = abs(pitch_hz(path.parent / row["path"]) - (300 + 100 * number)) <= 2
+        assert right == (row["faulty"] == "0")
+        assert row["part"] == ("test" if number >= 10 else "train")
+        if row["faulty"] == "1":
+            with media.Media(path.parent / row["path"]) as new, media.Media(videos / row["original"]) as old:
+                assert np.array_equal(new.frames([0.5, 2.0]), old.frames([0.5, 2.0]))
+    before = path.read_bytes()
+    shutil.rmtree(path.parent / "swapped")
+    assert swapped.write(tmp_path, videos / "own.csv", 0.3, seed=1) == path and path.read_bytes() == before
+
+
+def test_who_gets_whose_sound():
+    got = swapped.exchanged(range(100, 200), 0.3, seed=0)
+    assert len(got) == 30 and set(got) == set(got.values()) and all(i != j for i, j in got.items())
+    assert (
+        got
+        == swapped.exchanged(range(100, 200), 0.3, seed=0)
+        != swapped.exchanged(range(100, 200), 0.3, seed=1)
+    )
+    assert swapped.exchanged(range(100), 0.0, seed=0) == {}
+
+
+# ------------------------------------------------------------ soft targets mixed
+
+
+def targets(bank, context):
+    """Soft targets of eight instances among 64 candidates, 2×8×D, and the own memories."""
+    with context:
+        found = bank.candidates(torch.arange(8), 64, 0)
+        v, a = bank.video[found.index], bank.audio[found.index]
+        own_side = v[found.column], a[found.column]
+        return torch.stack(losses.soft_targets("cycle", *own_side, v, a, found.valid, 0.1, 0.3)), torch.stack(
+            own_side
+        )
+
+
+def change(method, name, table):
+    return soft.told(runs.Run({"method": method, "change": name}, 0, ()), table)
+
+
+def test_mixed_targets_are_between_the_truth_and_the_estimate():
+    table, plain = world(0.3), losses.soft_targets
+    bank = bank_by_kind(table, noise=0.3)
+    estimate, _ = targets(bank, contextlib.nullcontext())
+    truth, _ = targets(bank, robust.told("soft-oracle", table))
+    mixed, _ = targets(bank, change("mixed", "0.25 of the truth", table))
+    torch.testing.assert_close(mixed, 0.25 * truth + 0.75 * estimate)
+    assert (truth - estimate).norm() > 0.5
+    assert torch.equal(targets(bank, change("mixed", "0 of the truth", table))[0], estimate)
+    assert losses.soft_targets is plain
+
+
+def test_targets_by_certainty_stay_with_the_own_memory_where_they_are_unsure():
+    table = world(0.3)
+    bank = bank_by_kind(table, noise=0.3)
+    estimate, own_side = targets(bank, contextlib.nullcontext())
+    ours, _ = targets(bank, change("changed", "by certainty", table))
+    own_side = own_side.flip(0)  # of S_v the sound, of S_a the picture
+    share = ((ours - own_side) * (estimate - own_side)).sum(2) / (estimate - own_side).square().sum(2)  # 2×8
+    torch.testing.assert_close(ours, share[..., None] * estimate + (1 - share[..., None]) * own_side)
+    assert (share > 0).all() and (share <= 1 + 1e-4).all() and share.min() < 0.99 < share.max()
