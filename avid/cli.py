@@ -167,6 +167,11 @@ def fits(cfg, videos, processes=1):
             f"optim.batch_size={batch} cannot be shared evenly by {sharing}; make it a multiple of "
             f"{processes * clips}"
         )
+    if cfg.data.need == "any" and cfg.optim.sync_bn and processes > 1:
+        raise ConfigError(
+            "data.need=any cannot be had with optim.sync_bn=true and several processes, of which one may have "
+            "a batch without pictures or sound; set optim.sync_bn=false"
+        )
     if batch // processes % cfg.optim.accumulate:
         raise ConfigError(
             f"optim.accumulate={cfg.optim.accumulate} does not divide the {batch // processes} videos of a "

@@ -12,6 +12,7 @@ from test_losses import unit
 
 import train
 from avid import cli, config, data, datasets, evaluation, losses, memory_bank, models, temporal_tasks
+from avid.files import ConfigError
 from avid.memory_bank import MemoryBank, PartialBank
 
 BOTH, MUTE, SOUND = (True, True), (True, False), (False, True)
@@ -253,3 +254,11 @@ def test_confusions_know_what_files_lack(videos):
 def test_a_bank_is_partial_where_files_may_be():
     assert memory_bank.kind(settings("x")) is PartialBank
     assert memory_bank.kind(config.load("toy")) is MemoryBank
+
+
+def test_batch_norm_over_ranks_would_wait_for_a_batch_that_lacks_a_modality():
+    cfg = config.load("toy_temporal", ["data.need=any"])
+    cli.fits(cfg, 800, processes=1)
+    with pytest.raises(ConfigError, match=r"set optim.sync_bn=false"):
+        cli.fits(cfg, 800, processes=2)
+    cli.fits(config.load("toy_temporal", ["data.need=any", "optim.sync_bn=false"]), 800, processes=2)
