@@ -169,7 +169,7 @@ def fits(cfg, videos, processes=1):
         )
     if cfg.data.need == "any" and cfg.optim.sync_bn and processes > 1:
         raise ConfigError(
-            "data.need=any cannot be had with optim.sync_bn=true and several processes, of which one may have "
+            "data.need=any cannot be had with optim.sync_bn=true and several processes, of which one may get "
             "a batch without pictures or sound; set optim.sync_bn=false"
         )
     if batch // processes % cfg.optim.accumulate:
