@@ -26,7 +26,7 @@ def hann(n, dtype, device):
 def mel_filters(rate_hz, n_fft, mels, device):
     with torch.inference_mode(False):
         filters = torchaudio.functional.melscale_fbanks(n_fft // 2 + 1, 0.0, rate_hz / 2, mels, rate_hz)
-        return filters.to(device)  # bins×mels
+        return filters.to(device, torch.float32)  # bins×mels
 
 
 def columns(audio):

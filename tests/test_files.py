@@ -195,7 +195,7 @@ def test_an_error_in_the_main_process_ends_the_program(deadly):
 
 
 def test_processes_that_die_between_files_end_the_run_in_one_line(deadly, monkeypatch):
-    monkeypatch.setattr(data, "collate", lambda items: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(data, "collate", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(
         ConfigError, match=r"decoding processes die between files.*lower data\.workers"
     ) as caught:
@@ -223,6 +223,7 @@ def test_a_training_and_its_evaluation_survive_a_decoder_that_dies(tmp_path, mon
         "data.name=folder",
         f"data.root={tmp_path / 'videos'}",
         "data.workers=2",
+        "data.in_memory=false",
         "optim.batch_size=5",
     ]
     cfg = config.load("toy", [*TINY, *settings, f"out={tmp_path / 'run'}"])

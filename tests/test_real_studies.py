@@ -108,7 +108,7 @@ def test_fingerprints_need_the_checkpoints(perform, tmp_path, videos, capsys):
 def test_lips_and_speech(perform, folder, videos):
     methods = ["untrained", "intervals-tasks", "oracle"]
     rows = perform("speech", "--videos", videos, "--only", *methods)
-    check(rows, methods, speech.MEASURES)
+    check(rows, methods, [column for column in speech.MEASURES if "R@5" not in column])  # of four to find
     (written,) = (folder / "data").glob("*manifest-0-swapped-seed0/intervals.csv")
     table = runs.read(written)
     assert len(table) == 10 * 3 + 4 and table[1]["start"] == "0.96" and table[1]["end"] == "1.92"

@@ -100,7 +100,8 @@ def test_clips_show_what_their_labels_say(tmp_path, fps):
     whole = "video.size=64 video.crop_area=[1,1] video.crop_ratio=[1,1] video.flip=0"
     alone = [f"weights.contrast_{name}=0" for name in ("vv", "aa", "va", "av")]  # one video has no neighbours
     cfg = config.load("toy_temporal", [*whole.split(), "audio.mels=0", "audio.volume=0", *alone])
-    one = SimpleNamespace(paths=[path.name], root=tmp_path, start_s=[0.0], end_s=[np.inf])
+    place = {"paths": [path.name], "root": tmp_path, "start_s": [0.0], "end_s": [np.inf]}
+    one = SimpleNamespace(**place, record=None)
     clips = data.Clips(one, cfg, training=True)
     time_of_bin = (np.arange(257) * rate_hz / 512 - 300) / climb_hz
     seen = set()
