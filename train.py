@@ -161,7 +161,8 @@ class Objective:
         else:
             per_clip = self.shared_candidates(output, index, local, step, robust)
         weight = pair_weights(index, self.bank, self.cfg.loss, robust)  # B
-        weight = weight * self.bank.has("video", index) * self.bank.has("audio", index)  # no pair: 0
+        if self.cfg.data.need == "any":
+            weight = weight * self.bank.held[index].all(1)  # no pair: 0
         moments = len(per_clip) * self.world.size // len(index)
         return losses.weighted_mean(per_clip, local(weight), moments * weight.sum() / self.world.size)
 
@@ -185,16 +186,14 @@ class Objective:
         cfg, local, terms = self.cfg, batch["index"], {}  # b, the instances of this rank
         live = {"video": output.video, "audio": output.audio}  # b·M×D
         moments, first = len(output.video) // len(local), self.world.rank * len(local)
-        partial = "held" in batch  # memories of what files lack do not count
         for key in data.MODALITIES:
             queries = [q for q in data.MODALITIES if getattr(cfg.weights, f"contrast_{q[0]}{key[0]}")]
             if not queries:
                 continue
             seeds = [memory_bank.row_seed(cfg.seed, key, step, first + i) for i in range(len(local))]
             draws = batch[f"near_{key}"], batch[f"far_{key}"]  # made by the decoding processes
-            asked = key, local, cfg.contrast, seeds, draws, self.sample(key, step)
-            near, far = self.bank.neighbours(*asked)  # b×…×D
-            valid = [self.bank.has(key, x) for x in self.bank.neighbourhood(*asked)] if partial else None
+            sample = self.sample(key, step)
+            near, far, valid = self.bank.neighbours(key, local, cfg.contrast, seeds, draws, sample)  # b×…×D
             near, far = (x.repeat_interleave(moments, 0) for x in (near, far))  # b·M×…×D
             for query in queries:
                 own = live[key]  # the matched clip of the other modality, or the other moment's of the same

@@ -92,8 +92,8 @@ class MemoryBank(torch.nn.Module):
                 x.copy_(state[name])
 
     def has(self, modality, index=None):
-        """Whether instances (…, None: all) have a picture, or a sound: bool; here True for all (0-dim)."""
-        return torch.ones((), dtype=torch.bool, device=self.agreement.device)
+        """Whether instances (…, None: all) have a picture, or a sound: bool; None: all have, as here."""
+        return None
 
     def agreement_mean_std(self):
         """μ, σ of the agreement over the whole bank, from running sums: two float64 0-dim tensors; σ ≥ 0,
@@ -158,9 +158,11 @@ class MemoryBank(torch.nn.Module):
 
     @torch.no_grad()
     def neighbours(self, modality, index, contrast, seeds, draws=None, sample=None):
-        """The memories of `neighbourhood`: positives b×n_pos×D, negatives b×n×D."""
+        """The memories of `neighbourhood`, positives b×n_pos×D and negatives b×n×D, and which of them count:
+        bool b×n_pos, b×n; None: all."""
         memory, near, far = self._neighbourhood(modality, index, contrast, seeds, draws, sample)
-        return memory[near], memory[far]
+        there = self.has(modality, sample)  # N or S
+        return memory[near], memory[far], None if there is None else (there[near], there[far])
 
     def _neighbourhood(self, modality, index, contrast, seeds, draws, sample):
         """The memories that are looked at, and which of them are positives and negatives."""
@@ -178,9 +180,10 @@ class MemoryBank(torch.nn.Module):
         itself = index if sample is None else _place(index, sample)  # b   where each row stands in memory
         with torch.autocast(memory.device.type, enabled=False):
             similarity = torch.cat([own @ some.float().T for some in memory.split(PIECE)], 1)  # b×N
-        similarity.scatter_(1, itself[:, None], -torch.inf).masked_fill_(
-            ~self.has(modality, sample), -torch.inf
-        )
+        similarity.scatter_(1, itself[:, None], -torch.inf)
+        there = self.has(modality, sample)
+        if there is not None:
+            similarity.masked_fill_(~there, -torch.inf)
         nearness, nearest = similarity.topk(contrast.k_pos, 1)  # b×k
 
         # the largest of log p + Gumbel noise are draws without replacement
