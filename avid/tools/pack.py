@@ -491,26 +491,20 @@ def parser():
     add("--fps", type=more_than_zero, default=small.fps, metavar="F", help=what)
     add("--keep-rate", action="store_true", help="every frame of a file instead, at its own time")
     what = "of the frames, at most (default: %(default)s)"
-    add("--short-side", type=one_or_more, default=small.short_side, metavar="PIXELS", help=what)
+    add("--short-side", type=cli.positive, default=small.short_side, metavar="PIXELS", help=what)
     what = "of the JPEGs, 1 to 100 (default: %(default)s)"
     add("--quality", type=int, choices=range(1, 101), default=small.quality, metavar="Q", help=what)
     what = "sample rate of the sound; best audio.rate_hz of the training (default: %(default)s)"
-    add("--audio-rate", type=one_or_more, default=small.audio_rate, metavar="HZ", help=what)
+    add("--audio-rate", type=cli.positive, default=small.audio_rate, metavar="HZ", help=what)
     what = "size of a shard, 10^9 bytes at most (default: %(default)g)"
     add("--shard-gb", type=more_than_zero, default=small.shard_gb, metavar="GB", help=what)
     what = f"pack {TRIED} instances, say how large the whole becomes, and stop; without it packing goes on"
     add("--estimate", action="store_true", help=what)
     what = "processes (default: the processors)"
-    add("--workers", type=one_or_more, default=os.cpu_count(), metavar="N", help=what)
+    add("--workers", type=cli.positive, default=os.cpu_count(), metavar="N", help=what)
     what = "settings of train.py, for example data.subset=esc10"
     add("overrides", nargs="*", metavar="key=value", help=what)
     return arguments
-
-
-def one_or_more(text):
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return int(text)
 
 
 def more_than_zero(text):
