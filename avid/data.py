@@ -376,20 +376,28 @@ def held(table, index):
 
 
 class AnyClips(Clips):
-    """Training clips of files of which each has a picture, a sound, or both, which then lie where both are.
+    """Clips of files of which each has a picture, a sound, or both, which then lie where both are.
 
     An item has `held`, bool 2, of MODALITIES, and no tensor of a modality that it lacks.
     """
 
-    def __init__(self, table, cfg):
-        super().__init__(table, cfg, training=True)
-        parts = MODALITIES, ("video",), ("audio",)
-        self.of = {part: Clips(table, cfg, training=True, modalities=part) for part in parts}
+    HOLDS = MODALITIES, ("video",), ("audio",)  # what a file can hold
+
+    def __init__(self, table, cfg, training=True):
+        super().__init__(table, cfg, training)
+        self.parts = [Clips(table, cfg, training, modalities) for modalities in self.HOLDS]
+        self.known = np.full(len(table), -1, np.int8)  # N, place in HOLDS; −1: this process has not looked yet
+
+    def part(self, index):
+        """The Clips of what the file of an instance holds: a process opens a file for that once."""
+        if self.known[index] < 0:
+            self.known[index] = self.HOLDS.index(held(self.table, index))
+        return self.parts[self.known[index]]
 
     def read(self, index, rng):
-        there = held(self.table, index)
-        item = self.of[there].read(index, rng)
-        return item | {"held": torch.tensor([modality in there for modality in MODALITIES])}
+        part = self.part(index)
+        item = part.read(index, rng)
+        return item | {"held": torch.tensor([modality in part.modalities for modality in MODALITIES])}
 
 
 def with_both(table):

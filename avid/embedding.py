@@ -69,9 +69,8 @@ def load(checkpoint, device=None, cfg=None, settings=()):
 # ------------------------------------------------------------------------------------------------- the files
 
 
-class Clips(data.Clips):
-    """The evaluation clips of files of which each has a picture, a sound, or both, which then lie where
-    both are.
+class Clips(data.AnyClips):
+    """The evaluation clips of files of which each has a picture, a sound, or both.
 
     Besides the tensors of both modalities, zeros for one that the file lacks, an item has `has`, bool 2, of
     MODALITIES; and `times_s`, float64 K, when each clip begins.
@@ -79,8 +78,6 @@ class Clips(data.Clips):
 
     def __init__(self, table, cfg):
         super().__init__(table, cfg, training=False)
-        parts = MODALITIES, ("video",), ("audio",)
-        self.of = {part: data.Clips(table, cfg, training=False, modalities=part) for part in parts}
         video, audio, k = cfg.video, cfg.audio, self.clips
         self.blank = {
             "video": torch.zeros(k, 3, video.frames, video.size, video.size, dtype=torch.uint8),
@@ -88,17 +85,16 @@ class Clips(data.Clips):
         }
 
     def read(self, index, rng):
-        table = self.table
-        there = data.held(table, index)
-        of = self.of[there]
-        with of.open(index) as media:
-            when = of.evenly(*of.usable(media))
+        part = self.part(index)
+        there = part.modalities
+        with part.open(index) as media:
+            when = part.evenly(*part.usable(media))
             item = dict(self.blank)
             if "video" in there:
-                item["video"] = torch.stack([of.picture(media, clip, rng) for clip in when])
+                item["video"] = torch.stack([part.picture(media, clip, rng) for clip in when])
                 media.close_picture()
             if "audio" in there:
-                item["audio"] = torch.stack([of.loudness(media, clip, rng) for clip in when])
+                item["audio"] = torch.stack([part.loudness(media, clip, rng) for clip in when])
         item["has"] = torch.tensor([modality in there for modality in MODALITIES])
         item["times_s"] = torch.tensor([clip.start_s for clip in when], dtype=torch.float64)
         return item

@@ -198,6 +198,7 @@ class AudioVisual(nn.Module):
 
     def __init__(self, model, tasks=()):
         super().__init__()
+        self.embedding = model.embedding
         self.video_model, self.audio_model = encoder(model, "video"), encoder(model, "audio")
         self.video_proj = Head(self.video_model.dim, model.embedding, model.head_norm)
         self.audio_proj = Head(self.audio_model.dim, model.embedding, model.head_norm)
@@ -225,21 +226,16 @@ class AudioVisual(nn.Module):
 
     def nothing(self, modality, n):
         """What `encode` gives of n clips that are not there: zeros n×D, n×F."""
-        head = getattr(self, f"{modality}_proj").projection
-        linear = [layer for layer in head if isinstance(layer, nn.Linear)]
-        like = linear[0].weight
-        return like.new_zeros(n, linear[-1].out_features), like.new_zeros(n, linear[0].in_features)
+        like, dim = next(self.parameters()), getattr(self, f"{modality}_model").dim
+        return like.new_zeros(n, self.embedding), like.new_zeros(n, dim)
 
     def forward(self, video, audio):
         """Float clips, B×3×T×S×S and B×1×frames×bins → Output. A video's two clips stand side by side.
 
         Where one of them is None, no file of the batch has it: its embeddings and features are zeros.
         """
-        sides = (video, audio), (audio, video)
-        (v, video_features), (a, audio_features) = (
-            self.encode(modality, own) if own is not None else self.nothing(modality, len(other))
-            for modality, (own, other) in zip(NETWORKS, sides, strict=True)
-        )
+        v, video_features = self.nothing("video", len(audio)) if video is None else self.encode_video(video)
+        a, audio_features = self.nothing("audio", len(video)) if audio is None else self.encode_audio(audio)
         return Output(v, a, video_features, audio_features, self.temporal(video_features, audio_features))
 
 
