@@ -386,7 +386,7 @@ class AnyClips(Clips):
     def __init__(self, table, cfg, training=True):
         super().__init__(table, cfg, training)
         self.parts = [Clips(table, cfg, training, modalities) for modalities in self.HOLDS]
-        self.known = np.full(len(table), -1, np.int8)  # N, place in HOLDS; −1: this process has not looked yet
+        self.known = np.full(len(table), -1, np.int8)  # N, place in HOLDS; −1: not looked yet
 
     def part(self, index):
         """The Clips of what the file of an instance holds: a process opens a file for that once."""

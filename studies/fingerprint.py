@@ -14,11 +14,12 @@ from . import own, runs
 if __name__ == "__main__":
     arguments = runs.command_line(__doc__, videos=own.HOLDS)
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 
-from avid import config, data, evaluation
+from avid import config, data
 from avid.tools import fingerprint
 
 from . import figures, measures
@@ -39,15 +40,14 @@ def measure(run, cfg):
     """R@1 of the copies, by the checkpoint of the same run of studies.own."""
     out = Path(cfg.out)
     if run.group["method"] == "untrained":
-        network, mark = measures.untrained(cfg), f"untrained, seed {cfg.seed}"
+        subject = measures.subject(measures.untrained(cfg), cfg, trained=False)
     else:
         there = out.parents[1] / own.STUDY.name / out.name
         if not (there / "last.pt").exists():
             config.stop(f"no checkpoint in {there}; run first: python -m studies.own")
-        network, _ = measures.trained(config.load(str(there / "config.yaml"), [f"out={there}"]))
-        mark = str(there)
-    device = next(network.parameters()).device
-    subject = evaluation.Subject(network, cfg, device, "", mark, out)
+        theirs = config.load(str(there / "config.yaml"), [f"out={there}"])
+        network, _ = measures.trained(theirs)
+        subject = dataclasses.replace(measures.subject(network, theirs), cfg=cfg, out=out)
     found = fingerprint.measure(subject, measures.tables(cfg)[1], data.MODALITIES, (1, 5))
     return {key: value for key, value in found.items() if "class" not in key}
 

@@ -20,13 +20,12 @@ HOLDS = "folder with own.csv (path,label,split,start,end), manifest.csv (path,la
 if __name__ == "__main__":
     arguments = runs.command_line(__doc__, videos=HOLDS)
 
-import contextlib
 import dataclasses
+import functools
 from pathlib import Path
 
 import numpy as np
 
-import train
 from avid import config, data, datasets, evaluation
 from avid.temporal_tasks import TASKS
 from avid.tools import sync
@@ -98,29 +97,14 @@ def prepare(tasks, arguments):
         swapped.write(arguments.root, of_videos(arguments), float(run.group["faulty"]), run.seed)
 
 
-def measure(run, cfg):
-    """Train, unless the method is `untrained`, and measure."""
-    method, (table, _) = run.group["method"], measures.tables(cfg)
-    if method == "untrained":
-        return knowledge(measures.untrained(cfg), cfg)
-    with robust.weighed(table) if method == "oracle" else contextlib.nullcontext():
-        train.main(cfg)
-    network, saved = measures.trained(cfg)
-    result = knowledge(network, cfg)
-    if network.temporal.heads:
-        result |= measures.task_accuracies(network, cfg)
-    if cfg.weights.xid:
-        result |= measures.pair_judgement(measures.bank_of(saved, cfg), table, cfg.loss)
-    return result
-
-
-def knowledge(network, cfg):
+def knowledge(subject):
     """What is found from the rest of each clip: its own other half, and its beginning by the same modality;
     the kind by a probe, of files that the probe has not seen; and whether it is in sync. Percent."""
+    cfg = subject.cfg
     tables = [swapped.originals(table) for table in measures.tables(cfg)]
-    device = next(network.parameters()).device
     begin, rest = (
-        evaluation.extract(network, data.Clips(table, cfg, training=False), device) for table in tables
+        evaluation.extract(subject.network, data.Clips(table, cfg, training=False), subject.device)
+        for table in tables
     )
     result = evaluation.cross_modal(rest, tables[1].labels[rest.index], ks=(1, 5))
     files = [np.array(table.paths)[part.index] for table, part in zip(tables, (begin, rest), strict=True)]
@@ -138,22 +122,20 @@ def knowledge(network, cfg):
             rest.features[modality][new], tables[1].labels[rest.index][new], cfg.seed,
         )  # fmt: skip
         result[f"kind probe {modality}"] = probe["top1"]
-    return result | in_sync(network, cfg, tables[1])
+    return result | in_sync(subject, tables[1])
 
 
-def in_sync(network, cfg, table):
+def in_sync(subject, table):
     """How many of the clips that are long enough prefer no shift of their sound, within a step, and how many
     there are; nothing where none is."""
-    one = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, clips=1))
+    one = dataclasses.replace(subject.cfg, eval=dataclasses.replace(subject.cfg.eval, clips=1))
     step_s, reach = sync.steps(one)
     grid = sync.Grid(table, one, step_s, reach)
     length_s = np.array(table.end_s) - table.start_s
     long = datasets.take(table, length_s > grid.length_s + reach * step_s + 0.1)
     if not len(long):
         return {}
-    device = next(network.parameters()).device
-    subject = evaluation.Subject(network, one, device, "", f"{cfg.out}, {cfg.seed}", Path(cfg.out))
-    found = sync.measure(subject, long)
+    found = sync.measure(dataclasses.replace(subject, cfg=one), long)
     return {"sync": found["similarity within one step"], "sync chance": found["chance within one step"],
             "sync clips": found["videos"]}  # fmt: skip
 
@@ -197,7 +179,7 @@ STUDY = runs.Study(
     "small",
     BASE,
     plan,
-    measure,
+    functools.partial(swapped.measure, knowledge=knowledge),
     tables,
     draw,
     prepare=prepare,

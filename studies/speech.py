@@ -18,14 +18,13 @@ HOLDS = "folder with manifest.csv (path,label,split and the six words) and its c
 if __name__ == "__main__":
     arguments = runs.command_line(__doc__, videos=HOLDS)
 
-import contextlib
 import csv
 import dataclasses
+import functools
 from pathlib import Path
 
 import numpy as np
 
-import train
 from avid import config, data, evaluation, files
 from avid.temporal_tasks import TASKS
 from avid.tools import sync
@@ -111,30 +110,17 @@ def write_intervals(source, path):
         lines.writerows(rows)
 
 
-def measure(run, cfg):
-    """Train, unless the method is `untrained`, and measure."""
-    method, (table, _) = run.group["method"], measures.tables(cfg)
-    if method == "untrained":
-        return knowledge(measures.untrained(cfg), cfg)
-    with robust.weighed(table) if method == "oracle" else contextlib.nullcontext():
-        train.main(cfg)
-    network, saved = measures.trained(cfg)
-    result = knowledge(network, cfg)
-    if network.temporal.heads:
-        result |= measures.task_accuracies(network, cfg)
-    if cfg.weights.xid:
-        result |= measures.pair_judgement(measures.bank_of(saved, cfg), table, cfg.loss)
-    return result
-
-
-def knowledge(network, cfg):
+def knowledge(subject):
     """Of held-out sentences: whether lips find their speech, which words a probe tells, and sync. Percent."""
+    cfg = subject.cfg
     whole = dataclasses.replace(
         cfg, data=dataclasses.replace(cfg.data, root=str(Path(cfg.data.root).with_name(swapped.NAME)))
     )
     tables = [swapped.originals(table) for table in measures.tables(whole)]
-    device = next(network.parameters()).device
-    known, new = (evaluation.extract(network, data.Clips(t, cfg, training=False), device) for t in tables)
+    known, new = (
+        evaluation.extract(subject.network, data.Clips(table, cfg, training=False), subject.device)
+        for table in tables
+    )
     result = evaluation.cross_modal(new, tables[1].labels[new.index], ks=(1, 5))
     for word in WORDS:
         y, new_y = (
@@ -144,7 +130,6 @@ def knowledge(network, cfg):
         for modality in data.MODALITIES:  # the mean over a sentence: when a word is said is known to no one
             x, new_x = (part.video_level("features", modality)[:, None] for part in (known, new))
             result[f"{word} probe {modality}"] = evaluation.linear_probe(x, y, new_x, new_y, cfg.seed)["top1"]
-    subject = evaluation.Subject(network, cfg, device, "", f"{cfg.out}, {cfg.seed}", Path(cfg.out))
     found = sync.measure(subject, tables[1], STEP_S, LONGEST_S)
     ways = {"sync": "similarity", "sync by order": "order_cross"}
     result |= {name: found[f"{way} within one step"] for name, way in ways.items() if f"{way} exact" in found}
@@ -170,9 +155,17 @@ def draw(rows, images, folder, arguments):
 
 
 STUDY = runs.Study(
-    "speech", "small", tuple(BASE), plan, measure, tables, draw,
-    prepare=prepare, root=manifest, world="GRID, talker s1, 1,000 sentences",
-)  # fmt: skip
+    name="speech",
+    cfg="small",
+    base=tuple(BASE),
+    plan=plan,
+    measure=functools.partial(swapped.measure, knowledge=knowledge),
+    tables=tables,
+    figures=draw,
+    prepare=prepare,
+    root=manifest,
+    world="GRID, talker s1, 1,000 sentences",
+)
 
 if __name__ == "__main__":
     runs.main(STUDY, arguments)

@@ -6,6 +6,7 @@ another clip's), original (the path of the clip as it was) and part (the file's 
 manifest.csv). Pictures and sounds are copied as they are, packet by packet.
 """
 
+import contextlib
 import csv
 import dataclasses
 import os
@@ -14,9 +15,10 @@ from pathlib import Path
 import av
 import numpy as np
 
+import train
 from avid import config, files
 
-from . import runs
+from . import measures, robust, runs
 
 NAME = "manifest.csv"
 
@@ -63,6 +65,26 @@ def exchanged(instances, share, seed):
     gives its sound to another one of them, none to itself."""
     chosen = np.random.default_rng((seed, 7)).permutation(instances)[: round(share * len(instances))]
     return {} if len(chosen) < 2 else dict(zip(chosen.tolist(), np.roll(chosen, 1).tolist(), strict=True))
+
+
+def measure(run, cfg, knowledge):
+    """Train, unless the method is `untrained`, and measure: the columns of a study of such clips.
+
+    knowledge: evaluation.Subject → {column: number}; beside it the temporal tasks, and how the weights judge
+    the pairs.
+    """
+    method, (table, _) = run.group["method"], measures.tables(cfg)
+    if method == "untrained":
+        return knowledge(measures.subject(measures.untrained(cfg), cfg, trained=False))
+    with robust.weighed(table) if method == "oracle" else contextlib.nullcontext():
+        train.main(cfg)
+    network, saved = measures.trained(cfg)
+    result = knowledge(measures.subject(network, cfg))
+    if network.temporal.heads:
+        result |= measures.task_accuracies(network, cfg)
+    if cfg.weights.xid:
+        result |= measures.pair_judgement(measures.bank_of(saved, cfg), table, cfg.loss)
+    return result
 
 
 def originals(table):

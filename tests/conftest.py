@@ -1,6 +1,7 @@
 """Small media files whose content is known at every moment: frames show their number, a chirp sounds at known
 times."""
 
+import importlib
 import os
 import signal
 from fractions import Fraction
@@ -141,3 +142,24 @@ def real_data():
 def real_media(real_data):
     """The folder of real videos."""
     return real_data / "media"
+
+
+@pytest.fixture
+def perform(folder, monkeypatch):
+    """A function that runs a study's command in its quick form, below the module's `folder`, and reads its
+    rows."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def command(name, *more):
+        from studies import runs
+
+        study = importlib.import_module(f"studies.{name}").STUDY
+        where = {"root": "data", "runs": "runs", "results": "results"}
+        options = [word for option, part in where.items() for word in (f"--{option}", folder / part)]
+        words = [str(word) for word in ("--quick", "--jobs", "1", *options, *more)]
+        runs.main(study, runs.command_line("", words, videos="a folder"))
+        return runs.read(folder / "results" / f"{name}.csv")
+
+    yield command
+    signal.signal(signal.SIGTERM, before)

@@ -106,7 +106,9 @@ def test_what_is_lent_changes_no_term(videos):
 
 
 def bank_and_objective(*more):
-    cfg = config.load("toy_temporal", ["data.need=any", "contrast.k_pos=2", "contrast.n_pos=1", "weights.xid=1", *more])
+    cfg = config.load(
+        "toy_temporal", ["data.need=any", "contrast.k_pos=2", "contrast.n_pos=1", "weights.xid=1", *more]
+    )
     bank = PartialBank(8, 6, 0.5, seed=0)
     return cfg, bank, train.Objective(cfg, bank, SimpleNamespace(rank=0, size=1), epoch_steps=1)
 

@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import shutil
-import signal
 
 import numpy as np
 import pytest
@@ -47,23 +46,6 @@ def videos(tmp_path_factory):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("studies")
-
-
-@pytest.fixture
-def perform(folder, monkeypatch):
-    """A function that runs a study's command in its quick form."""
-    before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-    def command(name, *more):
-        where = {"root": "data", "runs": "runs", "results": "results"}
-        options = [word for option, part in where.items() for word in (f"--{option}", folder / part)]
-        words = [str(word) for word in ("--quick", "--jobs", "1", *options, *more)]
-        runs.main(STUDIES[name], runs.command_line("", words, videos="a folder"))
-        return runs.read(folder / "results" / f"{name}.csv")
-
-    yield command
-    signal.signal(signal.SIGTERM, before)
 
 
 def check(rows, methods, columns):

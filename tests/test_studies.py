@@ -2,7 +2,6 @@
 
 import csv
 import shutil
-import signal
 
 import numpy as np
 import pytest
@@ -25,32 +24,6 @@ SOME = {  # methods of the quick form: every way through `measure`
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("studies")
-
-
-@pytest.fixture
-def perform(folder, monkeypatch):
-    """A function that runs a study's command in its quick form."""
-    before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-    def command(name, *more):
-        options = [
-            "--quick",
-            "--jobs",
-            "1",
-            "--root",
-            folder / "data",
-            "--runs",
-            folder / "runs",
-            "--results",
-            folder / "results",
-        ]
-        runs.main(STUDIES[name], runs.command_line("", [str(word) for word in (*options, *more)]))
-        with open(folder / "results" / f"{name}.csv", newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
-
-    yield command
-    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize("name", STUDIES)
