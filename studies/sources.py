@@ -65,8 +65,8 @@ def plan(seeds):
                     settings = (f"optim.draws={how}", f"model.head_norm={norm}")
                     made.append(runs.Run(group("draws", f"{how}, {norm}"), seed, settings))
         made += [runs.Run(group("frontend", name), seed, settings) for name, settings in FRONTENDS.items()]
-    for seed in seeds:
-        for faulty, change, world in WORLDS:
+    for faulty, change, world in WORLDS:
+        for seed in seeds:
             for name, settings in METHODS.items():
                 made.append(runs.Run(group("agreement", name, faulty, change), seed, (*world, *settings)))
     return made
