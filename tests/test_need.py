@@ -7,11 +7,23 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import tone, write_media
 from test_losses import unit
 
 import train
-from avid import cli, config, data, datasets, evaluation, losses, memory_bank, models, temporal_tasks
+from avid import (
+    cli,
+    config,
+    data,
+    datasets,
+    distributed,
+    evaluation,
+    losses,
+    memory_bank,
+    models,
+    temporal_tasks,
+)
 from avid.files import ConfigError
 from avid.memory_bank import MemoryBank, PartialBank
 
@@ -103,6 +115,48 @@ def test_what_is_lent_changes_no_term(videos):
         batch["video"][12:] = torch.randn_like(batch["video"][12:])
     for before, after in zip(*found, strict=True):
         torch.testing.assert_close(before, after, rtol=1e-4, atol=1e-5)
+
+
+def terms_gradients_bank(cfg, items, rank=0, world=1):
+    """Of a step of this rank, whose batch is of these items."""
+    batch = data.to_device(data.collate(items), torch.device("cpu"), cfg.audio)
+    torch.manual_seed(0)
+    network = models.AudioVisual(cfg.model, temporal_tasks.classes(cfg)).eval()  # no clips meet in batch norm
+    bank = PartialBank(8, 16, 0.5, seed=0)
+    objective = train.Objective(cfg, bank, SimpleNamespace(rank=rank, size=world), epoch_steps=1)
+    output, index = network(batch["video"], batch["audio"]), distributed.gather(batch["index"])
+    terms, _ = objective(output, batch, index, 3)
+    sum(terms.values()).backward()
+    bank.update(index, output.video, output.audio)
+    return terms, [torch.zeros(()) if p.grad is None else p.grad for p in network.parameters()], bank
+
+
+def one_rank(rank, world, root, folder):
+    """What every rank does; an assertion that fails ends it with an exit code."""
+    torch.set_num_threads(1)
+    cfg = settings(root, "loss.soft=0.5", "loss.w_min=0.25")
+    clips = data.training_clips(datasets.load(cfg.data, "train"), cfg)
+    order = [0, 1, 2, 6, 3, 4, 5, 7]  # the last four, the second rank's: no file with both
+    items = [clips[i, (data.OF_A_STEP, 3, place)] for place, i in enumerate(order)]
+    terms, gradients, bank = terms_gradients_bank(cfg, [dict(item) for item in items])
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    own = items[rank * len(items) // world : (rank + 1) * len(items) // world]
+    own_terms, own_gradients, own_bank = terms_gradients_bank(cfg, own, rank, world)
+    means = {name: distributed.total(term.detach()) / world for name, term in own_terms.items()}
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    assert len(terms) == len(vars(cfg.weights)) - 1 and all(term > 0 for term in terms.values())
+    torch.testing.assert_close(means, {name: term.detach() for name, term in terms.items()}, **close)
+    for mine, whole in zip(own_gradients, gradients, strict=True):
+        torch.testing.assert_close(
+            distributed.total(mine.expand_as(whole).contiguous()) / world, whole, **close
+        )
+    torch.testing.assert_close(dict(own_bank.named_buffers()), dict(bank.named_buffers()), **close)
+    dist.destroy_process_group()
+
+
+def test_two_ranks_make_the_step_of_one_though_the_second_has_no_pair(videos, tmp_path):
+    """The mean over the ranks, which DDP takes, of each term and gradient is that of the whole batch."""
+    torch.multiprocessing.spawn(one_rank, (2, str(videos), str(tmp_path)), nprocs=2)
 
 
 def bank_and_objective(*more):
