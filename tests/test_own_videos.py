@@ -312,7 +312,7 @@ def test_a_folder_without_labels_in_one_file(folder, model, tmp_path, capsys):
     assert not list(tmp_path.glob("*.part*"))
 
 
-def test_folders_lists_and_files(folder, tmp_path):
+def test_folders_lists_and_files(folder, tmp_path, capsys):
     videos = folder / "videos"
     arrays = embed(folder, tmp_path / "classes.npz", videos)
     labels = dict(zip(arrays["paths"].tolist(), arrays["labels"].tolist(), strict=True))
@@ -330,11 +330,14 @@ def test_folders_lists_and_files(folder, tmp_path):
         and 1.2 <= arrays["times"].min() <= arrays["times"].max() <= 1.7
     )
     assert json.loads(str(arrays["about"]))["failures"] == {"dogs/none.mp4": "not on disk"}
+    assert "1 of 2 files cannot be used, e.g. dogs/none.mp4: not on disk" in capsys.readouterr().out
     parts = "path,start,end\ndogs/1.mp4,1,1.9\ndogs/broken.mp4,0,1\ndogs/broken.mp4,1,2\ndogs/1.mp4,1.2,2\n"
     (videos / "list.csv").write_text(parts)  # several parts of a file
     arrays = embed(folder, tmp_path / "parts.npz", videos / "list.csv")
     assert arrays["paths"].tolist() == ["dogs/1.mp4"] * 2 and len(arrays["times"]) == 2
-    assert len(json.loads(str(arrays["about"]))["failures"]) == 2
+    assert arrays["start_s"].tolist() == [1, 1.2] and arrays["end_s"].tolist() == [1.9, 2]
+    failures = json.loads(str(arrays["about"]))["failures"]
+    assert [*failures] == ["dogs/broken.mp4 [0.0-1.0 s]", "dogs/broken.mp4 [1.0-2.0 s]"]
     (videos / "list.csv").unlink()
 
     two = [videos / "dogs/0.mp4", videos / "cats/meow.wav"]
@@ -437,6 +440,7 @@ def test_parquet_has_a_row_a_file(folder, tmp_path):
         *zip(expected["paths"], expected["labels"], strict=True)
     ]
     for i, row in enumerate(rows):
+        assert (row["start_s"], row["end_s"]) == (expected["start_s"][i], expected["end_s"][i]) == (0, np.inf)
         for name in (*embedding.ARRAYS, "times"):
             if np.isnan(expected[name][i]).any():
                 assert row[name] is None
@@ -607,6 +611,22 @@ def test_search_takes_only_what_the_query_has(folder, tmp_path, capsys):
     (tmp_path / "mine.html").write_text("<p>mine")
     page = [*arguments, str(videos / "dogs/0.mp4"), "--page", str(tmp_path / "mine.html")]
     assert "is no page of avid's; move it away" in refused(page, capsys)
+
+
+def test_search_names_the_part_of_a_file_that_was_found(folder, tmp_path, capsys):
+    """In the table and on the page, where a list has several parts of a file."""
+    (tmp_path / "videos").symlink_to(folder / "videos")
+    (tmp_path / "list.csv").write_text(
+        "path,start,end\nvideos/dogs/1.mp4,0,1.2\nvideos/dogs/1.mp4,1.2,\nvideos/cats/mute.mp4,,\n"
+    )
+    query = folder / "videos/dogs/0.mp4"
+    search(folder, tmp_path, tmp_path / "list.csv", query, "--by", "video", "--page", tmp_path / "f.html")
+    out, text = capsys.readouterr().out, (tmp_path / "f.html").read_text(encoding="utf-8")
+    assert "3 clips of 2 files, their embeddings:" in out and "3 clips of 2 files" in text
+    for name in ("videos/dogs/1.mp4 [0.0-1.2 s]", "videos/dogs/1.mp4 [1.2-end]", "videos/cats/mute.mp4"):
+        assert len(re.findall(rf"  {re.escape(name)}$", out, re.MULTILINE)) == 1 + (".mp4 [" in name)
+        assert f"<bdi>{name}</bdi>" in text
+    assert 'href="videos/dogs/1.mp4"' in text  # the file itself
 
 
 def test_search_with_an_untrained_network_is_repeatable(folder, tmp_path, capsys):

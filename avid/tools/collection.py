@@ -30,7 +30,7 @@ from . import page
 
 FORMATS = {".npz": "npz", ".parquet": "parquet"}  # ending → format
 PART_FILES = 256  # at most, in a part of an unfinished file
-VERSION = 1  # of what the file holds
+VERSION = 2  # of what the file holds
 
 
 # ------------------------------------------------------------------------------------------ the command line
@@ -184,7 +184,7 @@ def embed(model, table, out, workers=0, file_format="npz"):
     parts = [folder / f"{mark_of(model, datasets.take(table, chunk), first)}.npz" for chunk in chunks]
     todo = [(chunk, path) for chunk, path in zip(chunks, parts, strict=True) if not whole(path)]
     fill(model, table, todo, workers)
-    failures = {path: "not on disk" for path in table.missing}
+    failures, listed = {path: "not on disk" for path in table.missing}, len(table) + len(set(table.missing))
     rows = []
     for path in parts:
         with np.load(path, allow_pickle=False) as part:
@@ -194,12 +194,18 @@ def embed(model, table, out, workers=0, file_format="npz"):
         from avid.media import MediaError
 
         path, reason = next(iter(failures.items()))
-        raise MediaError(
-            f"none of the {len(table)} files can be used, e.g. {files.printable(path)}: {reason}"
-        )
+        raise MediaError(f"none of the {listed:,} files can be used, e.g. {files.printable(path)}: {reason}")
     WRITE[file_format](out, parts, datasets.take(table, rows), model.shapes(), about | {"failures": failures})
     shutil.rmtree(folder)
     return failures
+
+
+def say(failures, table):
+    """Print how many of a table's files could not be used, if any."""
+    if failures:
+        from avid import embedding
+
+        print(embedding.report(failures, len(table) + len(set(table.missing))))
 
 
 def whole(path):
@@ -239,12 +245,17 @@ def arrays_of(parts, name):
             yield part[name]
 
 
+def parts_of(table):
+    """The part of its file that each row is, s: {"start_s": n float64, "end_s": n, inf: to the end}."""
+    return {"start_s": table.start_s, "end_s": table.end_s}
+
+
 # one file of all parts: an array, or a part, at a time
 
 
 def write_npz(out, parts, table, shapes, about):
-    """video n×D, audio, video_features n×F, …, times n×K, paths and labels n as texts; about: JSON. Rows
-    are those of `table`."""
+    """video n×D, audio, video_features n×F, …, times n×K, start_s and end_s n, paths and labels n as texts;
+    about: JSON. Rows are those of `table`."""
     texts = {"paths": table.paths, "labels": labels_of(table), "about": json.dumps(about)}
     with files.replacing(out, "wb") as file, zipfile.ZipFile(file, "w", allowZip64=True) as archive:
         for name in (*shapes, "times"):
@@ -255,9 +266,9 @@ def write_npz(out, parts, table, shapes, about):
                         header = {"descr": array.dtype.str, "fortran_order": False, "shape": shape}
                         np.lib.format.write_array_header_1_0(entry, header)
                     entry.write(array.tobytes())
-        for name, text in texts.items():
+        for name, values in (parts_of(table) | texts).items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
-                np.lib.format.write_array(entry, np.array(text), allow_pickle=False)
+                np.lib.format.write_array(entry, np.array(values), allow_pickle=False)
 
 
 def about_npz(path):
@@ -270,8 +281,8 @@ def about_npz(path):
 
 
 def write_parquet(out, parts, table, shapes, about):
-    """A row a file: path, label, and lists of numbers, null where the file lacks the modality; about: JSON,
-    in the metadata."""
+    """A row a file, or a part of one: path, label, start_s, end_s, and lists of numbers, null where the file
+    lacks the modality; about: JSON, in the metadata."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -284,14 +295,15 @@ def write_parquet(out, parts, table, shapes, about):
         return pa.FixedSizeListArray.from_arrays(column, array.shape[1], mask=pa.array(null))
 
     paths = [os.fsencode(path).decode("utf-8", "replace") for path in table.paths]  # Arrow takes UTF-8 only
-    texts, at, writer = {"path": paths, "label": labels_of(table)}, 0, None
+    texts = {"path": pa.array(paths, pa.string()), "label": pa.array(labels_of(table), pa.string())}
+    named, at, writer = texts | {name: pa.array(x) for name, x in parts_of(table).items()}, 0, None
     with files.replacing(out, "wb") as file:
         for path in parts:
             with np.load(path, allow_pickle=False) as part:
                 columns = {name: nested(part[name]) for name in (*shapes, "times")}
             rows = slice(at, at := at + len(columns["times"]))
-            columns = {name: pa.array(x[rows], pa.string()) for name, x in texts.items()} | columns
-            lines = pa.table(columns).replace_schema_metadata({"avid": json.dumps(about)})
+            lines = pa.table({name: x[rows] for name, x in named.items()} | columns)
+            lines = lines.replace_schema_metadata({"avid": json.dumps(about)})
             writer = writer or parquet.ParquetWriter(file, lines.schema)
             writer.write_table(lines)
         writer.close()
@@ -366,14 +378,11 @@ def search(arguments, model):
         files.check_folder(folder)
         path = folder / "features" / f"search-{mark_of(model, table)[:16]}.npz"
         failures = embed(model, table, path, arguments.workers)
-        if failures:
-            from avid import embedding
-
-            print(embedding.report(failures, len(table)))
+        say(failures, table)
         model.calibrate(table, arguments.workers)
     collection, about = read(path, model)
     root = Path(about["root"])
-    print(f"{len(collection['paths']):,} files, their embeddings: {path}")
+    print(f"{counted(collection)}, their embeddings: {path}")
     places = [os.path.realpath(root / name) for name in collection["paths"]]
     sections = []
     for name in arguments.query:
@@ -394,11 +403,22 @@ def search(arguments, model):
             show(collection, lists[-1][2])
         sections.append((name, own, lists))
     if arguments.page:
-        subtitle = f"{len(collection['paths']):,} files of {root}, checkpoint {arguments.ckpt}"
+        subtitle = f"{counted(collection)}, below {root}; checkpoint {arguments.ckpt}"
         page.write_found(
             arguments.page, "What was found", subtitle, on_page(sections, collection, root, model.cfg)
         )
         print(f"\nwritten: {arguments.page}")
+
+
+def counted(collection):
+    """How many files a collection has, in words."""
+    rows, paths = len(collection["paths"]), len(set(collection["paths"].tolist()))
+    return f"{paths:,} files" if rows == paths else f"{rows:,} clips of {paths:,} files"
+
+
+def name_of(collection, row):
+    """How a row of a collection is named: its path and, where it is a part of a file, which part."""
+    return datasets.instance_name(*(collection[name][row].item() for name in ("paths", "start_s", "end_s")))
 
 
 def on_page(sections, collection, root, cfg):
@@ -412,8 +432,8 @@ def on_page(sections, collection, root, cfg):
             for rank, (row, score, time_s) in enumerate(finds, 1):
                 path, theirs = str(collection["paths"][row]), str(collection["labels"][row])
                 same = theirs == label if label and theirs else None
-                more = {"name": path, "label": theirs, "score": score, "same": same, "rank": rank}
-                shown.append(page.look(root / path, time_s, cfg, **more))
+                more = {"label": theirs, "score": score, "same": same, "rank": rank}
+                shown.append(page.look(root / path, time_s, cfg, name=name_of(collection, row), **more))
             found.append((page.FOUND[of, to], shown))
         yield query, found
 
@@ -425,7 +445,7 @@ def show(collection, found):
     print(f"{'rank':>4}  {'score':>6}  {'at':>8}  " + f"{'class':{width}}  " * bool(width) + "file")
     for rank, ((row, score, time_s), label) in enumerate(zip(found, labels, strict=True), 1):
         of_class = f"{label:{width}}  " if width else ""
-        name = files.printable(collection["paths"][row])
+        name = files.printable(name_of(collection, row))
         print(f"{rank:>4}  {score:6.3f}  {page.clock(time_s):>8}  {of_class}{name}")
     if not found:
         print("   no file has one")
@@ -441,6 +461,5 @@ def main(argv=None):
             search(arguments, model)
             return
         failures = embed(model, arguments.table, arguments.out, arguments.workers, arguments.format)
-        if failures:
-            print(embedding.report(failures, len(arguments.table)))
+        say(failures, arguments.table)
         print(f"written: {arguments.out}")
