@@ -10,6 +10,7 @@ import hashlib
 import os
 import socket
 import time
+import unicodedata
 from pathlib import Path
 
 
@@ -128,4 +129,9 @@ def file_hash(path):
 
 def printable(text):
     """A path, or any text, in one line that every terminal takes."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+    return "".join(c if c.isprintable() or _harmless(c) else ascii(c)[1:-1] for c in str(text))
+
+
+def _harmless(c):
+    """Joiners, which emoji and Persian need, and spaces of other widths, as in the names of screenshots."""
+    return c in "\u200c\u200d" or unicodedata.category(c) == "Zs"

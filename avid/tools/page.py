@@ -36,14 +36,15 @@ body { margin: 0 auto; max-width: 84rem; padding: 1rem; background: var(--ground
   font: 1rem/1.45 system-ui, sans-serif; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; }
 h3 { font-size: 1rem; margin: 1.5rem 0 .5rem; }
-h1, h2, h3, a, figcaption, td, th { overflow-wrap: anywhere; }
+h1, h2, h3, p, a, figcaption { overflow-wrap: anywhere; }
 a { color: var(--link); }
 :focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
 .skip { position: absolute; left: -99rem; }
 .skip:focus { left: 1rem; top: .5rem; background: var(--card); padding: .5rem; }
-nav ul { columns: 18rem; padding-left: 1.2rem; }
+nav ul { columns: 18rem; padding-left: 1.2rem; } nav li { break-inside: avoid; }
 .cards { list-style: none; margin: 0; padding: 0; display: grid; gap: .8rem;
   grid-template-columns: repeat(auto-fill, minmax(min(13rem, 100%), 1fr)); }
+.cards li { content-visibility: auto; contain-intrinsic-size: auto 16rem; }
 .query { max-width: 22rem; }
 figure { margin: 0; height: 100%; background: var(--card); border: 1px solid var(--line);
   border-radius: .5rem; padding: .5rem; }
@@ -54,12 +55,12 @@ figure img { max-height: 11rem; object-fit: contain; background: #000; margin-bo
 figcaption { padding-top: .4rem; font-size: .875rem; }
 figcaption p { margin: .15rem 0; } .faint { color: var(--faint); }
 .good { color: var(--good); } .bad, .fault { color: var(--bad); } .good, .bad { font-weight: 600; }
-.scroll { overflow-x: auto; } .pictures { display: flex; flex-wrap: wrap; gap: .8rem; }
+.scroll { overflow-x: auto; margin-bottom: 1rem; } .pictures { display: flex; flex-wrap: wrap; gap: .8rem; }
 .pictures img { max-width: 100%; height: auto; background: #fff; border-radius: .25rem; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; font-weight: 600; padding: .3rem 0; }
 th, td { text-align: left; vertical-align: top; padding: .2rem .8rem .2rem 0;
-  border-bottom: 1px solid var(--line); }
+  border-bottom: 1px solid var(--line); max-width: 32rem; overflow-wrap: break-word; }
 thead th { border-bottom-width: 2px; } .number { text-align: right; }
 summary { cursor: pointer; }
 """
