@@ -286,6 +286,22 @@ def test_something_else_is_not_overwritten(tmp_path):
     page.check_page(tmp_path / "ours.html")
 
 
+def test_long_pages_are_ready_soon(written, browser):
+    """Nothing is loaded before it is asked for, and what is out of sight is not laid out."""
+    browser.open(written)
+    loaded = "[...document.querySelectorAll('video, audio')].filter(media => media.readyState).length"
+    assert browser.evaluate(loaded) == 0
+    hidden = """[...document.querySelectorAll(".cards li")].filter(
+      item => !item.firstElementChild.checkVisibility({contentVisibilityAuto: true})).length"""
+    assert browser.evaluate(hidden) > 150
+
+
+def test_names_are_shown_as_they_are_and_in_one_line():
+    for name in ("👨\u200d👩\u200d👧.mp4", "Recording at 3.14\u202fPM.mov", "می\u200cخواهم\u00a0.mp4"):
+        assert page.escape(name) == name
+    assert page.escape("a\n\u202eb\udcff\u2028<") == r"a\n\u202eb\udcff\u2028&lt;"
+
+
 def test_clock():
     assert [page.clock(s) for s in (0, 9.96, 59.96, 61.04, 3723.5)] == [
         "0:00.0",
@@ -371,7 +387,14 @@ def test_a_page_of_a_run_in_the_browser(run_folder, browser):
     browser.complaints.clear()
     browser.open(run_folder / "page.html", width=400, dark=True)
     assert [alt for alt, width in browser.evaluate(PICTURES) if not width or not alt] == []
-    assert browser.evaluate("document.documentElement.scrollWidth") <= 400
+    assert browser.evaluate("document.documentElement.scrollWidth") <= 400  # wide tables scroll by themselves
+    broken = """[...document.querySelectorAll(".scroll td.number")].filter(cell => {
+      const text = document.createRange();
+      text.selectNodeContents(cell);
+      return text.getClientRects().length > 1;  // a rectangle a line
+    }).map(cell => cell.textContent)"""
+    assert browser.evaluate("document.querySelectorAll('.scroll td.number').length") > 20
+    assert browser.evaluate(broken) == []
     assert min(browser.evaluate(CONTRASTS)) >= 4.5
     told = browser.names()
     assert (
