@@ -70,15 +70,8 @@ def main(cfg):
     # ------------------------------------------------------------------------------------ resume, data, watch
     bad_files = data.BadFiles(train_table, cfg.data.max_bad_share)
     folder = run.Folder(cfg, world)
-    first_step = folder.resume(
-        train_table,
-        network=network,
-        bank=bank,
-        optimizer=optimizer,
-        scaler=guard,
-        bad_files=bad_files,
-        **objective.kept(),
-    )
+    kept = {"optimizer": optimizer, "scaler": guard, "bad_files": bad_files} | objective.kept()
+    first_step = folder.resume(train_table, network=network, bank=bank, **kept)
     if not first_step:
         folder.begin_from(cfg.init, network, bank, objective.ancestor)
     steps = range(first_step, last_step)
@@ -192,7 +185,8 @@ class Objective:
                 continue
             seeds = [memory_bank.row_seed(cfg.seed, key, step, first + i) for i in range(len(local))]
             draws = batch[f"near_{key}"], batch[f"far_{key}"]  # made by the decoding processes
-            sample = self.sample(key, step)
+            of_all = memory_bank.row_seed(cfg.seed, key, step, -1)  # the same on every rank
+            sample = memory_bank.draw_sample(self.bank.num_instances, cfg.contrast, of_all, local.device)
             near, far, valid = self.bank.neighbours(key, local, cfg.contrast, seeds, draws, sample)  # b×…×D
             near, far = (x.repeat_interleave(moments, 0) for x in (near, far))  # b·M×…×D
             for query in queries:
@@ -202,12 +196,6 @@ class Objective:
                 loss = losses.contrast(live[query], own, near, far, cfg.contrast.temperature, valid)  # b·M
                 terms[f"contrast_{query[0]}{key[0]}"] = self.mean(loss, batch, query, key)
         return terms
-
-    def sample(self, key, step):
-        """The instances among which neighbours are looked for, the same on every rank; None: all."""
-        seed = memory_bank.row_seed(self.cfg.seed, key, step, -1)
-        drawn = memory_bank.draw_sample(self.bank.num_instances, self.cfg.contrast, seed)
-        return drawn if drawn is None else distributed.to_device(drawn, self.world.device)
 
     def mean(self, per_clip, batch, *modalities):
         """The mean over this rank's clips, b·M; of files that may lack a modality over those that have these:

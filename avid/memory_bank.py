@@ -363,16 +363,17 @@ def kind(cfg):
     return SpreadBank if cfg.bank.spread else PartialBank if cfg.data.need == "any" else MemoryBank
 
 
-def draw_sample(num_instances, contrast, seed):
+def draw_sample(num_instances, contrast, seed, device="cpu"):
     """The instances among which neighbours are looked for: contrast.sample of them, distinct, each as
     likely, in random order.
 
-    → S int64 on the CPU, at most N; None where contrast.sample is 0: all. seed: the same for all ranks.
+    → S int64 on the device, at most N; None where contrast.sample is 0: all. seed: the same for all ranks.
     """
     if not contrast.sample:
         return None
     size = min(contrast.sample, num_instances)
-    return torch.from_numpy(np.random.default_rng(seed).choice(num_instances, size, replace=False))
+    drawn = np.random.default_rng(seed).choice(num_instances, size, replace=False)
+    return distributed.to_device(torch.from_numpy(drawn), torch.device(device))
 
 
 def draw_neighbours(num_instances, contrast, seed):
