@@ -9,8 +9,8 @@ searched by the rest; and the same with 30 and 60 % of the training sounds swapp
 
 All runs are `--cfg small`. Methods: xid, plain; weighted, weights alone; soft, soft targets alone; robust,
 both; oracle, weights by the truth; temporal, all tasks and contrasts; both, temporal with robust in place of
-its contrast across. Those with two clips a video pass half as often over the videos: as many clips, the same
-time.
+its contrast across; xid-15 and xid-50, xid for as many epochs in place of 150. Those with two clips a video
+pass half as often over the videos: as many clips, the same time.
 """
 
 from . import runs
@@ -40,6 +40,7 @@ TWO = (  # clips a video
     "contrast.temperature=0.1", "contrast.n_pos=0", "contrast.k_pos=0", "contrast.negatives=64",
     *(f"weights.{name}=1" for name in ("contrast_vv", "contrast_aa", *TASKS)),
 )  # fmt: skip
+SHORTER = {f"xid-{epochs}": (f"optim.epochs={epochs}",) for epochs in (15, 50)}
 METHODS = {
     "xid": (),
     "weighted": (*robust.WEIGHTS, f"loss.warmup_epochs={EPOCHS // 2}"),
@@ -48,9 +49,10 @@ METHODS = {
     "oracle": (f"loss.warmup_epochs={EPOCHS // 2}",),  # weights by the manifest
     "temporal": (*TWO, "weights.xid=0", "weights.contrast_va=1", "weights.contrast_av=1"),
     "both": (*TWO, *robust.ROBUST, f"loss.warmup_epochs={EPOCHS // 4}"),
+    **SHORTER,
 }
 WHOLE = ("untrained", "xid", "weighted", "robust", "temporal", "both")  # without swapped sounds
-DOUBTING = ("xid", "robust", "weighted", "soft", "oracle")  # with them
+DOUBTING = ("xid", "robust", "weighted", "soft", "oracle", *SHORTER)  # with them
 SHARES = (0.3, 0.6)
 MEASURES = {  # of the table: column of the CSV, head
     "v→a instance R@1": "picture → its sound, R@1",
