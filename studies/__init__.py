@@ -1,1 +1,1 @@
-"""The papers' claims in miniature, on the toy world, where the truth is known: docs/results.md."""
+"""Experiments that test the papers' claims, on the toy world and on real clips: docs/results.md."""

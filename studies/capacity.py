@@ -1,12 +1,12 @@
-"""Do the temporal tasks cost what crosses modalities because the network is small? On the toy world.
+"""Do the temporal tasks lower cross-modal retrieval because the network is small? On the toy world.
 
-    python -m studies.capacity                     all runs that are not in studies/results/capacity.csv yet,
-                                                   then the tables and the figure
+    python -m studies.capacity                     the runs that studies/results/capacity.csv lacks, then
+                                                   the tables and the figure
     python -m studies.capacity --only "width 16"   only these networks
     python -m studies.capacity --table --figures
 
-Methods xid, temporal and robust_temporal of studies.both, with stems of 16, 32 and 48 channels, and of 16
-channels for twice as long; without faulty pairs and with 30 %.
+The methods are xid, temporal and robust_temporal of studies.both. Their networks have stems of 16, 32 and 48
+channels; the one of 16 also trains for twice as many epochs. Each is run without faulty pairs and with 30 %.
 """
 
 from . import runs
@@ -45,9 +45,9 @@ def tables(rows):
         lines = []
         for network in NETWORKS:
             for method in METHODS:
-                if mine := runs.select(rows, method=method, faulty=f"{share:g}", network=network):
+                if selected := runs.select(rows, method=method, faulty=f"{share:g}", network=network):
                     lines.append(
-                        [network, method, *((mine, column) for column in both.SHORT), str(len(mine))]
+                        [network, method, *((selected, column) for column in both.SHORT), str(len(selected))]
                     )
         head = [f"{share:.0%} faulty", "", *(temporal.MEASURES[column] for column in both.SHORT), "runs"]
         text[f"capacity-{share:g}"] = runs.table(head, lines)
@@ -56,8 +56,8 @@ def tables(rows):
 
 def draw(rows, images, folder, arguments):
     shown = {column: f"{temporal.MEASURES[column]}, %" for column in both.SHORT}
-    some = runs.select(rows, faulty="0.3")
-    yield figures.bars(images / "capacity.png", some, METHODS, shown, ("network", {n: n for n in NETWORKS}))
+    at_30 = runs.select(rows, faulty="0.3")
+    yield figures.bars(images / "capacity.png", at_30, METHODS, shown, ("network", {n: n for n in NETWORKS}))
 
 
 STUDY = runs.Study("capacity", "toy_temporal", both.BASE, plan, temporal.measure, tables, draw)

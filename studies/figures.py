@@ -1,6 +1,6 @@
-"""The studies' pictures.
+"""The figures of the studies.
 
-In: rows of a study's CSV; for maps and neighbours, checkpoints of one seed's runs.
+In: rows of a study's CSV; for embedding maps and neighbours, the checkpoints of one seed's runs.
 Out: PNG files.
 """
 
@@ -9,14 +9,14 @@ import numpy as np
 from sklearn.manifold import TSNE
 
 from avid import datasets, evaluation, toy
-from avid.tools import figures as single
+from avid.tools import figures as tool_figures
 
 from . import measures, runs
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-SHOWN = 5  # queries on a contact sheet, and videos found by each
+SHOWN = 5  # queries on a contact sheet, and neighbours of each
 
 
 def save(figure, path):
@@ -26,11 +26,11 @@ def save(figure, path):
 
 
 def panels(count, width, height):
-    """A figure of up to four panels a line, and their axes."""
-    down = -(-count // 4)
-    across = -(-count // down)
+    """A figure with up to four panels in a row, and the axes of its panels."""
+    rows = -(-count // 4)
+    columns = -(-count // rows)
     figure, axes = plt.subplots(
-        down, across, figsize=(width * across + 1.4, height * down), squeeze=False, layout="constrained"
+        rows, columns, figsize=(width * columns + 1.4, height * rows), squeeze=False, layout="constrained"
     )
     for axis in axes.flat[count:]:
         axis.set_axis_off()
@@ -38,7 +38,7 @@ def panels(count, width, height):
 
 
 def legend(figure):
-    """One legend of all that the panels name, beside them."""
+    """One legend for all panels, beside them."""
     named = {}
     for axis in figure.axes:
         for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
@@ -47,8 +47,8 @@ def legend(figure):
 
 
 def bars(path, rows, methods, columns, group=None):
-    """A panel a column, a bar a method, with the deviation over seeds and a dot a run; with `group` (column,
-    {value: its name}), a bar a value beside each other."""
+    """One panel per column of the CSV, one bar per method: the mean over seeds, its deviation, and a dot for
+    each run. group: (column, {value: label}) draws one bar per value for each method."""
     key, values = group or (None, [None])
     figure, axes = panels(len(columns), 4.4, 0.9 + 0.34 * len(methods))
     height = 0.8 / len(values)
@@ -57,13 +57,17 @@ def bars(path, rows, methods, columns, group=None):
             if key:
                 axis.barh(0, 0, color=f"C{k}", alpha=0.7, label=values[value])
             for at, method in enumerate(methods):
-                mine = runs.select(rows, method=method, **({key: value} if key else {}))
-                if not (found := runs.mean_std(mine, column)):
+                selected = runs.select(rows, method=method, **({key: value} if key else {}))
+                if not (found := runs.mean_std(selected, column)):
                     continue
                 y = at + (k - (len(values) - 1) / 2) * height
                 axis.barh(y, found[0], height, xerr=found[1] or 0, color=f"C{k}", alpha=0.7)
                 axis.plot(
-                    [float(row[column]) for row in mine], [y] * len(mine), ".", color="black", markersize=3
+                    [float(row[column]) for row in selected],
+                    [y] * len(selected),
+                    ".",
+                    color="black",
+                    markersize=3,
                 )
         axis.set_yticks(range(len(methods)), methods)
         axis.invert_yaxis()
@@ -75,13 +79,15 @@ def bars(path, rows, methods, columns, group=None):
 
 
 def bands(path, rows, methods, columns):
-    """A panel a column of curves: mean over seeds and, as a band, the deviation, over epochs."""
+    """One panel of curves over epochs per column: the mean over seeds, with the deviation as a band."""
     figure, axes = panels(len(columns), 3.8, 3.0)
     colours = plt.get_cmap("tab20" if len(methods) > 10 else "tab10")
     for axis, (column, title) in zip(axes, columns.items(), strict=True):
         for k, method in enumerate(methods):
-            mine = [row for row in runs.select(rows, method=method) if row.get(f"curve {column}")]
-            lines = [(runs.numbers(row, "curve epoch"), runs.numbers(row, f"curve {column}")) for row in mine]
+            selected = [row for row in runs.select(rows, method=method) if row.get(f"curve {column}")]
+            lines = [
+                (runs.numbers(row, "curve epoch"), runs.numbers(row, f"curve {column}")) for row in selected
+            ]
             if not lines:
                 continue
             x, y = np.array(lines[0][0]), np.array([y for _, y in lines])  # seeds×checks
@@ -98,8 +104,8 @@ def bands(path, rows, methods, columns):
 
 
 def weights(path, groups, methods):
-    """Histograms of the weights of true and of faulty pairs, all seeds together: a row a group, {title:
-    rows}, a column a method."""
+    """Histograms of the weights of true and of faulty pairs, all seeds together: one row of panels per group
+    ({title: rows}), one column per method."""
     figure, axes = plt.subplots(
         len(groups),
         len(methods),
@@ -110,10 +116,10 @@ def weights(path, groups, methods):
     left, width = measures.BINS[:-1], np.diff(measures.BINS)
     for line, (title, rows) in zip(axes, groups.items(), strict=True):
         for axis, method in zip(line, methods, strict=True):
-            mine = [row for row in runs.select(rows, method=method) if row.get("weights true")]
+            selected = [row for row in runs.select(rows, method=method) if row.get("weights true")]
             for name, colour in (("true", "tab:blue"), ("faulty", "tab:red")):
-                if mine:
-                    count = np.sum([runs.numbers(row, f"weights {name}") for row in mine], 0)
+                if selected:
+                    count = np.sum([runs.numbers(row, f"weights {name}") for row in selected], 0)
                     axis.bar(
                         left,
                         count / count.sum(),
@@ -123,7 +129,7 @@ def weights(path, groups, methods):
                         color=colour,
                         label=f"{name} pairs",
                     )
-            auroc = runs.mean_std(mine, "AUROC")
+            auroc = runs.mean_std(selected, "AUROC")
             axis.set_title(f"{method}, {title}" + (f": AUROC {auroc[0]:.2f}" if auroc else ""), fontsize=9)
             axis.set(yticks=[], xlabel="weight")
     legend(figure)
@@ -131,9 +137,9 @@ def weights(path, groups, methods):
 
 
 def soft_targets(path, groups):
-    """Where soft targets put their mass, mean over seeds: a row a group, {title: rows}, a column an
-    estimator; in each, from the kind of the picture (rows) to that of the sound (columns; music and noise
-    last), the own instance left out."""
+    """Mass of the soft targets by kind, mean over seeds: one row of panels per group ({title: rows}), one
+    column per estimator. In a panel, rows are the kind of the picture and columns that of the sound (music
+    and noise last). An instance's target for itself is left out."""
     names = measures.ESTIMATORS
     figure, axes = plt.subplots(
         len(groups),
@@ -144,11 +150,11 @@ def soft_targets(path, groups):
     )
     for line, (title, rows) in zip(axes, groups.items(), strict=True):
         for axis, name in zip(line, names, strict=True):
-            mine = [runs.numbers(row, f"matrix {name}") for row in rows if row.get(f"matrix {name}")]
+            selected = [runs.numbers(row, f"matrix {name}") for row in rows if row.get(f"matrix {name}")]
             axis.set(xticks=[], yticks=[])
             axis.set_title(f"{name}, {title}", fontsize=9)
-            if mine:
-                matrix = np.mean(mine, 0).reshape(len(toy.KINDS), len(measures.SOUNDS))
+            if selected:
+                matrix = np.mean(selected, 0).reshape(len(toy.KINDS), len(measures.SOUNDS))
                 axis.imshow(matrix, vmin=0, vmax=1, cmap="Blues")
     for axis in axes[:, 0]:
         axis.set_yticks(range(len(toy.KINDS)), toy.KINDS, fontsize=6)
@@ -157,14 +163,14 @@ def soft_targets(path, groups):
     return save(figure, path)
 
 
-# ----------------------------------------------------------------------------------------- out of checkpoints
+# ------------------------------------------------------------------------------------------- from checkpoints
 
 
 def maps(path, subjects, labels):
-    """Maps of embeddings, t-SNE of pictures and sounds of the evaluation videos together, coloured by kind: a
-    column a network.
+    """t-SNE of the embeddings of the evaluation videos, pictures and sounds together, coloured by kind: one
+    panel per network.
 
-    subjects: {name: Features}; labels n of the same videos.
+    subjects: {name: Features}; labels: n, of the same videos.
     """
     figure, axes = plt.subplots(
         1, len(subjects), figsize=(4.2 * len(subjects), 4.2), squeeze=False, layout="constrained"
@@ -174,12 +180,19 @@ def maps(path, subjects, labels):
             [found.video_level("embeddings", modality) for modality in ("video", "audio")]
         )  # 2n×D
         place = TSNE(random_state=0, init="pca", metric="cosine").fit_transform(both)  # 2n×2
-        for part, marker, what in (
+        for points, marker, modality in (
             (place[: len(labels)], "o", "pictures"),
             (place[len(labels) :], "x", "sounds"),
         ):
             axis.scatter(
-                *part.T, c=labels, cmap="tab10", marker=marker, s=14, linewidths=0.8, alpha=0.8, label=what
+                *points.T,
+                c=labels,
+                cmap="tab10",
+                marker=marker,
+                s=14,
+                linewidths=0.8,
+                alpha=0.8,
+                label=modality,
             )
         axis.set(xticks=[], yticks=[], title=name)
     axes[0, 0].legend(fontsize=7)
@@ -187,19 +200,22 @@ def maps(path, subjects, labels):
 
 
 def neighbours(path, found, table, cfg, query="video", key="audio", space="embeddings"):
-    """Some videos' pictures, or sounds, and the sounds that each found first among all others, by embeddings
-    or by features."""
-    some = np.random.default_rng(0).permutation(len(found.index))[:SHOWN]
-    queries, gallery = found.video_level(space, query)[some], found.video_level(space, key)
-    nearest = evaluation.nearest(queries, gallery, SHOWN, exclude=some if query == key else None)
-    finds = [datasets.take(table, found.index[row]) for row in nearest]
-    single.contact_sheet(path, datasets.take(table, found.index[some]), finds, query, key, cfg)
+    """A contact sheet: SHOWN queries, and the nearest neighbours of each among all others, by embeddings or
+    by features."""
+    queried = np.random.default_rng(0).permutation(len(found.index))[:SHOWN]
+    queries, gallery = found.video_level(space, query)[queried], found.video_level(space, key)
+    nearest = evaluation.nearest(queries, gallery, SHOWN, exclude=queried if query == key else None)
+    neighbour_tables = [datasets.take(table, found.index[row]) for row in nearest]
+    tool_figures.contact_sheet(
+        path, datasets.take(table, found.index[queried]), neighbour_tables, query, key, cfg
+    )
     return path
 
 
 def pictures(study, methods, images, folder, arguments, **group):
-    """Maps of the untrained network and of the runs of these methods and this group, seed 0, and what the
-    last of them finds; nothing where their checkpoints are not at hand."""
+    """Embedding maps of the untrained network and of the first seed's runs of these methods and this group,
+    and the neighbours found by the last of them. Without their checkpoints, one line says why there are
+    none."""
     subjects = {}
     for run in study.plan(arguments.seeds[:1]):
         method = run.group["method"]

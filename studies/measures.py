@@ -1,7 +1,6 @@
-"""What a study measures of a trained run: what its features know and find, how its bank judges pairs and
-kinds.
+"""The measures of a trained run: probes and retrieval on its features, weights and soft targets of its bank.
 
-In: a run's configuration and its checkpoint; the toy's manifest, which training never sees.
+In: a run's configuration and checkpoint; the ground truth in the toy's manifest, which training never sees.
 Out: columns of the study's CSV, numbers and lists of numbers.
 """
 
@@ -28,9 +27,9 @@ from avid import (
 )
 
 ESTIMATORS = ("bootstrap", "swapped", "neighbor", "cycle")
-SOUNDS = [*toy.KINDS, "music", "noise"]  # what a toy's sound can be
+SOUNDS = [*toy.KINDS, "music", "noise"]  # the classes of a toy's sound
 BINS = np.linspace(0, 1, 21)  # of the histograms of weights
-W_MIN = 0.25  # of the weights that a run without weights would have had
+W_MIN = 0.25  # used to measure the weights of a run that trained without them
 
 
 def trained(cfg):
@@ -43,7 +42,7 @@ def trained(cfg):
 
 
 def untrained(cfg, modalities=data.MODALITIES):
-    """An untrained network, its batch-norm statistics set from the training videos: the floor."""
+    """An untrained network with batch-norm statistics calibrated on the training videos: the baseline."""
     torch.manual_seed(cfg.seed)
     network = models.AudioVisual(cfg.model).to(distributed.start().device).eval()
     evaluation.calibrate_batch_norm(subject(network, cfg, trained=False), tables(cfg)[0], modalities)
@@ -51,7 +50,7 @@ def untrained(cfg, modalities=data.MODALITIES):
 
 
 def subject(network, cfg, trained=True):
-    """The network of a run, of its checkpoint or untrained, as the tools of the evaluations take it."""
+    """A network, trained or not, as the evaluation functions take it."""
     path = Path(cfg.out) / "last.pt"
     name, mark = (str(path), files.file_hash(path)) if trained else ("random", f"untrained, seed {cfg.seed}")
     return evaluation.Subject(network, cfg, distributed.start().device, name, mark, path.parent)
@@ -63,22 +62,22 @@ def tables(cfg):
 
 
 def clean(cfg):
-    """The same world without faulty pairs: probes and galleries are made of it, so that only the features
-    differ."""
+    """The settings of the same world without faulty pairs. All methods are evaluated on it, so that only the
+    features differ."""
     return dataclasses.replace(cfg, toy=dataclasses.replace(cfg.toy, faulty=0.0))
 
 
 def features(network, cfg):
-    """Features of the clean world's (training, evaluation) videos, and their tables."""
+    """Features of the (training, evaluation) videos without faulty pairs, and their tables."""
     device = distributed.start().device
     both = tables(clean(cfg))
     clips = [data.Clips(table, cfg, training=False) for table in both]
     return [evaluation.extract(network, part, device) for part in clips], both
 
 
-def knowledge(network, cfg, labels=("label",)):
-    """Linear probes and nearest neighbours by each of these columns of the manifest, in both modalities;
-    retrieval across, by kind and of the very same video: percent."""
+def feature_quality(network, cfg, labels=("label",)):
+    """In percent: linear probes and nearest neighbours in each modality for each of these columns of the
+    manifest; cross-modal retrieval by kind and by instance."""
     (train, test), both = features(network, cfg)
     result = {}
     for label in labels:
@@ -104,9 +103,11 @@ def bank_of(saved, cfg):
     return bank
 
 
-def pair_judgement(bank, table, loss):
-    """How the weights tell true pairs from faulty ones: AUROC, histograms over BINS. Weights as the run's;
-    where it had none, as W_MIN would give them. loss: config.Loss. No columns where no pair is faulty."""
+def weight_statistics(bank, table, loss):
+    """How well the weights separate true from faulty pairs: AUROC, means, and histograms over BINS.
+
+    The weights are the run's, with w_min = W_MIN where the run trained without weights. loss: config.Loss.
+    Returns no columns if no pair is faulty."""
     faulty = np.array(table.columns["faulty"]) == "1"
     if not faulty.any():
         return {}
@@ -124,18 +125,18 @@ def pair_judgement(bank, table, loss):
 
 
 def kinds(table):
-    """What is seen and what is heard in each video by the manifest, places in SOUNDS: N, N."""
+    """The kinds of each video's picture and sound by the manifest, as indices into SOUNDS: N, N."""
     return [np.array([SOUNDS.index(kind) for kind in table.columns[column]]) for column in ("label", "sound")]
 
 
 def soft_targets(bank, table, loss, estimator):
-    """Where an estimator's soft targets put their mass, over the whole bank, an instance's own place left out
-    (percent).
+    """Where an estimator's soft targets put their mass, over the whole bank, without the target of an
+    instance for itself; percent.
 
-    S_v asks from a picture for sounds, S_a from a sound for pictures; right is a candidate whose sound, or
-    picture, is of the kind that the query shows, or sounds like. → {their mean; what falls to faulty pairs;
-    what an instance gives itself}, and S_v by kind (10×12, row by row: kind of the picture, kind of the
-    sound, music and noise last).
+    S_v are the targets of pictures over sounds, S_a those of sounds over pictures. A candidate is right if
+    its sound (S_v) or its picture (S_a) is of the query's kind. Returns the masses (mean of S_v and S_a): on
+    candidates of the same kind, on faulty pairs, and on the instance itself; and S_v by kind, 10×12 numbers
+    row by row (rows: kind of the picture; columns: kind of the sound, music and noise last).
     """
     seen, heard = kinds(table)  # N
     v, a = bank.video.double(), bank.audio.double()  # N×D
@@ -158,8 +159,8 @@ def soft_targets(bank, table, loss, estimator):
 
 
 def curve(cfg, names):
-    """What the checks of a run found on the way: lists `epochs` and one for each of these names of
-    metrics.jsonl."""
+    """The results of a run's checks during training, as lists: the epochs, and the values of each of these
+    names of metrics.jsonl."""
     lines = map(json.loads, (Path(cfg.out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     checks = [line for line in lines if names[0] in line]
     return {"curve epoch": [line["epoch"] for line in checks]} | {
@@ -168,6 +169,6 @@ def curve(cfg, names):
 
 
 def task_accuracies(network, cfg):
-    """Percent of right answers to the temporal tasks on held-out videos; four draws a video."""
+    """Accuracy of each temporal task on held-out videos, percent; four draws of clips per video."""
     counts = evaluation.confusions(network, tables(cfg)[1], cfg, distributed.start().device, draws=4)
     return {task: 100 * n.trace().item() / max(n.sum().item(), 1) for task, n in counts.items()}

@@ -1,14 +1,14 @@
-"""When and where, on the toy world: does a network know which moment of a sound belongs to a picture, and
-where in the picture the sound comes from?
+"""Synchronisation and localisation on the toy world: is a sound recognised as in sync with its picture, and
+does the heat map for a sound lie on the thing that makes it?
 
-    python -m studies.moments                       all runs that are not in studies/results/moments.csv yet,
-                                                    then tables and the figure
+    python -m studies.moments                       the runs that studies/results/moments.csv lacks, then
+                                                    tables and the figure
     python -m studies.moments --only toy            only this method
-    python -m studies.moments --table --figures     tables and the figure from what is there
+    python -m studies.moments --table --figures     tables and the figure from the CSV
 
-Methods: toy (plain xID) and toy_temporal (the temporal tasks), the packaged configurations as they are; and
-of each an untrained network of the same settings. Measured as by eval_retrieval.py --task sync and --task
-where, on the held-out videos.
+The methods are the packaged configurations toy (plain xID) and toy_temporal (with the temporal tasks), and an
+untrained network with the settings of each. The measures are those of eval_retrieval.py --task sync and of
+--task where, on the held-out videos.
 """
 
 from . import runs
@@ -30,7 +30,7 @@ METHODS = {  # the packaged configuration of each
     "toy_temporal": "toy_temporal",
 }
 WAYS = ("similarity", "order_cross")
-NEAR = ("within one step", "exact")
+ACCURACIES = ("within one step", "exact")
 PLACES = {"brightest on the thing": "of the maps", "cells on the thing": "of random cells"}
 COVERED = "covered by the thing"
 
@@ -51,44 +51,44 @@ def measure(run, cfg):
     return sync.measure(subject, table) | places
 
 
-def judged(rows):
-    """{method and way to judge: its rows}, of what there is."""
+def measured_ways(rows):
+    """Yield (method, way to score a shift, rows) for all that was measured."""
     for method in METHODS:
-        mine = runs.select(rows, method=method)
+        selected = runs.select(rows, method=method)
         for way in WAYS:
-            if mine and mine[0].get(f"{way} exact"):
-                yield method, way, mine
+            if selected and selected[0].get(f"{way} exact"):
+                yield method, way, selected
 
 
 def tables(rows):
-    near, exact = (f"{float(rows[0][f'chance {how}']):.1f}" for how in NEAR)
+    near, exact = (f"{float(rows[0][f'chance {how}']):.1f}" for how in ACCURACIES)
     lines = [["chance", near, near, exact, exact, ""]]
-    for method, way, mine in judged(rows):
-        columns = [f"{way}{of} {how}" for how in NEAR for of in ("", " control")]
-        lines.append([f"{method}, {way}", *((mine, column) for column in columns), str(len(mine))])
+    for method, way, selected in measured_ways(rows):
+        columns = [f"{way}{of} {how}" for how in ACCURACIES for of in ("", " control")]
+        lines.append([f"{method}, {way}", *((selected, column) for column in columns), str(len(selected))])
     head = ["shift preferred, %", "within one step", "the same, control", "none", "the same, control", "runs"]
     by_method = {method: runs.select(rows, method=method) for method in METHODS}
-    spots = [
-        [method, *((mine, f"{column} %") for column in (*PLACES, COVERED)), str(len(mine))]
-        for method, mine in by_method.items()
-        if mine
+    localisation = [
+        [method, *((selected, f"{column} %") for column in (*PLACES, COVERED)), str(len(selected))]
+        for method, selected in by_method.items()
+        if selected
     ]
     on_thing = ["on the thing, %", *PLACES.values(), "of the picture", "runs"]
-    return {"moments-sync": runs.table(head, lines), "moments-where": runs.table(on_thing, spots)}
+    return {"moments-sync": runs.table(head, lines), "moments-where": runs.table(on_thing, localisation)}
 
 
 def draw(rows, images, folder, arguments):
-    """What each shift of the sound gets: mean and deviation over seeds, the control in grey."""
-    found = list(judged(rows))
+    """The score of each shift of the sound: mean and deviation over seeds, the control in grey."""
+    found = list(measured_ways(rows))
     figure, axes = figures.panels(len(found), 3.2, 2.8)
-    for axis, (method, way, mine) in zip(axes, found, strict=True):
+    for axis, (method, way, selected) in zip(axes, found, strict=True):
         for name, colour, label in ((way, "C0", "own sound"), (f"{way} control", "grey", "another video's")):
-            curves = np.array([runs.numbers(row, f"{name} by shift") for row in mine])  # seeds×shifts
-            x, mean, deviation = runs.numbers(mine[0], "shifts_s"), curves.mean(0), curves.std(0)
+            curves = np.array([runs.numbers(row, f"{name} by shift") for row in selected])  # seeds×shifts
+            x, mean, deviation = runs.numbers(selected[0], "shifts_s"), curves.mean(0), curves.std(0)
             axis.plot(x, mean, color=colour, label=label, linewidth=1.3)
             axis.fill_between(x, mean - deviation, mean + deviation, color=colour, alpha=0.2, linewidth=0)
         axis.set_title(f"{method}\n{sync.LABELS[way]}", fontsize=9)
-        axis.set_xlabel("the sound is taken so much later, s", fontsize=8)
+        axis.set_xlabel("delay of the sound, s", fontsize=8)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
     figures.legend(figure)

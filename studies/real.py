@@ -1,13 +1,13 @@
-"""Real sound and real videos, which the toy's networks have never heard or seen.
+"""Networks that were trained on the toy world, tested on real sounds and real videos.
 
-    python -m studies.real --esc10 DIR     ESC-10 by the studies' checkpoints: 5 folds, linear SVM on frozen
-                                           features; a sheet of sounds
-    python -m studies.real --media DIR     a sheet: pieces of the videos in a folder, and the sounds that
-                                           their pictures find
+    python -m studies.real --esc10 DIR     ESC-10 with the checkpoints of the studies: 5 folds, linear SVM on
+                                           frozen features; a contact sheet of sounds
+    python -m studies.real --media DIR     a contact sheet: segments of the videos in a folder, and the
+                                           sounds nearest to their pictures
     python -m studies.real                 only the table, from studies/results/real.csv
 
-Run the other studies first: their checkpoints are needed, below --runs. A checkpoint that has a row is not
-asked again.
+Run the other studies first: their checkpoints must be below --runs. A checkpoint that has a row in the CSV is
+not evaluated again.
 """
 
 import argparse
@@ -29,9 +29,7 @@ def command_line(argv=None):
         "--runs", default="runs", metavar="DIR", help="where the studies' checkpoints are (default: runs)"
     )
     parser.add_argument(
-        "--results",
-        metavar="DIR",
-        help="folder of the CSV and all that is made of it (default: the repository's)",
+        "--results", metavar="DIR", help="folder for the CSV, tables and figures (default: the repository's)"
     )
     return parser.parse_args(argv)
 
@@ -48,7 +46,7 @@ from avid import data, datasets, evaluation, media
 
 from . import both, figures, measures, robust, sources, temporal
 
-METHODS = (  # of each study, whose features are asked
+METHODS = (  # of each study, those that are evaluated
     (
         robust.STUDY,
         [{"method": m, "faulty": "0.3", "change": robust.LONG} for m in ("xid", "weighted", "robust")],
@@ -57,11 +55,11 @@ METHODS = (  # of each study, whose features are asked
     (both.STUDY, [{"method": "robust_temporal"}]),
     (sources.STUDY, [sources.group("frontend", name) for name in sources.FRONTENDS]),
 )
-PIECE_S = 2.0  # of a real video
+SEGMENT_S = 2.0  # of a real video
 
 
 def checkpoints(folder, seeds):
-    """(study, group, seed, run folder) of the runs whose features are asked, where they have a checkpoint."""
+    """Yield (study, group, seed, run folder) of the runs to evaluate that have a checkpoint."""
     for study, groups in METHODS:
         for run in study.plan(seeds):
             out = runs.folder_of(study, run, Path(folder) / "studies" / study.name, quick=False)
@@ -70,20 +68,20 @@ def checkpoints(folder, seeds):
 
 
 def esc10(path, root, folder, seeds):
-    """A row for each checkpoint, and one for an untrained network of the same settings."""
+    """Add a row for each checkpoint, and one for an untrained network with the same settings."""
     done = {(row["study"], row["method"], row["faulty"], row["seed"]) for row in runs.read(path)}
     for study, group, seed, out in checkpoints(folder, seeds):
-        floor = f"untrained, {group['method'] if study is sources.STUDY else f'as in {study.name}'}"
-        for method in (group["method"], floor):
-            facts = {
+        untrained = f"untrained, {group['method'] if study is sources.STUDY else f'as in {study.name}'}"
+        for method in (group["method"], untrained):
+            row = {
                 "study": study.name,
                 "method": method,
                 "faulty": group.get("faulty", ""),
                 "seed": str(seed),
             }
             if method != group["method"]:
-                facts["faulty"] = ""
-            if tuple(facts.values()) in done:
+                row["faulty"] = ""
+            if tuple(row.values()) in done:
                 continue
             random = method != group["method"]
             ckpt = ["random", "--cfg", str(out / "config.yaml")] if random else [str(out / "last.pt")]
@@ -110,24 +108,26 @@ def esc10(path, root, folder, seeds):
             eval_linear.main(eval_linear.command_line(["--ckpt", *ckpt, *options, *settings]))
             result = json.loads((where / "svm-audio-esc50-all.json").read_text(encoding="utf-8"))
             folds = [fold["top1"] for fold in result["divisions"]]
-            asked = "--data esc50 --split all --mode svm data.subset=esc10 eval.clips=10"
-            runs.add(path, {**facts, "settings": asked, "ESC-10 top1": result["top1"], "ESC-10 folds": folds})
-            done.add(tuple(facts.values()))
+            protocol = "--data esc50 --split all --mode svm data.subset=esc10 eval.clips=10"
+            runs.add(
+                path, {**row, "settings": protocol, "ESC-10 top1": result["top1"], "ESC-10 folds": folds}
+            )
+            done.add(tuple(row.values()))
 
 
 def table(rows):
-    """Mean and deviation over seeds of the mean over folds."""
+    """The table: mean and deviation over seeds of the mean over folds."""
     lines = []
     for key in dict.fromkeys((row["study"], row["method"], row["faulty"]) for row in rows):
-        mine = runs.select(rows, study=key[0], method=key[1], faulty=key[2])
+        selected = runs.select(rows, study=key[0], method=key[1], faulty=key[2])
         name = f"{key[1]}, {float(key[2]):.0%} faulty" if key[2] else key[1]
-        lines.append([key[0], name, (mine, "ESC-10 top1"), str(len(mine))])
+        lines.append([key[0], name, (selected, "ESC-10 top1"), str(len(selected))])
     return runs.table(["study", "features", "ESC-10, top-1, %", "runs"], lines)
 
 
-def pieces(folder):
-    """The videos of a folder that have picture and sound, in pieces: a datasets.Table, labelled by their
-    file."""
+def segments(folder):
+    """A datasets.Table of segments of SEGMENT_S, up to ten of each video in a folder that has picture and
+    sound; the label is the file."""
     paths, starts_s = [], []
     for path in sorted(Path(folder).iterdir()):
         try:
@@ -136,27 +136,27 @@ def pieces(folder):
         except media.MediaError as error:
             print(f"left out {path}: {error}")
             continue
-        for start_s in np.arange(first_s, last_s - PIECE_S, PIECE_S)[:10]:
+        for start_s in np.arange(first_s, last_s - SEGMENT_S, SEGMENT_S)[:10]:
             paths.append(path.name)
             starts_s.append(start_s)
     classes = sorted(set(paths))
     if len(paths) < 2:
-        config.stop(f"{folder} holds no videos with picture and sound of {2 * PIECE_S:g} s and more")
+        config.stop(f"{folder} holds no videos with picture and sound of {2 * SEGMENT_S:g} s and more")
     starts_s, labels = np.array(starts_s), np.array([classes.index(path) for path in paths])
-    ends_s, fold = starts_s + PIECE_S, np.zeros(len(paths), np.int64)
+    ends_s, fold = starts_s + SEGMENT_S, np.zeros(len(paths), np.int64)
     return datasets.Table("real videos", Path(folder), paths, labels, classes, starts_s, ends_s, fold, {}, [])
 
 
-def sheet(path, parts, out, query, space):
-    """Pictures or sounds of a table of real files, and the sounds that a checkpoint finds first among them
-    all."""
+def contact_sheet(path, table, out, query, space):
+    """Some pictures or sounds of a table of real files, and the sounds of all of them that are nearest by a
+    checkpoint."""
     cfg = config.load(str(out / "config.yaml"), ["data.workers=0", f"out={out}"])
     network, _ = measures.trained(cfg)
     device = next(network.parameters()).device
     modalities = tuple(dict.fromkeys((query, "audio")))
-    clips = data.Clips(parts, cfg, training=False, modalities=modalities, clips=1)
+    clips = data.Clips(table, cfg, training=False, modalities=modalities, clips=1)
     found = evaluation.extract(network, clips, device)
-    print(f"written: {figures.neighbours(path, found, parts, cfg, query=query, space=space)}")
+    print(f"written: {figures.neighbours(path, found, table, cfg, query=query, space=space)}")
 
 
 def main(arguments):
@@ -170,9 +170,11 @@ def main(arguments):
             config.stop(f"no checkpoints of the studies below {arguments.runs}; run them first")
     if arguments.esc10:
         sounds = datasets.load(config.Data(name="esc50", root=arguments.esc10, subset="esc10"), "all")
-        sheet(images / "real-sounds.png", sounds, last[-1][-1], "audio", "features")
+        contact_sheet(images / "real-sounds.png", sounds, last[-1][-1], "audio", "features")
     if arguments.media:
-        sheet(images / "real-neighbours.png", pieces(arguments.media), last[-1][-1], "video", "embeddings")
+        contact_sheet(
+            images / "real-neighbours.png", segments(arguments.media), last[-1][-1], "video", "embeddings"
+        )
     rows = runs.read(path)
     if not rows:
         config.stop(f"{path} holds nothing yet; run: python -m studies.real --esc10 DIR")

@@ -1,17 +1,18 @@
-"""Robust-xID on the toy world: do weights find faulty pairs, do soft targets find the kind, and are the
-features better?
+"""Robust-xID on the toy world: do the weights detect faulty pairs, do the soft targets find the right kind,
+and do the features improve?
 
-    python -m studies.robust                       all runs that are not in studies/results/robust.csv yet,
-                                                   then tables and figures
+    python -m studies.robust                       the runs that studies/results/robust.csv lacks, then
+                                                   tables and figures
     python -m studies.robust --only xid robust     only these methods
-    python -m studies.robust --seeds 3 4 --only "48 epochs"     two more seeds of what trains longer
-    python -m studies.robust --table --figures     tables and figures from what is there
+    python -m studies.robust --seeds 3 4 --only "48 epochs"     two more seeds of the longer runs
+    python -m studies.robust --table --figures     tables and figures from the CSV
 
-Methods: xid, plain; weighted, weights alone; four estimators of soft targets alone; robust, weights and the
-cycle's soft targets; oracle, weights by the manifest, 1 of a true pair and 0 of a faulty one, or so from the
-first step on; soft-oracle, soft targets by the manifest. All train for 24 epochs at 0, 30 and 60 % of faulty
-pairs, and for 48 epochs at 30 %. Then xid, soft-cycle and robust at a lower temperature, and robust of 48
-epochs with one setting changed at a time (robust-changed).
+Methods: xid, plain xID; weighted, with weights; soft-*, with the soft targets of one of four estimators;
+robust, with weights and the cycle's soft targets. Upper bounds by the ground truth: oracle, weights of 1 for
+true and 0 for faulty pairs; oracle-from-start, the same without a warm-up; soft-oracle, soft targets by kind.
+All train for 24 epochs with 0, 30 and 60 % of faulty pairs, and most also for 48 epochs with 30 %. Then xid,
+soft-cycle and robust at a lower temperature, and robust for 48 epochs with one setting changed at a time
+(robust-changed).
 """
 
 from . import runs
@@ -46,11 +47,11 @@ ORACLES = {
     "soft-oracle": SOFT,
     "oracle": (),
     "oracle-from-start": ("loss.warmup_epochs=0",),
-}  # told by the manifest
+}  # which use the ground truth
 FAULTY = (0.0, 0.3, 0.6)
 LONG, LONGER = "48 epochs", ("toy.faulty=0.3", "optim.epochs=48", "loss.warmup_epochs=24")
-COLD = "τ = 0.1"
-CHANGES = {  # one at a time, of robust at 30 %, 48 epochs
+LOW_TEMPERATURE = "τ = 0.1"
+CHANGES = {  # one setting at a time, in robust with 30 % of faulty pairs, 48 epochs
     "δ": ("loss.delta", -1, 1),
     "κ": ("loss.kappa", 0.1, 2),
     "w_min": ("loss.w_min", 0, 0.5),
@@ -72,7 +73,7 @@ CURVES = ("v→a class R@1", "a→v class R@1", "agreement_mean", "agreement_std
 
 
 def plan(seeds):
-    """Every seed's runs of 48 epochs first, then those of 24, then the changes."""
+    """First the runs of 48 epochs, then those of 24, then the changed settings; each seed by seed."""
     made = []
     for seed in seeds:
         for m, s in (METHODS | {m: ORACLES[m] for m in ("soft-oracle", "oracle")}).items():
@@ -80,7 +81,11 @@ def plan(seeds):
     for seed in seeds:
         for m in ("xid", "soft-cycle", "robust"):
             made.append(
-                runs.Run(group(m, 0.3, COLD), seed, ("toy.faulty=0.3", *METHODS[m], "loss.temperature=0.1"))
+                runs.Run(
+                    group(m, 0.3, LOW_TEMPERATURE),
+                    seed,
+                    ("toy.faulty=0.3", *METHODS[m], "loss.temperature=0.1"),
+                )
             )
         made.append(runs.Run(group("untrained", 0.0), seed, ()))
         for faulty in FAULTY:
@@ -104,25 +109,25 @@ def measure(run, cfg):
     """Train, unless the method is `untrained`, and measure."""
     method = run.group["method"]
     if method == "untrained":
-        return measures.knowledge(measures.untrained(cfg), cfg)
+        return measures.feature_quality(measures.untrained(cfg), cfg)
     table, _ = measures.tables(cfg)
-    with told(method, table):
+    with oracle(method, table):
         train.main(cfg)
     network, saved = measures.trained(cfg)
     bank = measures.bank_of(saved, cfg)
-    result = measures.knowledge(network, cfg) | measures.pair_judgement(bank, table, cfg.loss)
+    result = measures.feature_quality(network, cfg) | measures.weight_statistics(bank, table, cfg.loss)
     for estimator in measures.ESTIMATORS:
         masses, matrix = measures.soft_targets(bank, table, cfg.loss, estimator)
         result |= masses
-        if method == "xid":  # one bank, judged by all four
+        if method == "xid":  # all four estimators on the same bank
             result[f"matrix {estimator}"] = matrix
     return result | measures.curve(cfg, CURVES)
 
 
 @contextlib.contextmanager
-def told(method, table):
-    """While it lasts, the manifest is in place of what an oracle's training would estimate: of the weights,
-    or of soft targets."""
+def oracle(method, table):
+    """A context in which training uses the ground truth of the manifest in place of the estimated weights
+    (oracle) or soft targets (soft-oracle); other methods train as usual."""
     seen, heard = map(torch.from_numpy, measures.kinds(table))  # N
     draw, drawn = memory_bank.MemoryBank.candidates, []
 
@@ -131,8 +136,8 @@ def told(method, table):
         return drawn[0]
 
     def soft_targets(estimator, own_video, own_audio, video, audio, valid, tau_s, tau_t):
-        """S_v the same for all sounds of the kind that is seen, S_a for all pictures of the kind that is
-        heard; where there is none, the own."""
+        """S_v is uniform over the sounds of the picture's kind, S_a over the pictures of the sound's kind;
+        if there are none, the target is the instance itself."""
         index, column, own = (
             drawn[0].index,
             drawn[0].column,
@@ -148,12 +153,12 @@ def told(method, table):
             patches.enter_context(mock.patch.object(memory_bank.MemoryBank, "candidates", candidates))
             patches.enter_context(mock.patch.object(losses, "soft_targets", soft_targets))
         elif method in ORACLES:
-            patches.enter_context(weighed(table))
+            patches.enter_context(oracle_weights(table))
         yield
 
 
-def weighed(table):
-    """While it lasts, a pair weighs 1 if it is true by the manifest, 0 if faulty; 1 in the warm-up."""
+def oracle_weights(table):
+    """A context in which true pairs weigh 1 and faulty ones 0, by the manifest; all 1 in the warm-up."""
     true = torch.tensor(np.array(table.columns["faulty"]) == "0").float()  # N
 
     def pair_weights(index, bank, loss, robust):
@@ -168,12 +173,12 @@ def tables(rows):
     untrained = runs.select(main, method="untrained")
 
     def compare(name, head, lines):
-        seeds = {row["seed"] for mine in lines.values() for row in mine}
+        seeds = {row["seed"] for selected in lines.values() for row in selected}
         lines = {"untrained": [row for row in untrained if row["seed"] in seeds]} | lines
         cells = [
-            [what, *((mine, column) for column in MEASURES), str(len(mine))]
-            for what, mine in lines.items()
-            if mine
+            [method, *((selected, column) for column in MEASURES), str(len(selected))]
+            for method, selected in lines.items()
+            if selected
         ]
         text[name] = runs.table([head, *MEASURES.values(), "runs"], cells)
 
@@ -187,18 +192,20 @@ def tables(rows):
     long = {m: runs.select(rows, method=m, change=LONG) for m in methods}
     compare("robust-long", f"30% faulty, {LONG}", long)
     gains = [
-        [m, *((over(mine, long["xid"]), column) for column in MEASURES)]
-        for m, mine in long.items()
-        if mine and m != "xid"
+        [m, *((difference(selected, long["xid"]), column) for column in MEASURES)]
+        for m, selected in long.items()
+        if selected and m != "xid"
     ]
     text["robust-gains"] = runs.table([f"30% faulty, {LONG}, over plain xID", *MEASURES.values()], gains)
     compare(
-        "robust-cold", f"30% faulty, {COLD}", {m: runs.select(rows, method=m, change=COLD) for m in methods}
+        "robust-cold",
+        f"30% faulty, {LOW_TEMPERATURE}",
+        {m: runs.select(rows, method=m, change=LOW_TEMPERATURE) for m in methods},
     )
     if changed := one_at_a_time(rows):
         compare("robust-changed", f"30% faulty, {LONG}", changed)
-    judged = {f"{e}, plain xID's bank": (e, "xid") for e in measures.ESTIMATORS}
-    judged |= {f"{e}, the bank trained with it": (e, f"soft-{e}") for e in measures.ESTIMATORS}
+    estimates = {f"{e}, plain xID's bank": (e, "xid") for e in measures.ESTIMATORS}
+    estimates |= {f"{e}, the bank trained with it": (e, f"soft-{e}") for e in measures.ESTIMATORS}
     head = [
         "mass, %",
         *(f"same kind, {float(f):.0%} faulty" for f in shares),
@@ -207,18 +214,18 @@ def tables(rows):
         f"on faulty, 30%, {LONG}",
     ]
     lines = []
-    for name, (e, method) in judged.items():
-        mine = [*(runs.select(main, method=method, faulty=f) for f in shares), long[method]]
+    for name, (e, method) in estimates.items():
+        selected = [*(runs.select(main, method=method, faulty=f) for f in shares), long[method]]
         lines.append(
-            [name, *((m, f"{e} same kind") for m in mine), *((m, f"{e} on faulty") for m in mine[1:])]
+            [name, *((m, f"{e} same kind") for m in selected), *((m, f"{e} on faulty") for m in selected[1:])]
         )
     text["robust-targets"] = runs.table(head, lines)
     return text
 
 
-def over(rows, others):
-    """What each row has more than the row of the same seed among `others`, by column of MEASURES: rows."""
-    by_seed = {row["seed"]: row for row in others}
+def difference(rows, baseline):
+    """Each row minus the baseline's row of the same seed, by column of MEASURES; other seeds are left out."""
+    by_seed = {row["seed"]: row for row in baseline}
     pairs = [(row, by_seed[row["seed"]]) for row in rows if row["seed"] in by_seed]
     return [
         {column: str(float(row[column]) - float(other[column])) for column in MEASURES}
@@ -227,14 +234,14 @@ def over(rows, others):
 
 
 def one_at_a_time(rows):
-    """{a change: its rows}, before them robust as it is, of the same seeds; empty where nothing was changed
+    """{change: its rows}, preceded by robust unchanged with the same seeds; empty if there are no such runs
     yet."""
     changed = runs.select(rows, method="robust-changed")
     seeds = {row["seed"] for row in changed}
-    as_it_is = [row for row in runs.select(rows, method="robust", change=LONG) if row["seed"] in seeds]
+    unchanged = [row for row in runs.select(rows, method="robust", change=LONG) if row["seed"] in seeds]
     changes = dict.fromkeys(row["change"] for row in changed)
     return (
-        {"robust, as it is": as_it_is} | {c: runs.select(changed, change=c) for c in changes}
+        {"robust, as it is": unchanged} | {c: runs.select(changed, change=c) for c in changes}
         if changed
         else {}
     )
@@ -247,23 +254,23 @@ def draw(rows, images, folder, arguments):
     yield figures.bars(
         images / "robust.png", main, methods, shown, ("faulty", {f: f"{float(f):.0%} faulty" for f in shares})
     )
-    some = runs.select(rows, faulty="0.3")
+    at_30 = runs.select(rows, faulty="0.3")
     lengths = {"": "24 epochs", LONG: LONG}
-    yield figures.bars(images / "robust-long.png", some, methods, shown, ("change", lengths))
+    yield figures.bars(images / "robust-long.png", at_30, methods, shown, ("change", lengths))
     curves = {
         "v→a class R@1": "picture → sound, R@1 by kind, %",
         "a→v class R@1": "sound → picture, R@1 by kind, %",
     }
-    yield figures.bands(images / "robust-curves.png", runs.select(some, change=LONG), methods, curves)
+    yield figures.bands(images / "robust-curves.png", runs.select(at_30, change=LONG), methods, curves)
     groups = {f"{float(f):.0%} faulty": runs.select(main, faulty=f) for f in shares} | {
         f"30% faulty, {LONG}": runs.select(rows, change=LONG)
     }
-    faulty = {title: mine for title, mine in groups.items() if not title.startswith("0%")}
+    faulty = {title: selected for title, selected in groups.items() if not title.startswith("0%")}
     yield figures.weights(images / "robust-weights.png", faulty, ("xid", "weighted", "robust"))
-    xid = {title: runs.select(mine, method="xid") for title, mine in groups.items()}
+    xid = {title: runs.select(selected, method="xid") for title, selected in groups.items()}
     yield figures.soft_targets(images / "robust-targets.png", xid)
     if changed := one_at_a_time(rows):
-        named = [row | {"method": change} for change, mine in changed.items() for row in mine]
+        named = [row | {"method": change} for change, selected in changed.items() for row in selected]
         yield figures.bars(images / "robust-changed.png", named, list(changed), shown)
     yield from figures.pictures(
         STUDY, ("xid", "robust"), images, folder, arguments, faulty="0.3", change=LONG

@@ -1,11 +1,10 @@
-"""What the studies share: every run once, in processes beside each other; the CSV of all runs, which is the
-state; tables from it.
+"""Runs a study: each run once, several in parallel; a CSV with one row per run; tables and figures from it.
 
-In: a Study, which names its runs, the settings in which they differ, and what is measured of each; of a study
-on real clips, the folder that holds them (--videos).
-Out: studies/results/<study>.csv, a row a run; <study>.md, and the same table between its marks in README.md
-and docs/results.md; pictures in docs/images. A run whose row is there is not run again; tables and curves are
-made of the CSV alone.
+In: a Study, which defines its runs, their settings and their measures; for a study on real clips, the folder
+of the clips (--videos).
+Out: studies/results/<study>.csv; each table as studies/results/<table>.md and between its marks in README.md
+and docs/results.md; figures in docs/images. A run that has a row in the CSV is not repeated. Tables and
+curves are made from the CSV alone.
 """
 
 import argparse
@@ -31,7 +30,7 @@ from avid import config, processes, progress, toy
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
-TINY = (  # --quick: everything is done, nothing is learned
+QUICK = (  # --quick: every step of the code, on tiny runs that learn nothing
     "toy.train=40 toy.test=20 toy.seconds=4 toy.size=40 video.size=32 video.frames=4 audio.mels=32 "
     "model.width=4 model.embedding=16 bank.num_negatives=16 contrast.negatives=8 contrast.k_pos=4 "
     "optim.batch_size=8 optim.epochs=2 loss.warmup_epochs=1 log.check_epochs=1 eval.clips=1 "
@@ -40,16 +39,16 @@ TINY = (  # --quick: everything is done, nothing is learned
 
 
 class Run(NamedTuple):
-    """One training with all that is measured of it."""
+    """One training and its measures."""
 
-    group: dict  # what tables group by, e.g. {"method": "robust", "faulty": 0.3}
+    group: dict  # columns that tables group by, e.g. {"method": "robust", "faulty": "0.3"}
     seed: int
-    settings: tuple  # key=value: in what it differs from its study's base
-    cfg: str = ""  # the packaged configuration, where it is not its study's
+    settings: tuple  # key=value: where it differs from its study's base
+    cfg: str = ""  # the packaged configuration; empty: the study's
 
 
 def toy_worlds(tasks, arguments):
-    """Write the toys that the runs train on, and the same without faulty pairs: see measures.clean."""
+    """Write the toy worlds of the runs, and the same worlds without faulty pairs (see measures.clean)."""
     worlds = {}
     for *_, cfg in tasks:
         for part in (cfg.toy, dataclasses.replace(cfg.toy, faulty=0.0)):
@@ -60,33 +59,29 @@ def toy_worlds(tasks, arguments):
 
 class Study(NamedTuple):
     name: str
-    cfg: str  # the packaged configuration that the base starts from
+    cfg: str  # the packaged configuration that all runs start from
     base: tuple  # key=value: the settings of all its runs
     plan: Callable  # seeds → list of Run
-    measure: Callable  # Run, cfg → {column: number or list of numbers}, having trained
+    measure: Callable  # Run, cfg → {column: number or list of numbers}; trains the network
     tables: Callable  # rows → {name: Markdown}
-    figures: Callable  # rows, folder of pictures, folder of runs, arguments → the paths written
-    prepare: Callable = (
-        toy_worlds  # tasks, arguments: what the runs train on, written where it is not there yet
-    )
+    figures: Callable  # rows, folder of images, folder of runs, arguments → paths of the figures
+    prepare: Callable = toy_worlds  # tasks, arguments: writes the data of the runs, if it is missing
     root: Callable = lambda run, arguments: arguments.root  # data.root of a run
-    world: str = str(toy.WORLD)  # what it trains on, and the version of that: a part of a row's identity
+    world: str = str(toy.WORLD)  # the data and its version: part of a row's identity
 
 
 def command_line(doc, argv=None, videos=""):
-    """videos: of a study on real clips, what the folder --videos has to hold."""
+    """The options of a study. videos: for a study on real clips, the help text of --videos."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--jobs", type=int, default=2, metavar="N", help="runs side by side, each on one core (default: 2)"
+        "--jobs", type=int, default=2, metavar="N", help="runs in parallel, each on one core (default: 2)"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="S", help="default: 0 1 2")
-    parser.add_argument(
-        "--only", nargs="+", metavar="NAME", help="only the runs of a method or of a change of these names"
-    )
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="only the runs of these methods or changes")
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="one tiny run a method, to see that all of it works; needs --results",
+        help="one tiny run per method, to test that everything works; needs --results",
     )
     parser.add_argument(
         "--root", default="data", metavar="DIR", help="where the toy worlds are written (default: data)"
@@ -97,25 +92,27 @@ def command_line(doc, argv=None, videos=""):
         "--runs", default="runs", metavar="DIR", help="where checkpoints and logs go (default: runs)"
     )
     parser.add_argument(
-        "--results",
-        metavar="DIR",
-        help="folder of the CSV and all that is made of it (default: the repository's)",
+        "--results", metavar="DIR", help="folder for the CSV, tables and figures (default: the repository's)"
     )
-    parser.add_argument("--list", action="store_true", help="only say which runs are done and which are not")
+    parser.add_argument("--list", action="store_true", help="only list the runs that are left to do")
     parser.add_argument("--table", action="store_true", help="only the tables, from the CSV")
     parser.add_argument(
-        "--figures", action="store_true", help="only the figures: curves from the CSV, pictures from the runs"
+        "--figures",
+        action="store_true",
+        help="only the figures: curves from the CSV, images from the checkpoints",
     )
     arguments = parser.parse_args(argv)
     if arguments.quick and not arguments.results:
-        parser.error("--quick needs --results DIR: its numbers mean nothing, and stay apart")
+        parser.error(
+            "--quick needs --results DIR: its numbers mean nothing and must not mix with the results"
+        )
     return arguments
 
 
 def main(study, arguments):
     """The command of a study.
 
-    Exit code 2 for what the user can mend; other errors of a run end it, and the rest is kept.
+    Exit code 2 for errors that the user can correct. If a run fails, the study stops; finished runs are kept.
     """
     results, images = folders(arguments)
     path = results / f"{study.name}.csv"
@@ -134,17 +131,17 @@ def main(study, arguments):
     rows = read(path)
     if not rows:
         config.stop(f"{path} holds no runs yet; run the study without --table and --figures")
-    everything = not (arguments.table or arguments.figures)
-    if arguments.table or everything:
+    all_steps = not (arguments.table or arguments.figures)
+    if arguments.table or all_steps:
         for name, text in study.tables(rows).items():
             publish(name, text, arguments)
-    if arguments.figures or everything:
+    if arguments.figures or all_steps:
         for picture in study.figures(rows, images, folder, arguments):
             print(f"written: {picture}")
 
 
 def folders(arguments):
-    """Where results and where pictures go: into --results DIR, or to their places in the repository."""
+    """The folders for results and for images: --results DIR, or those of the repository."""
     results = Path(arguments.results or ROOT / "studies" / "results")
     images = results / "images" if arguments.results else ROOT / "docs" / "images"
     images.mkdir(parents=True, exist_ok=True)
@@ -152,8 +149,7 @@ def folders(arguments):
 
 
 def publish(name, text, arguments):
-    """Print a table and write it as <results>/<name>.md and, without --results, between its marks in the
-    pages."""
+    """Print a table and write it to <results>/<name>.md; without --results also into PAGES."""
     write(folders(arguments)[0] / f"{name}.md", text)
     for page in PAGES if not arguments.results else ():
         insert(page, name, text)
@@ -164,7 +160,7 @@ def publish(name, text, arguments):
 
 
 def perform(study, runs, path, folder, arguments):
-    """Do the runs that have no row in the CSV at `path`; each row is written as soon as its run is done."""
+    """Do the runs that have no row in the CSV at `path`; a row is written as soon as its run is done."""
     done = {identity(row) for row in read(path)}
     tasks = []
     for run in runs:
@@ -180,34 +176,34 @@ def perform(study, runs, path, folder, arguments):
         return
     study.prepare(tasks, arguments)
     folder.mkdir(parents=True, exist_ok=True)
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the runs' processes: the same bits however many run side by side
+    os.environ["OMP_NUM_THREADS"] = "1"  # one thread per run: the same bits with any --jobs
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         with contextlib.closing(
-            processes.outcomes(one, tasks, arguments.jobs, limit_s=float("inf"))
+            processes.outcomes(train_and_measure, tasks, arguments.jobs, limit_s=float("inf"))
         ) as outcomes:
             for (_, _, _, cfg), row in progress.bar(outcomes, study.name, len(tasks), unit="run"):
                 if isinstance(row, processes.Crash):
                     config.stop(
-                        f"{cfg.out}: {row.reason}; see its log.txt; the same command goes on from here"
+                        f"{cfg.out}: {row.reason}; see its log.txt; the same command continues from here"
                     )
                 add(path, row)
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        print("\nstopped; the same command continues from here", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
 
 
-def one(name, run, facts, cfg):
-    """Train and measure a run, in a process of its own → its row. What it prints goes to <out>/log.txt."""
-    from avid import media  # the heavy imports, here and in the study: not where a table is made
+def train_and_measure(name, run, facts, cfg):
+    """Train and measure a run in its own process and return its row. Its output goes to <out>/log.txt."""
+    from avid import media  # heavy imports stay in here: tables do not need them
 
     study = importlib.import_module(f"studies.{name}").STUDY
     import torch
 
     torch.set_num_threads(1)
-    if getattr(one, "world", None) != (world := (cfg.seed, cfg.toy, cfg.data.root)):
+    if getattr(train_and_measure, "world", None) != (world := (cfg.seed, cfg.toy, cfg.data.root)):
         media.in_memory.cache_clear()
-    one.world = world
+    train_and_measure.world = world
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     began, cpu = time.time(), time.process_time()
@@ -226,17 +222,17 @@ def one(name, run, facts, cfg):
 
 
 def folder_of(study, run, folder, quick):
-    """Where a run's checkpoint is: a folder whose name holds a hash of all that decides the run."""
+    """The folder of a run's checkpoint. Its name contains a hash of the run's identity."""
     mark = hashlib.sha256("\t".join(identity(describe(study, run, quick))).encode()).hexdigest()[:8]
     words = [f"{value}{key * (key == 'faulty')}" for key, value in run.group.items() if value]
     return folder / "-".join([*words, f"seed{run.seed}", mark]).replace(" ", "")
 
 
 def settings_of(study, run, quick):
-    """key=value of all that a run changes in its study's configuration; quick: and learns nothing."""
+    """key=value: the settings of a run on top of the packaged configuration; quick: of a tiny run."""
     if not quick:
         return [*study.base, *run.settings]
-    return [*study.base, *TINY, *(one for one in run.settings if "epochs=" not in one)]
+    return [*study.base, *QUICK, *(setting for setting in run.settings if "epochs=" not in setting)]
 
 
 def configuration(study, run, quick, root, out):
@@ -246,8 +242,8 @@ def configuration(study, run, quick, root, out):
 
 
 def describe(study, run, quick):
-    """The columns that say which run a row is: group, seed, all settings that differ from the packaged
-    configuration, versions."""
+    """The columns that identify a run: group, seed, all settings that differ from the packaged configuration,
+    and the world; then the versions."""
     settings = dict(override.split("=", 1) for override in settings_of(study, run, quick))
     versions = {"python": platform.python_version()} | {
         name: metadata.version(name) for name in ("torch", "numpy", "scikit-learn")
@@ -264,7 +260,7 @@ def describe(study, run, quick):
 
 
 def identity(row):
-    """Two rows of the same identity are the same run: all that `describe` says but the versions."""
+    """The columns of `describe` without the versions: rows of the same run have the same identity."""
     keys = list(row)[: list(row).index("versions")]
     return tuple(str(row[key]) for key in keys)
 
@@ -273,7 +269,7 @@ def identity(row):
 
 
 def read(path):
-    """The rows of a CSV, dicts of texts; none where there is no file."""
+    """The rows of a CSV as dicts of strings; an empty list if there is no file."""
     if not path.exists():
         return []
     with open(path, newline="", encoding="utf-8") as file:
@@ -281,8 +277,8 @@ def read(path):
 
 
 def add(path, row):
-    """Put a row into the CSV, in place of one of the same group and seed; sorted; the file is whole at any
-    moment."""
+    """Add a row to the CSV, or replace the row of the same group and seed. Rows are sorted; the file is
+    replaced atomically."""
     row = {key: text_of(value) for key, value in row.items()}
     keys = list(row)[: list(row).index("settings")]  # group and seed
     rows = [other for other in read(path) if [other[key] for key in keys] != [row[key] for key in keys]] + [
@@ -298,25 +294,25 @@ def add(path, row):
 
 
 def text_of(value):
-    """A cell: numbers with six significant digits, lists of them with spaces between."""
+    """The text of a cell: numbers with six significant digits, lists separated by spaces."""
     if isinstance(value, (list, tuple)):
         return " ".join(map(text_of, value))
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def numbers(row, column):
-    """The list of numbers in a cell; empty where there is none."""
+    """The list of numbers in a cell; empty if the cell is."""
     return [float(x) for x in row.get(column, "").split()]
 
 
 def select(rows, **wanted):
-    """The rows whose columns are these."""
+    """The rows that have these values in these columns."""
     return [row for row in rows if all(row[key] == str(value) for key, value in wanted.items())]
 
 
 def mean_std(rows, column):
-    """Mean and sample deviation over rows (seeds); deviation None for one row; None where no row has a
-    number."""
+    """Mean and sample deviation over rows (seeds). The deviation of one row is None; without any number the
+    result is None."""
     values = [float(row[column]) for row in rows if row.get(column)]
     if not values:
         return None
@@ -327,8 +323,8 @@ def mean_std(rows, column):
 
 
 def table(head, lines):
-    """Markdown: `head` of columns, `lines` of cells; a cell is a text or (rows, column), which becomes mean ±
-    deviation."""
+    """A Markdown table from the column heads and lines of cells. A cell is a string, or (rows, column), which
+    becomes mean ± deviation."""
 
     def cell(value):
         if isinstance(value, str):
@@ -352,8 +348,8 @@ def write(path, text):
 
 
 def insert(page, name, text):
-    """Replace what stands between <!-- name --> and <!-- /name --> in a page; a page without these marks
-    stays as it is."""
+    """Replace the text between <!-- name --> and <!-- /name --> in a page. A page without these marks is left
+    unchanged."""
     if not page.exists():
         return
     before = page.read_text(encoding="utf-8")

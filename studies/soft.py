@@ -1,15 +1,17 @@
-"""Soft targets: how good must the estimate be, and what comes nearer to it? On the toy world with 30 % faulty
+"""Soft targets: how accurate must the estimate be, and what improves it? On the toy world with 30 % of faulty
 pairs.
 
-    python -m studies.soft                       all runs that are not in studies/results/soft.csv yet, then
-                                                 the tables and the figure
-    python -m studies.soft --only mixed          only the mixtures with the truth
+    python -m studies.soft                       the runs that studies/results/soft.csv lacks, then the
+                                                 table and the figure
+    python -m studies.soft --only mixed          only the mixtures with the ground truth
     python -m studies.soft --table --figures
 
-mixed: the targets are those of the manifest to a share, the rest the cycle's estimate. Else the cycle's
-estimate alone, and one thing changed: every memory a candidate; a slower bank; the sharpness of the estimate
-as that of the contrast, τ_s = τ (τ_s 0.02 is 15 times sharper); or a share that follows the certainty of the
-estimate: λ is that of the mean, weighted by 1 − entropy / log C.
+mixed: targets that mix the ground truth of the manifest, at a given share, with the cycle's estimate.
+changed: the cycle's estimate with one change. "all candidates" makes every memory a candidate; "slower bank"
+uses a momentum of 0.9; "τ_s = τ" gives the estimate the temperature of the contrast (τ_s is 0.02 by
+default, 15 times lower); "by certainty" gives each instance a share of soft
+target by the certainty of its estimate, 1 − entropy / log C over its mean. xid is the baseline without soft
+targets.
 """
 
 from . import runs
@@ -56,22 +58,22 @@ def plan(seeds):
 
 def measure(run, cfg):
     table, _ = measures.tables(cfg)
-    with told(run, table):
+    with changed_targets(run, table):
         train.main(cfg)
     network, saved = measures.trained(cfg)
     masses, _ = measures.soft_targets(measures.bank_of(saved, cfg), table, cfg.loss, "cycle")
-    return measures.knowledge(network, cfg) | masses
+    return measures.feature_quality(network, cfg) | masses
 
 
 @contextlib.contextmanager
-def told(run, table):
-    """While it lasts, training's targets are mixed with the manifest's, or follow their certainty."""
+def changed_targets(run, table):
+    """A context in which training uses the mixed targets, or those by certainty, if the run has them."""
     method, change = run.group["method"], run.group["change"]
     estimate = losses.soft_targets
     with contextlib.ExitStack() as patches:
         if method == "mixed" and (share := float(change.partition(" ")[0])):
-            patches.enter_context(robust.told("soft-oracle", table))
-            truth = losses.soft_targets  # the manifest's, while `robust.told` lasts
+            patches.enter_context(robust.oracle("soft-oracle", table))
+            truth = losses.soft_targets  # of the manifest, by robust.oracle
 
             def mixed(*arguments):
                 pairs = zip(truth(*arguments), estimate(*arguments), strict=True)
@@ -85,15 +87,15 @@ def told(run, table):
 
 @torch.no_grad()
 def by_certainty(estimator, own_video, own_audio, video, audio, valid, tau_s, tau_t):
-    """What `losses.soft_targets` returns, drawn to the own memory where the estimate is unsure: c_i·S + (1 −
-    c_i)·own, c_i = (1 − entropy_i / log C) / its mean over the batch, at most 1."""
+    """As `losses.soft_targets`, but an uncertain estimate is mixed with the instance's own memory:
+    c_i·S_i + (1 − c_i)·own_i, where c_i = (1 − entropy_i / log C) / its mean over the batch, at most 1."""
     both = losses.soft_target_matrices(
         estimator, own_video, own_audio, video[valid].float(), audio[valid].float(), tau_s, tau_t
     )
     targets = []
     for S, memories, own in zip(both, (audio[valid], video[valid]), (own_audio, own_video), strict=True):
-        sure = 1 - torch.special.entr(S).sum(1, keepdim=True) / math.log(S.shape[1])  # B×1
-        c = (sure / sure.mean().clamp(min=1e-6)).clamp(max=1)
+        certainty = 1 - torch.special.entr(S).sum(1, keepdim=True) / math.log(S.shape[1])  # B×1
+        c = (certainty / certainty.mean().clamp(min=1e-6)).clamp(max=1)
         targets.append(c * (S @ memories.float()) + (1 - c) * own)
     return tuple(targets)
 
@@ -101,9 +103,9 @@ def by_certainty(estimator, own_video, own_audio, video, audio, valid, tau_s, ta
 def tables(rows):
     lines = []
     for key in dict.fromkeys((row["method"], row["change"]) for row in sorted(rows, key=order)):
-        mine = runs.select(rows, method=key[0], change=key[1])
+        selected = runs.select(rows, method=key[0], change=key[1])
         name = key[1] or key[0]
-        lines.append([name, *((mine, column) for column in MEASURES), str(len(mine))])
+        lines.append([name, *((selected, column) for column in MEASURES), str(len(selected))])
     return {"soft": runs.table(["30 % faulty, 48 epochs", *MEASURES.values(), "runs"], lines)}
 
 
@@ -112,14 +114,14 @@ def order(row):
 
 
 def draw(rows, images, folder, arguments):
-    """What is found across against the share of the truth in the targets."""
+    """Cross-modal R@1 against the share of the ground truth in the targets."""
     figure, axes = figures.panels(2, 4.0, 3.0)
     for axis, column in zip(axes, ("v→a class R@1", "a→v class R@1"), strict=True):
         for share in SHARES:
-            mine = runs.select(rows, method="mixed", change=f"{share:g} of the truth")
-            axis.plot([share] * len(mine), [float(row[column]) for row in mine], "k.", markersize=4)
-            if mine:
-                axis.plot(share, runs.mean_std(mine, column)[0], "C0o")
+            selected = runs.select(rows, method="mixed", change=f"{share:g} of the truth")
+            axis.plot([share] * len(selected), [float(row[column]) for row in selected], "k.", markersize=4)
+            if selected:
+                axis.plot(share, runs.mean_std(selected, column)[0], "C0o")
         axis.set(
             title=f"{robust.MEASURES[column]}, R@1 by kind, %", xlabel="share of the truth in the targets"
         )

@@ -1,17 +1,17 @@
-"""What the ancestors do another way, on the toy world: how batches are drawn, what the network hears, which
-positives agree.
+"""Choices in which AVID and AVID+CMA differ from xID, on the toy world: sampling of batches, audio front end,
+positives by agreement.
 
-    python -m studies.sources               all runs that are not in studies/results/sources.csv, then tables
+    python -m studies.sources               the runs that studies/results/sources.csv lacks, then tables
     python -m studies.sources --only draws      one question: draws, frontend or agreement
-    python -m studies.sources --table           tables from what is there
+    python -m studies.sources --table           tables from the CSV
 
 draws: shuffled passes (epoch), passes over ten copies of each video (copies, AVID's), drawn with replacement
 (iid), each with and without batch norm in the heads; plain xID, 24 epochs. frontend: log-mel with one mean
 and deviation or with those of each band, linear bins, AVID's spectrogram; drawn with replacement, with batch
 norm. agreement: with each sample's own negatives, agreement (cma), AVID (noise contrastive estimation) and
-AVID+CMA; 24 epochs without and with 30 % of faulty pairs, and 48 with, half of them xID or AVID. xID and
-Robust-xID beside them are runs of studies.robust: see its CSV. What the frontends make of real sounds:
-python -m studies.real --esc10 DIR.
+AVID+CMA; 24 epochs without and with 30 % of faulty pairs, and 48 epochs with 30 %. Agreement starts after
+half of the epochs. The tables compare them with the xID and Robust-xID runs of studies.robust. The front ends
+are tested on real sounds by python -m studies.real --esc10 DIR.
 """
 
 from . import runs
@@ -29,7 +29,7 @@ from avid.tools import statistics
 from . import figures, measures, robust
 
 DRAWS, NORMS = ("epoch", "copies", "iid"), ("none", "batch")
-BANDS = "of each band"  # whose statistics normalise
+BANDS = "of each band"  # front ends that are normalised by the statistics of each band
 FRONTENDS = {
     "log-mel": (),  # with one mean and deviation, as in all else
     f"log-mel, {BANDS}": (),
@@ -89,7 +89,7 @@ def measure(run, cfg):
     network, saved = measures.trained(cfg)
     bank = measures.bank_of(saved, cfg)
     health = bank.health()
-    result = measures.knowledge(network, cfg) | measures.pair_judgement(bank, table, cfg.loss)
+    result = measures.feature_quality(network, cfg) | measures.weight_statistics(bank, table, cfg.loss)
     result["cosine"] = (health["cosine_video"] + health["cosine_audio"]) / 2
     if "ancestor" in saved and "positives" in saved["ancestor"]:
         result[KIND] = same_kind(saved["ancestor"]["positives"].long().numpy(), table)
@@ -97,7 +97,7 @@ def measure(run, cfg):
 
 
 def same_kind(positives, table):
-    """Percent of the positives N×k that show what the instance shows and sound like what it sounds like."""
+    """Percent of the positives, N×k, whose picture and sound are both of the same kind as the instance's."""
     seen, heard = measures.kinds(table)  # N
     return 100 * float(((seen[positives] == seen[:, None]) & (heard[positives] == heard[:, None])).mean())
 
@@ -107,21 +107,23 @@ def tables(rows):
 
     def compare(name, head, lines, columns=MEASURES):
         cells = [
-            [what, *((mine, c) for c in columns), str(len(mine))] for what, mine in lines.items() if mine
+            [method, *((selected, c) for c in columns), str(len(selected))]
+            for method, selected in lines.items()
+            if selected
         ]
         text[name] = runs.table([head, *columns.values(), "runs"], cells)
 
     def of_robust(method, faulty, change=""):
-        """Rows of studies.robust, of the seeds that this study has."""
+        """Rows of studies.robust with the seeds of this study."""
         seeds = {row["seed"] for row in rows}
         found = runs.select(earlier, method=method, faulty=faulty, change=change)
         return [row for row in found if row["seed"] in seeds]
 
-    heard = {name: runs.select(rows, question="frontend", method=name) for name in FRONTENDS}
+    frontends = {name: runs.select(rows, question="frontend", method=name) for name in FRONTENDS}
     names = [f"{how}, {norm}" for how in DRAWS for norm in NORMS]
     draws = {name: runs.select(rows, question="draws", method=name) for name in names}
-    compare("sources-draws", "draws, norm of the heads", draws | {"iid, batch": heard["log-mel"]})
-    compare("sources-frontend", "what the network hears", heard)
+    compare("sources-draws", "draws, norm of the heads", draws | {"iid, batch": frontends["log-mel"]})
+    compare("sources-frontend", "what the network hears", frontends)
     for faulty, change, _ in WORLDS:
         columns = dict(robust.MEASURES) | {KIND: KIND}
         if faulty == "0":
@@ -143,9 +145,9 @@ def tables(rows):
 
 def draw(rows, images, folder, arguments):
     shown = {c: f"{head}, %" for c, head in robust.MEASURES.items() if "probe" in c or "class" in c}
-    mine = runs.select(rows, question="draws")
+    selected = runs.select(rows, question="draws")
     yield figures.bars(
-        images / "sources.png", mine, list(dict.fromkeys(row["method"] for row in mine)), shown
+        images / "sources.png", selected, list(dict.fromkeys(row["method"] for row in selected)), shown
     )
 
 

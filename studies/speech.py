@@ -1,22 +1,22 @@
-"""Lips and speech: 1,000 sentences of one talker of the GRID corpus.
+"""Lips and speech, on 1,000 sentences of one talker of the GRID corpus.
 
-    python -m studies.speech --videos DIR          all runs that are not in studies/results/speech.csv yet,
-                                                   then the tables and the figure; DIR holds manifest.csv
+    python -m studies.speech --videos DIR          the runs that studies/results/speech.csv lacks, then
+                                                   the tables and the figure; DIR holds manifest.csv
     python -m studies.speech --videos DIR --only intervals --seeds 0
     python -m studies.speech --table --figures
 
-Methods: xid, plain, of whole sentences; intervals: an instance is a second of a sentence, so that another
-second of the same lips is a negative; tasks: order across modalities and within, speed and direction, without
-any contrast; intervals-tasks: both; xid-cold: a lower temperature; robust. Then xid, robust and oracle with
-30 % of the training sounds swapped.
+Methods: xid, plain xID on whole sentences; intervals, xID where an instance is a second of a sentence, so
+that other seconds of the same sentence are negatives; tasks, all temporal tasks without a contrast;
+intervals-tasks, both; xid-cold, a lower temperature; robust. Then xid, robust and oracle with 30 % of the
+training sounds swapped.
 """
 
 from . import runs
 
-HOLDS = "folder with manifest.csv (path,label,split and the six words) and its clips"
+VIDEOS_HELP = "folder with manifest.csv (path,label,split and the six words) and its clips"
 
 if __name__ == "__main__":
-    arguments = runs.command_line(__doc__, videos=HOLDS)
+    arguments = runs.command_line(__doc__, videos=VIDEOS_HELP)
 
 import csv
 import dataclasses
@@ -39,23 +39,23 @@ BASE = (
     "bank.num_negatives=1024"
 ).split()
 WARM_UP = "loss.warmup_epochs=20"
-ORDERS = (
+TEMPORAL_TASKS = (
     "temporal.moments=2", "optim.epochs=20", "temporal.speeds=[1,2]", "temporal.reverse=true",
     *(f"weights.{task}=1" for task in TASKS),
 )  # fmt: skip
-INTERVAL_S, LENGTH_S = 0.96, 2.88  # of an instance, of what is cut into instances
+INTERVAL_S, LENGTH_S = 0.96, 2.88  # of an instance; of the part of a sentence that is cut into instances
 STEP_S, LONGEST_S = 0.08, 0.8  # of sync: two frames, and the largest shift
 METHODS = {
     "xid": (),
     "xid-cold": ("loss.temperature=0.07",),
     "robust": (*robust.ROBUST, WARM_UP),
     "intervals": (),
-    "tasks": (*ORDERS, "weights.xid=0"),
-    "intervals-tasks": ORDERS,
+    "tasks": (*TEMPORAL_TASKS, "weights.xid=0"),
+    "intervals-tasks": TEMPORAL_TASKS,
     "oracle": (WARM_UP,),
 }
-WHOLE = ("untrained", "intervals", "tasks", "intervals-tasks", "xid", "xid-cold", "robust")
-DOUBTING = ("xid", "robust", "oracle")
+METHODS_UNSWAPPED = ("untrained", "intervals", "tasks", "intervals-tasks", "xid", "xid-cold", "robust")
+METHODS_SWAPPED = ("xid", "robust", "oracle")
 SHARE = 0.3
 MEASURES = {
     "v→a instance R@1": "lips → speech, R@1",
@@ -69,8 +69,8 @@ MEASURES = {
 
 
 def plan(seeds):
-    made = [runs.Run(group(m, 0.0), seed, METHODS.get(m, ())) for seed in seeds for m in WHOLE]
-    return made + [runs.Run(group(m, SHARE), seed, METHODS[m]) for seed in seeds for m in DOUBTING]
+    made = [runs.Run(group(m, 0.0), seed, METHODS.get(m, ())) for seed in seeds for m in METHODS_UNSWAPPED]
+    return made + [runs.Run(group(m, SHARE), seed, METHODS[m]) for seed in seeds for m in METHODS_SWAPPED]
 
 
 def group(method, faulty):
@@ -78,16 +78,16 @@ def group(method, faulty):
 
 
 def manifest(run, arguments):
-    """The manifest that a run trains on, below --root."""
+    """The path of the manifest that a run trains on, below --root."""
     if not arguments.videos:
-        config.stop(f"--videos DIR is missing: {HOLDS}")
+        config.stop(f"--videos DIR is missing: {VIDEOS_HELP}")
     source = Path(arguments.videos) / swapped.NAME
     folder = swapped.folder_of(arguments.root, source, float(run.group["faulty"]), run.seed)
     return folder / ("intervals.csv" if run.group["method"].startswith("intervals") else swapped.NAME)
 
 
 def prepare(tasks, arguments):
-    """Write what `manifest` names."""
+    """Write the manifests and the clips of all runs."""
     for _, run, *_ in tasks:
         source = Path(arguments.videos) / swapped.NAME
         written = swapped.write(arguments.root, source, float(run.group["faulty"]), run.seed)
@@ -95,7 +95,7 @@ def prepare(tasks, arguments):
 
 
 def write_intervals(source, path):
-    """The manifest with every training sentence in instances of INTERVAL_S, one after the other."""
+    """Write the manifest with every training sentence cut into consecutive instances of INTERVAL_S."""
     rows = []
     for row in runs.read(source):
         starts = np.arange(0, LENGTH_S - INTERVAL_S / 2, INTERVAL_S) if row["split"] == "train" else [None]
@@ -110,8 +110,8 @@ def write_intervals(source, path):
         lines.writerows(rows)
 
 
-def knowledge(subject):
-    """Of held-out sentences: whether lips find their speech, which words a probe tells, and sync. Percent."""
+def feature_quality(subject):
+    """Measures of held-out sentences, percent: cross-modal retrieval, a linear probe of each word, sync."""
     cfg = subject.cfg
     whole = dataclasses.replace(
         cfg, data=dataclasses.replace(cfg.data, root=str(Path(cfg.data.root).with_name(swapped.NAME)))
@@ -127,7 +127,7 @@ def knowledge(subject):
             np.unique(np.array(t.columns[word])[part.index], return_inverse=True)[1]
             for t, part in zip(tables, (known, new), strict=True)
         )
-        for modality in data.MODALITIES:  # the mean over a sentence: when a word is said is known to no one
+        for modality in data.MODALITIES:  # the mean over a sentence: the times of the words are unknown
             x, new_x = (part.video_level("features", modality)[:, None] for part in (known, new))
             result[f"{word} probe {modality}"] = evaluation.linear_probe(x, y, new_x, new_y, cfg.seed)["top1"]
     found = sync.measure(subject, tables[1], STEP_S, LONGEST_S)
@@ -141,9 +141,9 @@ def tables(rows):
     for share in (0.0, SHARE):
         columns = dict(MEASURES) if not share else MEASURES | {"AUROC": "AUROC of the weights"}
         lines = [
-            [m, *((mine, column) for column in columns), str(len(mine))]
+            [m, *((selected, column) for column in columns), str(len(selected))]
             for m in ("untrained", *METHODS)
-            if (mine := runs.select(rows, method=m, faulty=f"{share:g}"))
+            if (selected := runs.select(rows, method=m, faulty=f"{share:g}"))
         ]
         text[f"speech-{share:g}"] = runs.table([f"{share:.0%} swapped", *columns.values(), "runs"], lines)
     return text
@@ -159,7 +159,7 @@ STUDY = runs.Study(
     cfg="small",
     base=tuple(BASE),
     plan=plan,
-    measure=functools.partial(swapped.measure, knowledge=knowledge),
+    measure=functools.partial(swapped.measure, feature_quality=feature_quality),
     tables=tables,
     figures=draw,
     prepare=prepare,

@@ -1,9 +1,9 @@
-"""Real clips of which some have another one's sound: faulty positives whose truth is known.
+"""Real clips, some of them with the sound of another clip: faulty positives whose ground truth is known.
 
 In: a folder with clips and a manifest of them (path, label, split, perhaps start and end).
-Out: a folder with a manifest that has three more columns, which training never sees: faulty (1: the sound is
-another clip's), original (the path of the clip as it was) and part (the file's split in the folder's
-manifest.csv). Pictures and sounds are copied as they are, packet by packet.
+Out: a folder with the clips and a manifest with three more columns, which training never sees: faulty (1: the
+sound is another clip's), original (the path of the unchanged clip) and part (the file's split in the folder's
+manifest.csv). Pictures and sounds are copied packet by packet, without encoding.
 """
 
 import contextlib
@@ -24,13 +24,13 @@ NAME = "manifest.csv"
 
 
 def folder_of(root, source, share, seed):
-    """Where `write` puts the clips of the manifest `source`, of which this share is swapped by the seed."""
+    """The folder into which `write` puts the clips of the manifest `source` with this share swapped."""
     return Path(root) / f"{Path(source).parent.name}-{Path(source).stem}-{share:g}-swapped-seed{seed}"
 
 
 def write(root, source, share, seed):
-    """The training clips of a manifest, of which this share have another training clip's sound → the new
-    manifest's path. Written once; an interrupted call is gone on with."""
+    """Swap the sounds of this share of a manifest's training clips, and return the path of the new manifest.
+    Files that exist are not written again, so an interrupted call can be repeated."""
     source, folder = Path(source).absolute(), folder_of(root, source, share, seed)
     if (folder / NAME).exists():
         return folder / NAME
@@ -40,18 +40,18 @@ def write(root, source, share, seed):
     paths = [row["path"] for row in rows]
     parts = {row["path"]: row["split"] for row in runs.read(source.parent / NAME)}
     train = [i for i, row in enumerate(rows) if row["split"] == "train"]
-    others = exchanged(train, share, seed)
+    sound_of = swaps(train, share, seed)
     folder.mkdir(parents=True, exist_ok=True)
-    for top in {row["path"].partition("/")[0] for row in rows}:  # the clips that stay as they are
+    for top in {row["path"].partition("/")[0] for row in rows}:  # the unchanged clips
         if not (folder / top).exists():
             (folder / top).symlink_to(source.parent / top)
     for i, row in enumerate(rows):
-        row |= {"faulty": str(int(i in others)), "original": paths[i], "part": parts.get(paths[i], "")}
-        if i in others:
-            of_sound = source.parent / paths[others[i]]
+        row |= {"faulty": str(int(i in sound_of)), "original": paths[i], "part": parts.get(paths[i], "")}
+        if i in sound_of:
+            of_sound = source.parent / paths[sound_of[i]]
             path = f"swapped/{i:05d}.mp4"
             if not (folder / path).exists():
-                exchange(source.parent / paths[i], of_sound, folder / path)
+                mux(source.parent / paths[i], of_sound, folder / path)
             row["path"] = path
     with files.replacing(folder / NAME, newline="") as file:
         lines = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
@@ -60,40 +60,40 @@ def write(root, source, share, seed):
     return folder / NAME
 
 
-def exchanged(instances, share, seed):
-    """{instance: the one whose sound it gets} of this share of the instances, drawn by the seed: each of them
-    gives its sound to another one of them, none to itself."""
+def swaps(instances, share, seed):
+    """{instance: the instance whose sound it gets} for this share of the instances, drawn by the seed. The
+    sounds are exchanged among the drawn instances; none keeps its own."""
     chosen = np.random.default_rng((seed, 7)).permutation(instances)[: round(share * len(instances))]
     return {} if len(chosen) < 2 else dict(zip(chosen.tolist(), np.roll(chosen, 1).tolist(), strict=True))
 
 
-def measure(run, cfg, knowledge):
-    """Train, unless the method is `untrained`, and measure: the columns of a study of such clips.
+def measure(run, cfg, feature_quality):
+    """Train, unless the method is `untrained`, and measure: the columns of a study with swapped sounds.
 
-    knowledge: evaluation.Subject → {column: number}; beside it the temporal tasks, and how the weights judge
-    the pairs.
+    feature_quality: evaluation.Subject → {column: number}. The accuracies of the temporal tasks and the
+    statistics of the weights are added.
     """
     method, (table, _) = run.group["method"], measures.tables(cfg)
     if method == "untrained":
-        return knowledge(measures.subject(measures.untrained(cfg), cfg, trained=False))
-    with robust.weighed(table) if method == "oracle" else contextlib.nullcontext():
+        return feature_quality(measures.subject(measures.untrained(cfg), cfg, trained=False))
+    with robust.oracle_weights(table) if method == "oracle" else contextlib.nullcontext():
         train.main(cfg)
     network, saved = measures.trained(cfg)
-    result = knowledge(measures.subject(network, cfg))
+    result = feature_quality(measures.subject(network, cfg))
     if network.temporal.heads:
         result |= measures.task_accuracies(network, cfg)
     if cfg.weights.xid:
-        result |= measures.pair_judgement(measures.bank_of(saved, cfg), table, cfg.loss)
+        result |= measures.weight_statistics(measures.bank_of(saved, cfg), table, cfg.loss)
     return result
 
 
 def originals(table):
-    """A table of such clips with every sound in its place."""
+    """The table with the unchanged clips in place of the swapped ones."""
     return dataclasses.replace(table, paths=table.columns["original"])
 
 
-def exchange(picture, sound, path):
-    """Write an MP4 with the video packets of one file and the audio packets of another, both from 0 s on."""
+def mux(picture, sound, path):
+    """Write an MP4 with the video packets of one file and the audio packets of another, both from 0 s."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part.mp4")
     with av.open(str(picture)) as seen, av.open(str(sound)) as heard, av.open(str(part), "w") as out:

@@ -1,16 +1,16 @@
-"""Temporal self-supervision on the toy world: what does telling speed, direction and order teach, alone and
-beside the contrast?
+"""Temporal self-supervision on the toy world: what do the tasks of speed, direction and order add to the
+contrast?
 
-    python -m studies.temporal                      all runs that are not in studies/results/temporal.csv yet,
-                                                    then tables and figures
+    python -m studies.temporal                      the runs that studies/results/temporal.csv lacks, then
+                                                    tables and figures
     python -m studies.temporal --only contrast all  only these methods
-    python -m studies.temporal --table --figures    tables and figures from what is there
+    python -m studies.temporal --table --figures    tables and figures from the CSV
 
-Methods: contrast, no task, clips at their own speed, forwards; contrast-same-clips, at drawn speeds and
-directions, still no task; the contrast and one kind of task (speed, direction, order-within a modality,
-order-across); all. Then all and contrast alone, each with the video's own clips as the only positives
-(no-positives) and with negatives drawn near (hard); then all of one modality alone; then contrast and all for
-twice as long, and all with contrasts that weigh a quarter of a task.
+Methods: contrast, without a task, clips played forwards at normal speed; contrast-same-clips, without a task,
+clips at random speeds and directions; the contrast with one kind of task (speed, direction, order-within
+modalities, order-across modalities); all. Variants of contrast and all: positives only from the same video
+(no-positives), hard negatives (hard), twice as many epochs (40-epochs). Variants of all: one modality alone
+(video-alone, sound-alone), and contrasts with a quarter of a task's weight (all-quarter).
 """
 
 from . import runs
@@ -35,9 +35,9 @@ NO_POSITIVES = ("contrast.n_pos=0", "contrast.k_pos=0")
 HARD = ("contrast.tau_n=0.1",)
 
 
-def of(*kinds, modality=""):
-    """Settings of the contrast and of these kinds of task: speed, direction, order, order_cross; of one
-    modality: nothing across."""
+def contrast_with(*kinds, modality=""):
+    """Settings of the contrast with these kinds of task (speed, direction, order, or a single task); with
+    `modality`, only the terms within it."""
     tasks = [task for task in TASKS if task.partition("_")[0] in kinds or task in kinds]
     if modality:
         tasks = [task for task in tasks if task.endswith(modality)]
@@ -49,23 +49,26 @@ def of(*kinds, modality=""):
 
 ALL = ("speed", "direction", "order")
 METHODS = {
-    "contrast": of(),
+    "contrast": contrast_with(),
     "contrast-same-clips": tuple(f"weights.{task}=0" for task in TASKS),
-    "speed": of("speed"),
-    "direction": of("direction"),
-    "order-within": of("order_video", "order_audio"),
-    "order-across": of("order_cross"),
-    "all": of(*ALL),
-    "contrast-no-positives": (*of(), *NO_POSITIVES),
-    "contrast-hard": (*of(), *HARD),
-    "all-no-positives": (*of(*ALL), *NO_POSITIVES),
-    "all-hard": (*of(*ALL), *HARD),
-    "all-hard-no-positives": (*of(*ALL), *HARD, *NO_POSITIVES),
-    "video-alone": of(*ALL, modality="video"),
-    "sound-alone": of(*ALL, modality="audio"),
-    "contrast-40-epochs": (*of(), "optim.epochs=40"),
-    "all-40-epochs": (*of(*ALL), "optim.epochs=40"),
-    "all-quarter": (*of(*ALL), *(f"weights.{name}=0.25" for name in CONTRASTS)),  # as in toy_temporal.yaml
+    "speed": contrast_with("speed"),
+    "direction": contrast_with("direction"),
+    "order-within": contrast_with("order_video", "order_audio"),
+    "order-across": contrast_with("order_cross"),
+    "all": contrast_with(*ALL),
+    "contrast-no-positives": (*contrast_with(), *NO_POSITIVES),
+    "contrast-hard": (*contrast_with(), *HARD),
+    "all-no-positives": (*contrast_with(*ALL), *NO_POSITIVES),
+    "all-hard": (*contrast_with(*ALL), *HARD),
+    "all-hard-no-positives": (*contrast_with(*ALL), *HARD, *NO_POSITIVES),
+    "video-alone": contrast_with(*ALL, modality="video"),
+    "sound-alone": contrast_with(*ALL, modality="audio"),
+    "contrast-40-epochs": (*contrast_with(), "optim.epochs=40"),
+    "all-40-epochs": (*contrast_with(*ALL), "optim.epochs=40"),
+    "all-quarter": (
+        *contrast_with(*ALL),
+        *(f"weights.{name}=0.25" for name in CONTRASTS),
+    ),  # as in toy_temporal.yaml
 }
 MEASURES = {  # of the table: column of the CSV, head
     "kind probe video": "kind by picture, probe",
@@ -90,29 +93,38 @@ def plan(seeds):
 def measure(run, cfg):
     """Train, unless the method is `untrained`, and measure."""
     if run.group["method"] == "untrained":
-        return measures.knowledge(measures.untrained(cfg), cfg, ("label", "motion"))
+        return measures.feature_quality(measures.untrained(cfg), cfg, ("label", "motion"))
     train.main(cfg)
     network, _ = measures.trained(cfg)
     accuracies = measures.task_accuracies(network, cfg) if network.temporal.heads else {}
     names = ["v→a class R@1", *(f"held-out {task} %" for task in accuracies)]
-    return measures.knowledge(network, cfg, ("label", "motion")) | accuracies | measures.curve(cfg, names)
+    return (
+        measures.feature_quality(network, cfg, ("label", "motion")) | accuracies | measures.curve(cfg, names)
+    )
 
 
 def tables(rows):
     by_method = {method: runs.select(rows, method=method) for method in ["untrained", *METHODS]}
-    by_method = {method: mine for method, mine in by_method.items() if mine}
+    by_method = {method: selected for method, selected in by_method.items() if selected}
     lines = [
-        [method, *((mine, column) for column in MEASURES), str(len(mine))]
-        for method, mine in by_method.items()
+        [method, *((selected, column) for column in MEASURES), str(len(selected))]
+        for method, selected in by_method.items()
     ]
-    told = {method: mine for method, mine in by_method.items() if any(mine[0].get(task) for task in TASKS)}
+    with_tasks = {
+        method: selected
+        for method, selected in by_method.items()
+        if any(selected[0].get(task) for task in TASKS)
+    }
     temporal = config.load("toy_temporal", BASE).temporal
-    answers = [["chance", *(f"{100 / len(task.classes(temporal)):.0f}" for task in TASKS.values()), ""]]
-    answers += [[method, *((mine, task) for task in TASKS), str(len(mine))] for method, mine in told.items()]
+    accuracies = [["chance", *(f"{100 / len(task.classes(temporal)):.0f}" for task in TASKS.values()), ""]]
+    accuracies += [
+        [method, *((selected, task) for task in TASKS), str(len(selected))]
+        for method, selected in with_tasks.items()
+    ]
     return {
         "temporal": runs.table(["", *MEASURES.values(), "runs"], lines),
         "temporal-tasks": runs.table(
-            ["held-out, %", *(task.replace("_", ", ") for task in TASKS), "runs"], answers
+            ["held-out, %", *(task.replace("_", ", ") for task in TASKS), "runs"], accuracies
         ),
     }
 
@@ -120,14 +132,17 @@ def tables(rows):
 def draw(rows, images, folder, arguments):
     shown = {column: f"{head}, %" for column, head in MEASURES.items() if "probe" in column}
     yield figures.bars(images / "temporal.png", rows, ["untrained", *METHODS], shown)
-    some = ["contrast", *(m for m in METHODS if "order" in m or m in ("speed", "direction", "all"))]
-    some += [m for m in METHODS if m.endswith(("no-positives", "40-epochs"))]
+    shown_methods = ["contrast", *(m for m in METHODS if "order" in m or m in ("speed", "direction", "all"))]
+    shown_methods += [m for m in METHODS if m.endswith(("no-positives", "40-epochs"))]
     yield figures.bands(
-        images / "temporal-curves.png", rows, some, {"v→a class R@1": "picture → sound, R@1 by kind, %"}
+        images / "temporal-curves.png",
+        rows,
+        shown_methods,
+        {"v→a class R@1": "picture → sound, R@1 by kind, %"},
     )
     tasks = {f"held-out {task} %": f"{task.replace('_', ', ')}, held-out %" for task in TASKS}
-    told = [method for method in METHODS if not method.startswith("contrast")]
-    yield figures.bands(images / "temporal-tasks.png", rows, told, tasks)
+    with_tasks = [method for method in METHODS if not method.startswith("contrast")]
+    yield figures.bands(images / "temporal-tasks.png", rows, with_tasks, tasks)
     yield from figures.pictures(STUDY, ("contrast", "all"), images, folder, arguments)
 
 

@@ -59,8 +59,8 @@ def test_a_folder_that_searches_itself_and_its_fingerprints(perform, folder, vid
     rows = perform("own", "--videos", videos, "--only", *methods)
     check(rows, methods, [c for c in own.MEASURES if c != "sync"])
     for row in rows:
-        told = row["method"] == "both"
-        assert told == bool(row["order_cross"]) and (row["faulty"] == "0.6") == bool(row["AUROC"])
+        with_tasks = row["method"] == "both"
+        assert with_tasks == bool(row["order_cross"]) and (row["faulty"] == "0.6") == bool(row["AUROC"])
     results = folder / "results"
     assert (
         "| both |" in (results / "own.md").read_text()
@@ -172,14 +172,10 @@ def test_swapped_sounds_are_others_and_the_manifest_tells(videos, tmp_path):
 
 
 def test_who_gets_whose_sound():
-    got = swapped.exchanged(range(100, 200), 0.3, seed=0)
+    got = swapped.swaps(range(100, 200), 0.3, seed=0)
     assert len(got) == 30 and set(got) == set(got.values()) and all(i != j for i, j in got.items())
-    assert (
-        got
-        == swapped.exchanged(range(100, 200), 0.3, seed=0)
-        != swapped.exchanged(range(100, 200), 0.3, seed=1)
-    )
-    assert swapped.exchanged(range(100), 0.0, seed=0) == {}
+    assert got == swapped.swaps(range(100, 200), 0.3, seed=0) != swapped.swaps(range(100, 200), 0.3, seed=1)
+    assert swapped.swaps(range(100), 0.0, seed=0) == {}
 
 
 # ------------------------------------------------------------ soft targets mixed
@@ -197,14 +193,14 @@ def targets(bank, context):
 
 
 def change(method, name, table):
-    return soft.told(runs.Run({"method": method, "change": name}, 0, ()), table)
+    return soft.changed_targets(runs.Run({"method": method, "change": name}, 0, ()), table)
 
 
 def test_mixed_targets_are_between_the_truth_and_the_estimate():
     table, plain = world(0.3), losses.soft_targets
     bank = bank_by_kind(table, noise=0.3)
     estimate, _ = targets(bank, contextlib.nullcontext())
-    truth, _ = targets(bank, robust.told("soft-oracle", table))
+    truth, _ = targets(bank, robust.oracle("soft-oracle", table))
     mixed, _ = targets(bank, change("mixed", "0.25 of the truth", table))
     torch.testing.assert_close(mixed, 0.25 * truth + 0.75 * estimate)
     assert (truth - estimate).norm() > 0.5

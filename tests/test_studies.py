@@ -114,9 +114,9 @@ def test_gains_are_between_rows_of_the_same_seed():
         return [dict.fromkeys(robust.MEASURES, value) | {"seed": seed} for seed, value in by_seed.items()]
 
     mine, others = rows({"0": "50.5", "1": "60", "2": "70"}), rows({"2": "71", "0": "50"})
-    gains = robust.over(mine, others)
+    gains = robust.difference(mine, others)
     assert [float(row["kind probe video"]) for row in gains] == [0.5, -1]  # seed 1 has no other
-    assert runs.mean_std(robust.over(mine, mine), "AUROC") == (0, 0)  # no difference is a number, too
+    assert runs.mean_std(robust.difference(mine, mine), "AUROC") == (0, 0)  # no difference is a number, too
 
 
 def test_soft_targets_by_the_manifest_are_the_same_for_all_of_the_kind():
@@ -124,7 +124,7 @@ def test_soft_targets_by_the_manifest_are_the_same_for_all_of_the_kind():
     columns = {"label": seen, "sound": heard, "faulty": ["0", "1", "1", "0"]}
     table = datasets.Table("toy", None, list("abcd"), None, [], None, None, None, columns, [])
     bank = memory_bank.MemoryBank(4, 8, momentum=0.5, seed=0)
-    with robust.told("soft-oracle", table):
+    with robust.oracle("soft-oracle", table):
         found = bank.candidates(torch.tensor([0, 1, 2]), 32, 0)
         video, audio = bank.video[found.index], bank.audio[found.index]
         own = video[found.column], audio[found.column]
@@ -135,7 +135,7 @@ def test_soft_targets_by_the_manifest_are_the_same_for_all_of_the_kind():
     torch.testing.assert_close(a[1], (bank.video[0] + bank.video[2]) / 2)  # a drum is heard, two are seen
     torch.testing.assert_close(a[2], bank.video[2])  # music: its own
     assert losses.soft_targets.__name__ == "soft_targets" and not bank.candidates.__qualname__.startswith(
-        "told"
+        "oracle"
     )
 
 
@@ -218,12 +218,12 @@ def bank_by_kind(table, noise=0.0):
 
 def test_a_bank_that_knows_the_kinds_tells_faulty_pairs_and_a_random_one_does_not():
     table, loss = world(0.3), config.Loss()
-    known = measures.pair_judgement(bank_by_kind(table), table, loss)
+    known = measures.weight_statistics(bank_by_kind(table), table, loss)
     assert known["AUROC"] == 1 and known["weight true"] > 0.8 > 0.4 > known["weight faulty"] >= 0.25
     assert sum(known["weights true"]) == 140 and sum(known["weights faulty"]) == 60
-    unknown = measures.pair_judgement(memory_bank.MemoryBank(200, 32, 0.5, seed=0), table, loss)
+    unknown = measures.weight_statistics(memory_bank.MemoryBank(200, 32, 0.5, seed=0), table, loss)
     assert 0.35 < unknown["AUROC"] < 0.65
-    assert measures.pair_judgement(bank_by_kind(world(0)), world(0), loss) == {}
+    assert measures.weight_statistics(bank_by_kind(world(0)), world(0), loss) == {}
 
 
 @pytest.mark.parametrize("estimator", measures.ESTIMATORS)
@@ -266,6 +266,6 @@ def test_the_oracle_weighs_by_the_manifest():
     table = world(0.3)
     faulty = np.array(table.columns["faulty"]) == "1"
     index = torch.arange(200)
-    with robust.told("oracle", table):
+    with robust.oracle("oracle", table):
         assert torch.equal(train.pair_weights(index, None, None, robust=True), torch.tensor(~faulty).float())
         assert torch.equal(train.pair_weights(index, None, None, robust=False), torch.ones(200))
