@@ -120,9 +120,7 @@ def tables(rows):
         return [row for row in found if row["seed"] in seeds]
 
     frontends = {name: runs.select(rows, question="frontend", method=name) for name in FRONTENDS}
-    names = [f"{how}, {norm}" for how in DRAWS for norm in NORMS]
-    draws = {name: runs.select(rows, question="draws", method=name) for name in names}
-    compare("sources-draws", "draws, norm of the heads", draws | {"iid, batch": frontends["log-mel"]})
+    compare("sources-draws", "draws, norm of the heads", by_draws(rows))
     compare("sources-frontend", "what the network hears", frontends)
     for faulty, change, _ in WORLDS:
         columns = dict(robust.MEASURES) | {KIND: KIND}
@@ -143,12 +141,18 @@ def tables(rows):
     return text
 
 
+def by_draws(rows):
+    """{draws and norm of the heads: its rows}; iid with batch norm are the frontend's runs of log-mel."""
+    names = [f"{how}, {norm}" for how in DRAWS for norm in NORMS]
+    found = {name: runs.select(rows, question="draws", method=name) for name in names}
+    return found | {"iid, batch": runs.select(rows, question="frontend", method="log-mel")}
+
+
 def draw(rows, images, folder, arguments):
     shown = {c: f"{head}, %" for c, head in robust.MEASURES.items() if "probe" in c or "class" in c}
-    selected = runs.select(rows, question="draws")
-    yield figures.bars(
-        images / "sources.png", selected, list(dict.fromkeys(row["method"] for row in selected)), shown
-    )
+    groups = by_draws(rows)
+    named = [row | {"method": name} for name, selected in groups.items() for row in selected]
+    yield figures.bars(images / "sources.png", named, list(groups), shown)
 
 
 STUDY = runs.Study("sources", "toy", tuple(robust.BASE), plan, measure, tables, draw)
