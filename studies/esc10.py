@@ -127,7 +127,8 @@ def tables(rows):
 
 def draw(rows, images, folder, arguments):
     shown = {"top1": "ESC-10, top-1, %", "top1 with statistics": "with the statistics, %"}
-    yield figures.bars(images / "esc10.png", rows, METHODS, shown)
+    present = [method for method in METHODS if runs.select(rows, method=method)]
+    yield figures.bars(images / "esc10.png", rows, present, shown)
 
 
 def prepare(tasks, arguments):
