@@ -323,11 +323,11 @@ def half_mute(tmp_path_factory):
     return root
 
 
-def evaluate(script, root, out, *more):
+def evaluate(script, root, out, *more, name="folder"):
     """What an evaluation of an untrained network writes: {name of the JSON: content}."""
-    argv = ["--ckpt", "random", "--data", "folder", "--root", str(root), "--out", str(out), *TINY, *more]
+    argv = ["--ckpt", "random", "--data", name, "--root", str(root), "--out", str(out), *TINY, *more]
     script.main(script.command_line(argv))
-    return {path.stem.rpartition("-folder")[0]: json.loads(path.read_text()) for path in out.glob("*.json")}
+    return {path.stem.rpartition(f"-{name}")[0]: json.loads(path.read_text()) for path in out.glob("*.json")}
 
 
 def test_a_mute_video_counts_by_its_picture(half_mute, tmp_path, capsys):
@@ -346,6 +346,48 @@ def test_a_mute_video_counts_by_its_picture(half_mute, tmp_path, capsys):
         assert np.isfinite(saved["features_video"]).all()
         heard = np.isfinite(saved["embeddings_audio"]).all((1, 2))
         assert heard.tolist() == [path.endswith("1.mp4") for path in saved["paths"]]
+
+
+def official(name, root):
+    """UCF101 or HMDB51 of two classes: 4 training and 2 test videos each, every other one mute, and the lists
+    of the first division as they are published. HMDB51 has one more video each that the division leaves out.
+    """
+    folder = root / {"ucf101": "UCF-101", "hmdb51": "hmdb51_org"}[name]
+    train, test = [], []
+    for number, (label, hz) in enumerate((("Archery", 300), ("Bowling", 3000)), 1):
+        uses = [1, 1, 1, 1, 2, 2] + [0] * (name == "hmdb51")
+        videos = [f"v_{label}_g{k:02d}_c01.avi" for k in range(len(uses))]
+        for k, video in enumerate(videos):
+            wave = tone(hz, 1, 16000) if k % 2 else None
+            write_media(folder / label / video, np.arange(25) / 25, wave, 16000, size=32)
+        train += [f"{label}/{video} {number}" for video in videos[:4]]
+        test += [f"{label}/{video}" for video in videos[4:6]]
+        if name == "hmdb51":
+            path = root / f"testTrainMulti_7030_splits/{label}_test_split1.txt"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("".join(f"{video} {use} \n" for video, use in zip(videos, uses, strict=True)))
+    if name == "ucf101":
+        (root / "ucfTrainTestlist").mkdir()
+        for part, lines in ("train", train), ("test", test):
+            (root / f"ucfTrainTestlist/{part}list01.txt").write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("name", ["ucf101", "hmdb51"])
+def test_official_lists_are_judged_by_picture_on_all_and_by_sound_on_those_that_have_it(
+    name, tmp_path, capsys
+):
+    official(name, tmp_path / "in")
+    results = evaluate(eval_linear, tmp_path / "in", tmp_path / "a", "--mode", "fewshot", name=name)
+    counts = ("train_videos", "train_files", "videos", "files", "skipped")
+    assert [results["fewshot-video"][key] for key in counts] == [8, 8, 4, 4, 0]
+    assert [results["fewshot-audio"][key] for key in counts] == [4, 8, 2, 4, 6]
+    shown = [line.split()[:8] for line in capsys.readouterr().out.splitlines() if " of " in line]
+    assert "video label 8 of 8 4 of 4".split() in shown and "audio label 4 of 8 2 of 4".split() in shown
+    results = evaluate(eval_retrieval, tmp_path / "in", tmp_path / "b", name=name)
+    counts = ("videos", "files", "gallery_videos", "gallery_files", "skipped")
+    assert [results["retrieval-video"][key] for key in counts] == [4, 4, 8, 8, 0]
+    assert [results["retrieval-audio"][key] for key in counts] == [2, 4, 4, 8, 2]
+    assert "audio: 2 of 4 files, 4 videos to find" in capsys.readouterr().out
 
 
 def test_what_is_kept_and_shown_names_the_part_of_a_file(tmp_path, capsys):
