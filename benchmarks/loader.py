@@ -31,8 +31,9 @@ clock. kB: what the loader reads of a file, twice where both decoders do; of pac
 
 --scale X …: clips/s of a core, loader and collate, and how many cores a GPU of X clips/s needs.
 --flat: the decoding processes over so many samples of small files: when they start, open files and memory.
---places: a clip (8 frames, 0.5 s with its sound) at 10.5 s and at 280.5 s of five minutes of HEVC, 1920×1080,
-as phones write them, key frames a second apart; what is learned of a file once is learned anew each time.
+--places: a clip (8 frames, 0.5 s with its sound) early and late in five minutes of HEVC, 1920×1080, as phones
+write them, key frames a second apart; what is learned of a file once is learned anew each time. Four clips a
+place, a quarter of a second apart: what lies between a key frame and the clip has to be decoded, too.
 """
 
 import sys
@@ -339,23 +340,26 @@ def resident_mib(pid):
 
 
 def places(folder, repeats=5):
-    """Rows: milliseconds of a clip at two places of a long file."""
-    path, ten = folder / "hevc.mp4", folder / "ten.mp4"
+    """Rows: milliseconds of a clip at places of a long file, of each of four clips and on average."""
+    path, short = folder / "hevc.mp4", folder / "short.mp4"
     if not path.exists():
-        inputs = "-f lavfi -i testsrc2=s=1920x1080:r=25 -f lavfi -i anoisesrc=color=pink -t 10".split()
+        inputs = "-f lavfi -i testsrc2=s=1920x1080:r=25 -f lavfi -i anoisesrc=color=pink -t 2".split()
         codec = "-c:v libx265 -preset ultrafast -x265-params keyint=25:log-level=none -c:a aac"
         command = [ffmpeg(), "-v", "error", "-y"]
-        subprocess.run([*command, *inputs, *codec.split(), ten], check=True)
-        subprocess.run([*command, "-stream_loop", "29", "-i", ten, "-c", "copy", path], check=True)
+        subprocess.run([*command, *inputs, *codec.split(), short], check=True)
+        subprocess.run([*command, "-stream_loop", "149", "-i", short, "-c", "copy", path], check=True)
     rows = []
-    for at_s in (10.5, 280.5):
-        spent = []
-        for _ in range(repeats):
-            media._known.clear()
-            with timed(spent), Media(path) as file:
-                file.frames(at_s + np.arange(8) / 16)
-                file.sound(at_s, 8000, 16000)
-        rows.append({"at, s": at_s, "clip": float(np.median(np.array(spent)[:, 0]))})
+    for place_s in (10, 60, 150, 280):
+        clips = {}
+        for later_s in (0.0, 0.25, 0.5, 0.75):
+            spent, at_s = [], place_s + later_s
+            for _ in range(repeats):
+                media._known.clear()
+                with timed(spent), Media(path) as file:
+                    file.frames(at_s + np.arange(8) / 16)
+                    file.sound(at_s, 8000, 16000)
+            clips[f"+{later_s} s"] = float(np.median(np.array(spent)[:, 0]))
+        rows.append({"at, s": place_s, **clips, "mean": float(np.mean([*clips.values()]))})
     return rows
 
 
