@@ -907,7 +907,13 @@ def _numbers(texts, path, lines, empty=math.nan):
 
 def _padded(texts, path, lines):
     """A column of numbers as names of files have them, 000030."""
-    return [*map("{:06.0f}".format, _numbers(texts, path, lines).tolist())]
+    _numbers(texts, path, lines)  # they are numbers
+    return [*map(_six_digits, texts)]
+
+
+@functools.lru_cache(PIECE)
+def _six_digits(text):
+    return f"{float(text):06.0f}"
 
 
 @functools.lru_cache(PIECE)
