@@ -1,4 +1,4 @@
-"""Which container packed data should have: what each costs on the disk, to other tools, and to a sample.
+"""Which container suits packed data? Compares size on disk, listing by other tools, and cost of a sample.
 
     python benchmarks/containers.py [--videos 60] [--samples 60] [--folder DIR] [--json FILE]
 
@@ -9,12 +9,12 @@ The synthetic videos of 10 s of benchmarks/loader.py's setting A (short side 128
     tar, a file a frame  WebDataset's way for pictures: KEY.json, KEY.000.jpg, KEY.001.jpg, …, KEY.wav
     tar, a file a video  as `python -m avid pack` writes them: KEY.json, KEY.npy, KEY.mjpeg, KEY.wav
 
-    MB, beside         bytes a video, and which share of them is neither frames nor sound
+    MB, beside         size of a video, and the share of it that is neither frames nor sound
     files              in the container, a video
     list, all          milliseconds a video: Python's tarfile lists a tar; WebDataset reads all, if installed
     sample             milliseconds of processor time to open and to decode 8 frames and 2 s of sound, medians
 
-Both tars are read by memory map and index, so that their sample is one and the same.
+Both tars are read by memory map and index, so one measurement of a sample stands for both.
 """
 
 import sys

@@ -14,8 +14,8 @@ neighbourhood  positives and negatives of 64 instances from the bank (docs/metho
 dtype          the loss, its gradient and the agreement after some hundred updates, float32 against half
                precision
 
-Ways of one part take turns; milliseconds are medians, ratios those of the rounds' own. Memories and
-embeddings are random.
+The ways of one part take turns. Milliseconds are medians over rounds; a ratio is computed in each round.
+Memories and embeddings are random.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def unit(n, seed):
 
 
 class Step:
-    """A batch of B instances and its way through the objective and the bank's update."""
+    """A step on a batch of B instances: the objective and the bank's update."""
 
     def __init__(self, bank, batch, negatives):
         self.bank, self.negatives = bank, negatives

@@ -3,8 +3,8 @@
     python benchmarks/forms.py --out DIR [--seeds 0 1 2] [--forms mp4 packed …] [--json FILE] [key=value …]
     python benchmarks/forms.py --out DIR --quality [--json FILE]
 
-Of each seed one toy world, packed as large as it is; the forms take turns, each a run of train.py with its
-linear probes and its retrieval, as a user starts them. What is there in DIR is not measured again.
+Each seed makes one toy world, packed at its own resolution. For each form, in turn, train.py, the linear
+probes and the retrieval run as a user starts them. Results already in DIR are not measured again.
 
     mp4               decoded anew for every sample
     in memory         decoded once a process: data.in_memory, which configs/toy.yaml has

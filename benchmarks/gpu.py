@@ -1,7 +1,7 @@
-"""What a GPU makes of a training step: clips/s, MFU and memory, in half an hour, what matters first.
+"""A training step on a GPU: clips/s, MFU and memory, in half an hour, most important measurements first.
 
     python benchmarks/gpu.py [--cfg robust] [--batch 32] [--minutes 30] [--json FILE] [key=value …]
-    python benchmarks/gpu.py --dry-run        small steps of each kind on what there is: does it work?
+    python benchmarks/gpu.py --dry-run        small steps of each kind on any device: does the script work?
 
 The step is train.py's (benchmarks/step.py), with the guard, data in pinned memory, the bank on the GPU. In
 this order, each line printed and written as soon as it is known, until the time is spent:
@@ -9,7 +9,7 @@ this order, each line printed and written as soon as it is known, until the time
     1  waits       the host's waits for the device in a step, as CUDA sees them, and the kernels launched
     2  sizes       8×112², 8×224², 16×112², each in bf16, bf16 compiled, fp16, float32 (torch's default: its
                    convolutions in TF32)
-    3  batches     8×112² in bf16 with 64, 128, 256 clips: from where on the GPU is full
+    3  batches     8×112² in bf16 with 64, 128, 256 clips: which batch saturates the GPU
     4  checkpoint  8×224² in bf16 with optim.checkpoint_activations, and the batch in 4 parts: memory for time
 """
 
@@ -26,7 +26,7 @@ SIZES = ["8x112", "8x224", "16x112"]
 def command_line():
     parser = cli.parser(__doc__)
     parser.add_argument("--batch", type=int, default=32, help="videos a step, default: 32")
-    parser.add_argument("--minutes", type=float, default=30.0, help="when no other measurement is begun")
+    parser.add_argument("--minutes", type=float, default=30.0, help="start no measurement after this time")
     parser.add_argument("--repeats", type=int, default=30, help="steps that count, default: 30")
     parser.add_argument(
         "--instances", type=int, default=232_067, help="videos in the bank, default: Kinetics-400's"
@@ -79,8 +79,8 @@ class Bench:
         )
 
     def add(self, name, measure, *given, **more):
-        """Make a measurement, unless the time is spent; what does not fit the memory, or fails, is said and
-        costs no more."""
+        """Make a measurement, unless the time is spent. Running out of memory, or an error, is written into
+        its row; the next measurement goes on."""
         if time.monotonic() - self.begun > 60 * self.arguments.minutes:
             self.left_out.append(name)
             return
@@ -89,7 +89,7 @@ class Bench:
             row |= measure(*given, **more)
         except torch.OutOfMemoryError:
             row |= {"ms": "out of memory"}
-        except Exception as error:  # the next one may work, and a GPU's half hour is dear
+        except Exception as error:  # the next one may work, and GPU time is limited
             row |= {"ms": f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"}
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -150,7 +150,7 @@ class Bench:
         return row | {"scale": made.guard.scale.item()}
 
     def waits(self, size):
-        """How often the host waits in a step, by CUDA's own account, and what is launched."""
+        """How often the host waits for the device in a step (CUDA's count), and the kernels launched."""
         made, _ = self.step(size)
         cuda = torch.cuda.is_available()
         activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda

@@ -1,11 +1,11 @@
-"""Can the temporal tasks be solved without looking at what happens? Train them on videos in which nothing
-does.
+"""Can the temporal tasks be solved without looking at the content? Train them on videos in which nothing
+happens.
 
     python benchmarks/leak.py [--root data/still] [--epochs 60] [key=value …]
 
-Writes still pictures with steady noise as mp4 files, of the toy's size and by its encoder, trains
-`toy_temporal` on them, and prints the held-out accuracy of every task beside chance and its 99.9 % band. What
-is above the band was read from codec artefacts, padding, or the place in the file.
+Writes still pictures with steady noise as mp4 files, with the toy's size and encoder. Trains `toy_temporal`
+on them, and prints the held-out accuracy of every task beside chance and its 99.9 % band. An accuracy above
+the band was learned from codec artefacts, padding, or the position in the file.
 """
 
 import argparse
@@ -37,7 +37,7 @@ import torch
 
 from avid import progress, temporal_tasks, toy
 
-DRAWS = 2  # evaluation.confusions asks about every held-out video so often
+DRAWS = 2  # how often evaluation.confusions asks about each held-out video
 
 
 def write(root, world, count=300):

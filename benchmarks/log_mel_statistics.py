@@ -1,5 +1,5 @@
-"""What a sound classifier gets without any network: mean and deviation of each log-mel band over the file,
-and a linear SVM.
+"""Sound classification without a network: mean and standard deviation of each log-mel band over the file, and
+a linear SVM.
 
     python benchmarks/log_mel_statistics.py --root /data/esc50 [--split all] [data.subset=esc10] [key=value …]
 

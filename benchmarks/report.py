@@ -1,5 +1,4 @@
-"""What the benchmarks share: things timed in turns, memory, the machine that they ran on, a table and its
-JSON.
+"""What the benchmarks share: timing in turns, memory, a description of the machine, a table and its JSON.
 
 Import it before avid: it lets the scripts find the package of their own checkout.
 """
@@ -23,7 +22,7 @@ from avid.evaluation import print_table
 
 
 def machine():
-    """Processor, cores, GPU if there is one, versions and threads: what a figure cannot be read without."""
+    """Processor, cores, GPU if there is one, versions and threads; a figure means little without them."""
     names = [
         line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")
     ]
@@ -44,7 +43,7 @@ def machine():
 def in_turns(works, repeats, warm_up=2):
     """Time functions against each other: {name: function} → {name: milliseconds (repeats,)}.
 
-    They take turns, so that what else the machine does meets all of them alike; the first `warm_up` rounds do
+    They take turns, so that other load on the machine slows all of them alike. The first `warm_up` rounds do
     not count.
     """
     ms = {name: [] for name in works}
@@ -65,18 +64,18 @@ def synchronise():
 
 
 def memory_gb():
-    """What is held now, in 10⁹ bytes: CUDA's allocations, or this process's resident memory.
+    """Memory in use now, in 10⁹ bytes: CUDA's allocations, or this process's resident memory.
 
-    The peak starts anew.
+    Resets the peak.
     """
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated() / 1e9
-    # glibc: what is free goes back, or the next step would seem to need nothing
+    # glibc: return free memory to the system, or the next step would seem to need none
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak
     return resident_gb("VmRSS")
 
 
@@ -101,7 +100,7 @@ def show(title, rows, path=None, **more):
 
 
 def written(value):
-    """A number with three digits, or all before the point."""
+    """A float with three significant digits, or as a whole number from 100 on; other values unchanged."""
     return (
         value
         if not isinstance(value, float)

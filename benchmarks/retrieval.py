@@ -4,8 +4,8 @@
     FILE]
 
 Random unit features of 512 numbers, the 20 nearest, on the CPU as the evaluations do it. Ways take turns;
-milliseconds are medians. Peak: the most memory that a way takes beside the features. Where the matrix is
-larger than --plain-mb, it is not made, and ours is alone.
+milliseconds are medians. Peak: the most memory that a way takes beside the features. A matrix larger than
+--plain-mb is not made; then only evaluation.nearest is measured.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def plain(queries, gallery, k):
 
 
 def equal(a, b, queries, gallery):
-    """The same positions, or, where two are as near but for rounding, the same similarities."""
+    """Whether positions are equal; where they differ, similarities must be equal up to rounding."""
     differ = np.argwhere(a != b)
     near = [(queries[q] @ gallery[a[q, k]], queries[q] @ gallery[b[q, k]]) for q, k in differ]
     return bool(np.allclose(*zip(*near, strict=True), atol=1e-6)) if near else True

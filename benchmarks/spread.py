@@ -2,10 +2,10 @@
 
     python benchmarks/spread.py [--instances 1000000 10000000] [--ranks 4] [--folder DIR] [--json FILE]
 
-Processes of one machine that talk by Gloo stand for the ranks; D = 128, float16. Nothing is computed but the
-bank's part of a step: B = 256 instances, 1,024 negatives; neighbours of 64 instances a rank out of
-contrast.sample = 65,536. Of each time the processor's and, in brackets, that by the clock, which a busy
-machine changes more; of the slowest rank. Memory of the largest rank.
+Processes of one machine that talk by Gloo stand for the ranks; D = 128, float16. Only the bank's
+part of a step is computed: B = 256 instances, 1,024 negatives; neighbours of 64 instances a rank out of
+contrast.sample = 65,536. Times are those of the slowest rank: processor time and, in brackets,
+wall-clock time, which a busy machine changes more. Memory is that of the rank that needs most.
 
     begin       drawing the first memories, each rank its own
     step        candidates read by all ranks together, and the update: the median of 20

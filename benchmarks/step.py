@@ -1,5 +1,5 @@
-"""A whole training step with data in memory: how fast, how much memory, which share of the GPU's arithmetic,
-and what each means adds.
+"""A whole training step with data in memory: speed, memory, share of the GPU's peak arithmetic, and the
+effect of each optimisation.
 
     python benchmarks/step.py [--cfg xid] [--sizes 8x112 8x224 16x112] [--batch 32] [--json FILE] [key=value]
     python benchmarks/step.py --loop [--cfg toy] [--json FILE] [key=value …]
@@ -18,15 +18,15 @@ are the loader's. Steps are timed in turns.
 
 FLOPs are those of the plain step's matrix products and convolutions, forward and backward, a multiply-add
 counted as two. Model FLOP utilisation: FLOPs / time / peak, the GPU's dense bf16 rate for all rows, from
-NVIDIA's data sheets or --peak-tflops. Memory: at most, of state and activations (CUDA: allocated; CPU:
-resident, which the allocator's leftovers and oneDNN's scratch dominate); and of the activations what forward
-keeps for backward.
+NVIDIA's data sheets or --peak-tflops. Memory: the peak of state and activations (CUDA: allocated; CPU:
+resident, mostly memory that the allocator kept and oneDNN's scratch), and the activations that forward keeps
+for backward.
 
 --loop: train.py's own main() on batches in memory, against the bare loop of forward, sum as the loss,
 backward and Adam (fused) on clips that are float and augmented already, and against the same loop with the
-augmentation of uint8 clips. They take turns, step by step: a step of train.py is the time from handing it a
-batch to its asking for the next one; augmentation, objective, bank, logging and the checks on a finite loss
-are all within.
+augmentation of uint8 clips. They take turns, step by step: a step of train.py lasts from handing it a batch
+until it asks for the next one. This includes augmentation, objective, bank, logging and the checks on a
+finite loss.
 """
 
 import sys
@@ -83,7 +83,7 @@ PEAK_TFLOPS = {
     "L4": 121,
     "A10": 125,
 }
-VIDEO_S = 10.0  # the videos that clips are said to come from
+VIDEO_S = 10.0  # length of the videos that the random clips pretend to come from
 
 
 def batches(cfg, n, count, instances, pin=None):
@@ -126,7 +126,7 @@ class ChannelsFirst(models.AudioVisual):
 class Step:
     """A training step, on the batches in turn.
 
-    amp: as optim.amp, on CUDA; guarded: with what run.Guard adds, so that a step that is not finite moves
+    amp: as optim.amp, on CUDA; guarded: with run.Guard, so that a step that is not finite changes
     nothing.
     """
 

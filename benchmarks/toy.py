@@ -1,12 +1,12 @@
-"""The toy run end to end, as a user starts it: `python train.py --cfg toy`, and what each phase of it takes.
+"""The toy run end to end, as a user starts it (`python train.py --cfg toy`), and the time of each phase.
 
     python benchmarks/toy.py [--cfg toy] [--json FILE] [--keep DIR] [key=value …]
 
 Phases: start (imports, the toy's files written), training, checks (held-out videos, curves, checkpoints),
-end. They are read off the run's own metrics.jsonl: a line says how many steps were done, at how many clips/s,
-and which share of the time went into waiting for data. Memory: the largest sum of the resident memory of
-train.py and all of its processes, pages they share counted once (proportional set size), looked at every half
-second. CPU: of all processes, user and system.
+end. They are computed from the run's metrics.jsonl. A line has the number of steps, clips/s, and the share of
+time spent waiting for data. Memory: the largest sum of the resident memory of train.py and all of its
+processes, sampled every half second; shared pages count once (proportional set size). CPU:
+user and system time of all processes.
 """
 
 import sys
@@ -44,7 +44,7 @@ import report
 
 
 def family(pid):
-    """A process and all that descend from it: their numbers."""
+    """Process ids of a process and all its descendants."""
     parents = {}
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
