@@ -21,19 +21,19 @@ forms:
                  spectrogram, draws
     whole sound  the loader, but all of a file's sound is decoded and the stretch cut out, as plain loaders do
     in memory    the loader with data.in_memory, after the first time
-    2, 4 a file  the loader with data.clips_per_open=2 and 4: so many clips of one opened file
+    2, 4 a file  the loader with data.clips_per_open=2 and 4: 2 and 4 clips each time that a file is opened
     collate      into a batch
-    to device    to_device, here on the CPU: decoding where it is left to it; flip, jitter, normalisation
+    to device    to_device, here on the CPU: decoding (data.decode=device); flip, jitter, normalisation
 
 Milliseconds a sample, medians, one process with one thread (decord adds one of its own). All ways take the
 same samples, in turns. The time is the processor's, which a busy machine changes less; in brackets, by the
 clock. kB: what the loader reads of a file, twice where both decoders do; of packed data the sample's.
 
 --scale X …: clips/s of a core, loader and collate, and how many cores a GPU of X clips/s needs.
---flat: the decoding processes over so many samples of small files: when they start, open files and memory.
+--flat N: open files and memory of the decoding processes, at their start and over N samples of small files.
 --places: a clip (8 frames, 0.5 s with its sound) early and late in five minutes of HEVC, 1920×1080, as phones
-write them, key frames a second apart; what is learned of a file once is learned anew each time. Four clips a
-place, a quarter of a second apart: what lies between a key frame and the clip has to be decoded, too.
+write them, key frames a second apart. Nothing is kept of a file from one clip to the next. Four clips a place,
+a quarter of a second apart: what lies between a key frame and the clip has to be decoded, too.
 """
 
 import sys
