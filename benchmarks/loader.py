@@ -32,8 +32,8 @@ clock. kB: what the loader reads of a file, twice where both decoders do; of pac
 --scale X …: clips/s of a core, loader and collate, and how many cores a GPU of X clips/s needs.
 --flat N: open files and memory of the decoding processes, at their start and over N samples of small files.
 --places: a clip (8 frames, 0.5 s with its sound) early and late in five minutes of HEVC, 1920×1080, as phones
-write them, key frames a second apart. Nothing is kept of a file from one clip to the next. Four clips a place,
-a quarter of a second apart: what lies between a key frame and the clip has to be decoded, too.
+write them, key frames a second apart; nothing is kept of a file from one clip to the next. Four clips a
+place, a quarter of a second apart: what lies between a key frame and the clip has to be decoded, too.
 """
 
 import sys
