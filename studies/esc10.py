@@ -65,7 +65,7 @@ def measure(run, cfg):
             cfg, out=f"{cfg.out}/fold{fold}", data=dataclasses.replace(cfg.data, split=str(fold))
         )
         both = next(iter(evaluation.tables(fold_cfg)))
-        bands = [log_mel_statistics.statistics(table, dataclasses.replace(cfg.audio)) for table in both]
+        bands = [log_mel_statistics.statistics(table, cfg.audio) for table in both]
         if method == "in-domain":
             train.main(
                 dataclasses.replace(fold_cfg, data=dataclasses.replace(fold_cfg.data, split=f"train{fold}"))
