@@ -239,11 +239,12 @@ def videos(cfg, world):
     source = toy.source(cfg)
     if world.rank == 0:
         distributed.wait()  # the others go on and find the toy written
-    train_table = datasets.load(source, source.split or "train")
-    distributed.say(world, train_table.report())
     if not cfg.log.check_epochs:
+        train_table = datasets.load(source, source.split or "train")
+        distributed.say(world, train_table.report())
         return train_table, None
-    held_out = datasets.held_out(source, train_table)
+    train_table, held_out = datasets.for_training(source)
+    distributed.say(world, train_table.report())
     if held_out is None:
         text = "nothing is held out: checks tell of the bank alone; a folder may have train/ and test/"
         distributed.say(world, text)

@@ -1,12 +1,13 @@
 """Where the videos are: one short reader per benchmark layout, all giving the same table.
 
-In: a `config.Data` (name, root, label, subset) and the split to read. Nothing is decoded. Out: a `Table` of
-instances, each a file and the part of it to use, with labels and classes, and of what the lists name and the
-disk lacks.
+In: a `config.Data` (name, root, label, subset) and the splits to read. Nothing is decoded. Out: a `Table` of
+each split's instances, each a file and the part of it to use, with labels and classes, and of what the lists
+name and the disk lacks.
 
 Lists are read a few thousand lines at a time, and column by column: 2 million lines take seconds.
 """
 
+import contextlib
 import csv
 import functools
 import gc
@@ -63,11 +64,11 @@ class Codes(dict):
 class Rows:
     """What lists say about their files: n rows, a column each, filled piece by piece.
 
-    on_disk: {file as rows name it: path relative to root}.
+    on_disk: {file as rows name it: path relative to root}, where the rows that are added next are looked up.
     """
 
-    def __init__(self, on_disk):
-        self.on_disk = on_disk
+    def __init__(self, on_disk=None):
+        self.on_disk = on_disk or {}
         self.paths, self.missing = [], {}  # n, None where the file is not on disk; {row: file} of those
         self.labels, self.splits = Codes(), Codes()  # split "": belongs to every split
         self.numbers = {"label": [], "split": [], "start_s": [], "end_s": [], "fold": []}  # n each, in pieces
@@ -104,10 +105,8 @@ class Rows:
             row -= len(lines)
 
     def file(self, row):
-        """How a row names its file."""
-        if row in self.missing:
-            return self.missing[row]
-        return next(file for file, path in self.on_disk.items() if path is self.paths[row])
+        """The path of a row's file relative to root; how the row names it where it is not on disk."""
+        return self.missing.get(row, self.paths[row])
 
     def again(self):
         """[(a row whose instance an earlier one has, the first that has it)]."""
@@ -170,20 +169,35 @@ def load(data, split):
     (train2; without a number the first). The toy's data.root is the folder that `toy.write` returned. Raises
     DataError.
     """
+    return read(data, split)(split)
+
+
+def read(data, *splits):
+    """A function, split → its table as of `load`, for these splits: lists and folders are read once for all.
+
+    Numbered splits are of one division. Raises DataError, and so does the function.
+    """
     row, root = DATA[data.name], Path(data.root).expanduser()
     if data.subset not in ("", *row.subsets):
         there = ", ".join(f"{subset} of {name}" for name, other in DATA.items() for subset in other.subsets)
         raise DataError(f"data.subset={data.subset}: {data.name} has none of that name; there is {there}")
-    collecting = gc.isenabled()
-    gc.disable()  # rows have no cycles, and to look for some among millions takes a third of the time
-    try:
-        return row.reader(root, split, **row.options(data))
-    except (Misplaced, OSError) as error:
-        layout = f"expected, with root = data.root = {root}:\n{inspect.getdoc(row.reader)}"
-        raise (NoSplit if isinstance(error, NoSplit) else DataError)(f"{error}\n{layout}") from None
-    finally:
-        if collecting:
-            gc.enable()
+
+    @contextlib.contextmanager
+    def reading():
+        collecting = gc.isenabled()
+        gc.disable()  # rows have no cycles, and to look for some among millions takes a third of the time
+        try:
+            yield
+        except (Misplaced, OSError) as error:
+            layout = f"expected, with root = data.root = {root}:\n{inspect.getdoc(row.reader)}"
+            raise (NoSplit if isinstance(error, NoSplit) else DataError)(f"{error}\n{layout}") from None
+        finally:
+            if collecting:
+                gc.enable()
+
+    with reading():
+        table = row.reader(root, splits, **row.options(data))
+    return reading()(table)
 
 
 def of_files(paths, root="", start_s=0.0, end_s=np.inf):
@@ -221,22 +235,23 @@ def table_hash(table):
 # ------------------------------------------------------------------------------------------- what is held out
 
 
-def held_out(data, train):
-    """What a training on `train` can be checked on: instances that it does not see; None: there are none.
+def for_training(data):
+    """The table of data.split, and what a training on it can be checked on: instances that it does not see.
 
-    They are of the part that results are reported on, or else of val or test; of a numbered division, of its
-    own test part. Raises DataError.
+    These are of the part that results are reported on, or else of val; of a numbered division, of its own
+    test part. None: there are none. Raises DataError.
     """
-    splits = dict.fromkeys((row(data).evaluation, "val", "test"))
+    split, reported = data.split or "train", row(data).evaluation
+    others = dict.fromkeys((reported, "val"))
     if row(data).divisions:  # train2 → test2
-        splits = [row(data).evaluation + re.search("[0-9]?$", data.split)[0]]
-    for split in splits:
-        try:
-            table = unseen(load(data, split), train)
-        except NoSplit:
-            continue
-        return table if len(table) else None
-    return None
+        others = [reported + re.search("[0-9]?$", data.split)[0]]
+    table = read(data, split, *others)
+    train = table(split)
+    for other in others:
+        with contextlib.suppress(NoSplit):
+            held_out = unseen(table(other), train)
+            return train, held_out if len(held_out) else None
+    return train, None
 
 
 def unseen(table, train):
@@ -291,7 +306,7 @@ def same_class(query, gallery):
 # ------------------------------------------------------------------------------------------------ the readers
 
 
-def manifest(root, split, label="label"):
+def manifest(root, splits, label="label"):
     """
     root/manifest.csv     with a header; or root is the CSV itself
         path,label,split,start,end,…
@@ -302,7 +317,7 @@ def manifest(root, split, label="label"):
     empty; a file may have several rows, each with another part of it. `label` names the column of the
     classes. All columns but path, start and end are kept in `columns`.
     """
-    path, rows, folders = root if root.suffix.lower() == ".csv" else root / "manifest.csv", Rows({}), set()
+    path, rows, folders = root if root.suffix.lower() == ".csv" else root / "manifest.csv", Rows(), set()
     for lines, row in _csv(path, ["path"] if label == "label" else ["path", label]):
         files = _below_root(row.pop("path"), lambda k, lines=lines: (path, lines[k]))
         nothing = [""] * len(lines)
@@ -318,10 +333,10 @@ def manifest(root, split, label="label"):
         rows.add(path, lines, files, row.get(label, ""), row.get("split", ""), start_s, end_s, columns=row)
     if not rows.paths:
         raise Misplaced(f"{path} lists no file")
-    return _table(f"{path.parent.name}/{path.name} {split}", path.parent, split, rows)
+    return _tables(f"{path.parent.name}/{path.name}", path.parent, rows)
 
 
-def folder(root, split, name="folder"):
+def folder(root, splits, name="folder"):
     """
     root/<class>/<file>              or, without classes, root/<file>
     root/train/<class>/<file>        or in parts: train (training), val (valid, validate, validation) and
@@ -330,7 +345,7 @@ def folder(root, split, name="folder"):
     Without parts every split is the whole folder: nothing is held out. What lies beside the parts is left
     out. A file to which links lead, too, is there once.
     """
-    files, linked, notes, split = [], {}, [], SPELLED.get(split, split)
+    files, linked, notes = [], {}, []
     for folder, names in walk(root, linked):
         files += [folder + name for name in names if name[name.rfind(".") :].lower() in ENDINGS]
     files.sort(key=_by_name)
@@ -354,10 +369,10 @@ def folder(root, split, name="folder"):
         below = [file.partition("/")[2] for file in some] if parts else some
         labels = [file.partition("/")[0] if "/" in file else "" for file in below]
         rows.add(root, np.zeros(len(some)), some, labels, parts.get(top, ""))
-    return _table(f"{name} {split}", root, split, rows, notes=notes)
+    return _tables(name, root, rows, _spelled(splits), notes=notes)
 
 
-def kinetics(root, split, name="kinetics400"):
+def kinetics(root, splits, name="kinetics400"):
     """
     root/annotations/train.csv                             or root/train.csv, root/kinetics400_train.csv;
         label,youtube_id,time_start,time_end,split         val may be called validate or validation
@@ -365,8 +380,14 @@ def kinetics(root, split, name="kinetics400"):
 
     Kinetics-600 and -700 likewise. Without any CSV: root/train/<class>/<file>.
     """
-    split = SPELLED.get(split, split)
-    rows = Rows(_by_stem(root, [part for part in PARTS if SPELLED.get(part, part) == split]))
+    parts, rows = _spelled(splits), Rows()
+    folders = {
+        part: [name for name in PARTS if SPELLED.get(name, name) == part] for (part,) in parts.values()
+    }
+    on_disk = functools.cache(functools.partial(_by_stem, root))
+    found = {part: on_disk(_folders(root, names)) for part, names in folders.items()}
+    for one, other in itertools.combinations(found.values(), 2):
+        other |= {stem: one[stem] for stem in one.keys() & other.keys()}  # one clip: lists may not share it
     for part in ("test", "train", "val", "validate", "validation"):
         names = (
             f"annotations/{part}.csv",
@@ -374,18 +395,19 @@ def kinetics(root, split, name="kinetics400"):
             f"{part}.csv",
             f"{name}_{part}.csv",
         )
-        path = next(filter(Path.is_file, (root / name for name in names)), None)
+        path, official = next(filter(Path.is_file, map(root.joinpath, names)), None), SPELLED.get(part, part)
+        rows.on_disk = found.get(official, next(iter(found.values())))
         for lines, row in _csv(path, ["youtube_id", "time_start", "time_end"]) if path else ():
             start, end = (_padded(row[key], path, lines) for key in ("time_start", "time_end"))
             files = [f"{i}_{a}_{b}" for i, a, b in zip(row["youtube_id"], start, end, strict=True)]
             label = row.get("label", "")  # tests may have none
-            rows.add(path, lines, files, label, SPELLED.get(part, part))
+            rows.add(path, lines, files, label, official)
     if not rows.paths and root.is_dir() and any(part_of(it.name) for it in root.iterdir() if it.is_dir()):
-        return folder(root, split, name)
-    return _table(f"{name} {split}", root, split, rows, official=True)
+        return folder(root, splits, name)
+    return _tables(name, root, rows, parts, official=True)
 
 
-def vggsound(root, split):
+def vggsound(root, splits):
     """
     root/vggsound.csv                         without a header; splits train and test
         <youtube_id>,30,"label, of the clip",train
@@ -396,10 +418,10 @@ def vggsound(root, split):
         start = _padded(row["start"], path, lines)
         files = [f"{i}_{a}" for i, a in zip(row["youtube_id"], start, strict=True)]
         rows.add(path, lines, files, row["label"], row["split"])
-    return _table(f"vggsound {split}", root, split, rows, official=True)
+    return _tables("vggsound", root, rows, official=True)
 
 
-def audioset(root, split):
+def audioset(root, splits):
     """
     root/class_labels_indices.csv             index,mid,display_name
     root/balanced_train_segments.csv          as published; unbalanced_train_…, eval_segments.csv likewise
@@ -412,34 +434,42 @@ def audioset(root, split):
     Splits: balanced_train, unbalanced_train, train (what there is of the two), eval or test, all.
     """
     train, names = ("balanced_train", "unbalanced_train"), {}
-    parts = {"train": train, "test": ("eval",), "all": (*train, "eval")}.get(split, (split,))
-    lists = [path for part in parts if (path := root / f"{part}_segments.csv").is_file()]
+    parts = {"train": train, "test": ("eval",), "all": (*train, "eval")}
+    parts = {split: parts.get(split, (split,)) for split in splits}
     for _, row in _csv(root / "class_labels_indices.csv", ["mid", "display_name"]):
         names |= zip(row["mid"], row["display_name"], strict=True)
-    rows = Rows(_by_stem(root, [path.stem for path in lists]))
 
     @functools.cache
     def classes_of(labels):
         return [names.get(mid.strip()) for mid in labels.split(",")]
 
-    for path in lists:
-        for lines, row in _csv(path, columns=["youtube_id", "start", "end", "labels"], comment="#"):
-            for labels in dict.fromkeys(row["labels"]):
-                if None in classes_of(labels):
-                    line = lines[row["labels"].index(labels)]
-                    raise _wrong(path, line, f"a label of {labels} is not in class_labels_indices.csv")
-            start, videos = _padded(row["start"], path, lines), row["youtube_id"]
-            end_s = _numbers(row["end"], path, lines)
-            files = [f"{video}_{a}" for video, a in zip(videos, start, strict=True)]
-            for k in [k for k, file in enumerate(files) if file not in rows.on_disk]:  # under another name?
-                others = f"{videos[k]}_{float(row['start'][k]) * 1000:.0f}_{end_s[k] * 1000:.0f}", videos[k]
-                files[k] = next((other for other in others if other in rows.on_disk), files[k])
-            rows.add(path, lines, files, row["labels"])
+    rows, on_disk, read = Rows(), functools.cache(functools.partial(_by_stem, root)), set()
+    for own in parts.values():
+        lists = {part: path for part in own if (path := root / f"{part}_segments.csv").is_file()}
+        rows.on_disk = on_disk(_folders(root, [path.stem for path in lists.values()])) if lists else {}
+        for part in [part for part in lists if part not in read]:
+            _audioset_list(lists[part], rows, part, classes_of)
+        read |= lists.keys()
     classes = sorted(set(names.values()))
-    return _table(f"audioset {split}", root, split, rows, classes, classes_of, official=True)
+    return _tables("audioset", root, rows, parts, classes, classes_of, official=True)
 
 
-def ucf101(root, split):
+def _audioset_list(path, rows, part, classes_of):
+    for lines, row in _csv(path, columns=["youtube_id", "start", "end", "labels"], comment="#"):
+        for labels in dict.fromkeys(row["labels"]):
+            if None in classes_of(labels):
+                line = lines[row["labels"].index(labels)]
+                raise _wrong(path, line, f"a label of {labels} is not in class_labels_indices.csv")
+        start, videos = _padded(row["start"], path, lines), row["youtube_id"]
+        end_s = _numbers(row["end"], path, lines)
+        files = [f"{video}_{a}" for video, a in zip(videos, start, strict=True)]
+        for k in [k for k, file in enumerate(files) if file not in rows.on_disk]:  # under another name?
+            others = f"{videos[k]}_{float(row['start'][k]) * 1000:.0f}_{end_s[k] * 1000:.0f}", videos[k]
+            files[k] = next((other for other in others if other in rows.on_disk), files[k])
+        rows.add(path, lines, files, row["labels"], part)
+
+
+def ucf101(root, splits):
     """
     root/ucfTrainTestlist/trainlist01.txt                      ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1
     root/ucfTrainTestlist/testlist01.txt                       ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi
@@ -447,7 +477,8 @@ def ucf101(root, split):
 
     Splits: train1, test1, … test3; all.
     """
-    (split, number, title), rows = _numbered(split, 3), Rows(_by_stem(root, ["UCF-101"], with_class=True))
+    number, parts = _division(splits, 3)
+    rows = Rows(_by_stem(root, ["UCF-101"], with_class=True))
     for part in ("train", "test"):
         path = root / "ucfTrainTestlist" / f"{part}list{number:02d}.txt"
         for lines, texts in _lines(path):
@@ -455,19 +486,20 @@ def ucf101(root, split):
             for line, text, stem in zip(lines, texts, files, strict=True):
                 if stem.count("/") != 1:
                     raise _wrong(path, line, f"{text!r} where <class>/<file> belongs")
-            rows.add(path, lines, files, [stem.partition("/")[0] for stem in files], part)
-    return _table(f"ucf101 {title}", root, split, rows, official=True)
+            rows.add(path, lines, files, [stem.partition("/")[0] for stem in files], f"{part}{number}")
+    return _tables("ucf101", root, rows, parts, official=True)
 
 
-def hmdb51(root, split):
+def hmdb51(root, splits):
     """
     root/testTrainMulti_7030_splits/brush_hair_test_split1.txt     <name>.avi 1     (2: test, 0: neither)
     root/brush_hair/<name>.avi                                     or root/hmdb51_org/…; other endings do
 
     Splits: train1, test1, … test3; all, with what the split leaves out.
     """
-    (split, number, title), rows = _numbered(split, 3), Rows(_by_stem(root, ["hmdb51_org"], with_class=True))
-    part, tail = {"0": "neither", "1": "train", "2": "test"}, f"_test_split{number}.txt"
+    number, parts = _division(splits, 3)
+    rows = Rows(_by_stem(root, ["hmdb51_org"], with_class=True))
+    part, tail = {"0": "neither", "1": f"train{number}", "2": f"test{number}"}, f"_test_split{number}.txt"
     for path in sorted((root / "testTrainMulti_7030_splits").glob(f"*{tail}")):
         label = path.name.removesuffix(tail)
         for lines, texts in _lines(path):
@@ -477,10 +509,10 @@ def hmdb51(root, split):
                     raise _wrong(path, line, f"{text!r} where a file and 0, 1 or 2 belong")
             stems = [f"{label}/{os.path.splitext(file.strip())[0]}" for file, _ in found]
             rows.add(path, lines, stems, label, [part[use] for _, use in found])
-    return _table(f"hmdb51 {title}", root, split, rows, official=True)
+    return _tables("hmdb51", root, rows, parts, official=True)
 
 
-def esc50(root, split, subset=""):
+def esc50(root, splits, subset=""):
     """
     root/meta/esc50.csv                filename,fold,target,category,esc10,src_file,take
     root/audio/1-100032-A-0.wav        other endings will do
@@ -488,7 +520,7 @@ def esc50(root, split, subset=""):
     Splits: test1 is fold 1 and train1 the other four, … test5; all. data.subset=esc10: the 10 classes of
     ESC-10.
     """
-    (split, number, title), path = _numbered(split, 5), root / "meta" / "esc50.csv"
+    (number, parts), path = _division(splits, 5), root / "meta" / "esc50.csv"
     rows = Rows(_by_stem(root, ["audio"]))
     for lines, row in _csv(path, ["filename", "fold", "category", "esc10"]):
         for line, fold in zip(lines, row["fold"], strict=True):
@@ -498,13 +530,13 @@ def esc50(root, split, subset=""):
             ten = [value == "True" for value in row["esc10"]]
             lines, row = lines[ten], {key: [*itertools.compress(row[key], ten)] for key in row}
         fold = np.array(row["fold"], dtype=np.int64)
-        parts = ["test" if one == number else "train" for one in fold]
+        part = [f"{'test' if one == number else 'train'}{number}" for one in fold]
         files = [os.path.splitext(name)[0] for name in row["filename"]]
-        rows.add(path, lines, files, row["category"], parts, fold=fold, columns=row)
-    return _table(f"{subset or 'esc50'} {title}", root, split, rows, official=True)
+        rows.add(path, lines, files, row["category"], part, fold=fold, columns=row)
+    return _tables(subset or "esc50", root, rows, parts, official=True)
 
 
-def packed(root, split, label="label"):
+def packed(root, splits, label="label"):
     """
     root/pack.json, manifest.csv, failures.csv         as `python -m avid pack DATA root` writes them
     root/index.npy, shard-000000.tar, …
@@ -516,40 +548,44 @@ def packed(root, split, label="label"):
         _checked_csv(root / name, facts["crc32"][name]) for name in ("manifest.csv", "failures.csv")
     )
     known = {name for names in {*rows["splits"], *lost["splits"]} for name in names.split()}
-    if split not in known:
-        split = SPELLED.get(split, split)
-    if DATA[facts["data"]].divisions and split in ("train", "test"):
-        split += "1"  # as those data sets do
-    if split not in known | {"all"}:
-        raise NoSplit(f"packed {facts['data']}: no such split in {root}, only {', '.join(sorted(known))}")
-
-    def belonging(columns):
-        belongs = {names: split == "all" or split in names.split() for names in set(columns["splits"])}
-        return [*map(belongs.__getitem__, columns["splits"])]
-
-    here, lacking = belonging(rows), belonging(lost)
     # a column of the list that has the name of one of ours stands as list.NAME
     theirs = {name.removeprefix("list."): name for name in rows if name not in PACKED_COLUMNS}
     if label not in ("label", *theirs):
         raise Misplaced(f"packed {facts['data']}: no column {label}; there are {', '.join(sorted(theirs))}")
     words = rows["label" if label == "label" else theirs[label]]
     classes = facts["classes"] if label == "label" else sorted({*words} - {""})
-    codes = Codes()
-    numbers = np.array([*map(codes.__getitem__, itertools.compress(words, here))])
-    picked = {name: [*itertools.compress(values, here)] for name, values in rows.items()}
-    return Table(
-        f"packed {facts['data']} {split}",
-        root,
-        picked["path"],
-        _labels(codes, numbers, classes, json.loads if facts["several_classes"] else None),
-        classes,
-        np.array([*map(float, picked["start"])]),
-        np.array([float(end or "inf") for end in picked["end"]]),
-        np.array([*map(int, picked["fold"])], np.int64),
-        {name: picked[column] for name, column in theirs.items()},
-        [*itertools.compress(lost["path"], lacking)],
-        record=np.array([*map(int, picked["record"])], np.int64),
-    )
+
+    def table(split):
+        if split not in known:
+            split = SPELLED.get(split, split)
+        if DATA[facts["data"]].divisions and split in ("train", "test"):
+            split += "1"  # as those data sets do
+        if split not in known | {"all"}:
+            there = ", ".join(sorted(known))
+            raise NoSplit(f"packed {facts['data']}: no such split in {root}, only {there}")
+
+        def belonging(columns):
+            belongs = {names: split == "all" or split in names.split() for names in set(columns["splits"])}
+            return [*map(belongs.__getitem__, columns["splits"])]
+
+        here, lacking, codes = belonging(rows), belonging(lost), Codes()
+        numbers = np.array([*map(codes.__getitem__, itertools.compress(words, here))])
+        picked = {name: [*itertools.compress(values, here)] for name, values in rows.items()}
+        return Table(
+            f"packed {facts['data']} {split}",
+            root,
+            picked["path"],
+            _labels(codes, numbers, classes, json.loads if facts["several_classes"] else None),
+            classes,
+            np.array([*map(float, picked["start"])]),
+            np.array([float(end or "inf") for end in picked["end"]]),
+            np.array([*map(int, picked["fold"])], np.int64),
+            {name: picked[column] for name, column in theirs.items()},
+            [*itertools.compress(lost["path"], lacking)],
+            record=np.array([*map(int, picked["record"])], np.int64),
+        )
+
+    return table
 
 
 # of a pack's manifest, before the list's own
@@ -590,12 +626,12 @@ def _checked_csv(path, check):
 class DataSet(NamedTuple):
     """One row of the table of data sets: all that the rest of the project asks about one."""
 
-    reader: Callable  # (root, split, …) → Table; its docstring shows the layout
+    reader: Callable  # (root, splits, …) → the function split → Table; its docstring shows the layout
     modalities: tuple = ("video", "audio")  # what its files hold
     needs: tuple = ("video", "audio")  # what a file must have to be usable
     evaluation: str = "test"  # the split that results are reported on
     divisions: int = 0  # official divisions into train1, test1, …; 0: one division, without a number
-    options: Callable = lambda data: {}  # config.Data → what the reader is told besides root and split
+    options: Callable = lambda data: {}  # config.Data → what the reader is told besides root and splits
     subsets: tuple = ()  # what data.subset may be
     written: bool = False  # by this program, below data.root: toy.write
     splits: tuple = ()  # what data.split may be; (): the lists or folders tell
@@ -637,9 +673,10 @@ def row(data):
 # -------------------------------------------------------------------------------------------- rows to a table
 
 
-def _table(name, root, split, rows, classes=None, classes_of=None, official=False, notes=()):
-    """The table of those rows of `split` whose file is on disk.
+def _tables(name, root, rows, parts=(), classes=None, classes_of=None, official=False, notes=()):
+    """A function, split → the table of those rows of it whose file is on disk.
 
+    parts: {split: what rows call it, one word or several}; a split that is not there is called as it is.
     classes_of: label → its classes, where it has several. official: the list is nobody's to mend, so that a
     row which comes again in a split is left out, with a warning; elsewhere it is an error.
     """
@@ -650,7 +687,7 @@ def _table(name, root, split, rows, classes=None, classes_of=None, official=Fals
     there[list(rows.missing)] = False
     _below_root(list(rows.missing.values()), lambda k: rows.at(list(rows.missing)[k]))
     labels, splits, notes = rows.column("label"), rows.column("split"), list(notes)
-    belongs = np.array([split == "all" or word in ("", split) for word in rows.splits])[splits]  # rows
+    once = np.ones(len(rows.paths), bool)
     if again := rows.again():
         if wrong := [pair for pair in again if not official or splits[pair[0]] != splits[pair[1]]]:
             row, first = wrong[0]
@@ -665,29 +702,37 @@ def _table(name, root, split, rows, classes=None, classes_of=None, official=Fals
             f"warning: {len(again):,} lines name a file again and were left out, "
             f"e.g. {path.name}, line {line}" + f"; {other:,} of them with another class" * bool(other)
         )
-        belongs[[row for row, _ in again]] = False
-    if not belongs.any():
-        raise NoSplit(f"{name}: no such split in {root}, only {', '.join(sorted(rows.splits))}")
-    here = belongs & there
-    missing = [file for row, file in rows.missing.items() if belongs[row]]
-    if not here.any():
-        raise Misplaced(f"{name}: none of the {len(missing):,} listed files, e.g. {missing[0]}, is in {root}")
+        once[[row for row, _ in again]] = False
     if classes is None:  # of all rows, so that every split numbers them alike
         classes = sorted(rows.labels.keys() - {""})
-    picked = here.tolist()
-    return Table(
-        name,
-        root,
-        [*itertools.compress(rows.paths, picked)],
-        _labels(rows.labels, labels[here], classes, classes_of),
-        classes,
-        rows.column("start_s")[here],
-        rows.column("end_s")[here],
-        rows.column("fold")[here],
-        {column: [*itertools.compress(values, picked)] for column, values in rows.columns.items()},
-        missing,
-        notes,
-    )
+
+    def table(split):
+        words = dict(parts).get(split, (split,))
+        title = f"{name} {words[0] if len(words) == 1 else split}"
+        belongs = np.array(["all" in words or word in ("", *words) for word in rows.splits])[splits] & once
+        if not belongs.any():
+            raise NoSplit(f"{title}: no such split in {root}, only {', '.join(sorted(rows.splits))}")
+        here = belongs & there
+        missing = [file for row, file in rows.missing.items() if belongs[row]]
+        if not here.any():
+            listed = f"none of the {len(missing):,} listed files, e.g. {missing[0]}, is in {root}"
+            raise NoSplit(f"{title}: {listed}")
+        picked = here.tolist()
+        return Table(
+            title,
+            root,
+            [*itertools.compress(rows.paths, picked)],
+            _labels(rows.labels, labels[here], classes, classes_of),
+            classes,
+            rows.column("start_s")[here],
+            rows.column("end_s")[here],
+            rows.column("fold")[here],
+            {column: [*itertools.compress(values, picked)] for column, values in rows.columns.items()},
+            missing,
+            notes.copy(),
+        )
+
+    return table
 
 
 def _labels(words, codes, classes, classes_of):
@@ -787,25 +832,31 @@ def _once(files, linked, root, notes):
     return once
 
 
+def _folders(root, names):
+    """Which folders of these names there are below root; without any, root itself: ("",)."""
+    return tuple(name for name in names if (root / name).is_dir()) or ("",)
+
+
 def _by_stem(root, folders, with_class=False):
     """{name without ending: path relative to root} of the media in those `folders` that exist, else in root.
 
     with_class: the name with the folder that the file is in. Of two endings of a name, the first in MEDIA is
     used.
     """
-    found = {ending: {} for ending in MEDIA}
-    for top in [folder for folder in folders if (root / folder).is_dir()] or [""]:
+    found = {ending[1:]: {} for ending in MEDIA}
+    for top in _folders(root, folders):
         for folder, names in walk(root / top):
             prefix = f"{top}/{folder}" if top else folder
             label = folder[folder.rfind("/", 0, -1) + 1 :] if with_class else ""
             for name in names:
-                dot = name.rfind(".")
-                known = found.get(name[dot:].lower())
-                if known is not None:
-                    stem, path = label + name[:dot], prefix + name
-                    first = known.setdefault(stem, path)
-                    if first is not path:  # two of one name
-                        known[stem] = min(first, path, key=_by_name)
+                stem, dot, ending = name.rpartition(".")
+                known = found.get(ending)
+                if (known is None and (known := found.get(ending.lower())) is None) or not dot:
+                    continue
+                path = prefix + name
+                first = known.setdefault(label + stem, path)
+                if first is not path:  # two of one name
+                    known[label + stem] = min(first, path, key=_by_name)
     best = {}
     for known in filter(None, reversed(found.values())):
         best = best | known if best else known
@@ -924,13 +975,22 @@ def _number(text):
     return float(text)
 
 
-def _numbered(split, most):
-    """("train", 2, "train2") of train2: the split, its number (1 if none is given), and both as a title."""
-    part = split.rstrip("12345"[:most])
-    number = split[len(part) :] or "1"
-    if part not in ("train", "test", "all") or len(number) > 1:
-        raise DataError(f"no split {split}; there are train1, test1 and so on up to {most}, and all")
-    return part, int(number), "all" if part == "all" else part + number
+def _spelled(splits):
+    """{split: the usual name of it}, as `parts` of _tables: val of validation."""
+    return {split: (SPELLED.get(split, split),) for split in splits}
+
+
+def _division(splits, most):
+    """The number of the official division that `splits` are of (1 if none is given), and `parts` of _tables:
+    {train: train1}."""
+    parts = {}
+    for split in splits:
+        part = split.rstrip("12345"[:most])
+        number = split[len(part) :] or "1"
+        if part not in ("train", "test", "all") or len(number) > 1:
+            raise DataError(f"no split {split}; there are train1, test1 and so on up to {most}, and all")
+        parts[split] = ("all" if part == "all" else part + number,)
+    return int(number), parts
 
 
 def _wrong(path, line, cause):

@@ -127,7 +127,7 @@ def tables(cfg):
     else:
         pairs = [("train", source.split or datasets.row(source).evaluation)]
     # all are read before the first is used
-    pairs = [(datasets.load(source, train), datasets.load(source, test)) for train, test in pairs]
+    pairs = [[*map(datasets.read(source, *pair), pair)] for pair in pairs]
     for train, test in pairs:
         new = datasets.unseen(test, train)
         yield (train, new) if len(new) else datasets.hold_out(train, cfg.seed)

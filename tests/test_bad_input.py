@@ -544,7 +544,7 @@ def test_help_answers_without_torch(script):
 @pytest.mark.parametrize(
     "command, said",
     [
-        ("train.py data.name=folder data.root=nowhere", "error: folder train: no list or file in nowhere"),
+        ("train.py data.name=folder data.root=nowhere", "error: folder: no list or file in nowhere"),
         ("eval_linear.py --ckpt nowhere.pt", "error: no checkpoint nowhere.pt"),
         (
             "-m avid.data check --data manifest --root list optim.lr=fast",

@@ -64,9 +64,7 @@ def test_kinetics_reads_class_folders_without_any_list(tmp_path):
 
 def test_kinetics_without_lists_and_splits_is_refused(tmp_path):
     touch(tmp_path, "zumba/b.mp4")  # would be the training and the validation set at once
-    assert error(tmp_path, "kinetics400", "val").startswith(
-        f"kinetics400 val: no list or file in {tmp_path}\n"
-    )
+    assert error(tmp_path, "kinetics400", "val").startswith(f"kinetics400: no list or file in {tmp_path}\n")
 
 
 def test_a_clip_in_two_lists_of_kinetics_is_an_error(tmp_path):
@@ -193,7 +191,7 @@ def test_ucf101_has_three_splits_and_labels_by_folder(folder, ending, tmp_path):
     [
         ("v_Archery_g02_c01.avi", "'v_Archery_g02_c01.avi' where <class>/<file> belongs"),
         ("../v_Archery_g02_c01.avi", "'../v_Archery_g02_c01' is not a path below the data root"),
-        ("Archery/v.avi", "Archery/v again, as in trainlist01.txt, line 1; keep one of them"),
+        ("Archery/v.avi", "UCF-101/Archery/v.avi again, as in trainlist01.txt, line 1; keep one of them"),
     ],
 )
 def test_a_wrong_line_of_ucf101_is_an_error_that_names_it(line, cause, tmp_path):

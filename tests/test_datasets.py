@@ -8,6 +8,7 @@ import json
 import os
 import time
 from collections import Counter
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -580,7 +581,7 @@ def test_what_training_sees_is_not_held_out(tmp_path):
 
     def held_out(name, folder):
         source = config.Data(name=name, root=str(tmp_path / folder))
-        return datasets.held_out(source, datasets.load(source, "train"))
+        return datasets.for_training(source)[1]
 
     assert held_out("folder", "whole") is None
     assert held_out("folder", "parts").paths == ["val/2.mp4"]
@@ -594,5 +595,49 @@ def test_a_training_on_a_numbered_division_is_checked_on_its_test_part(tmp_path)
     touch(tmp_path, "A/a.avi", "A/b.avi")
     for split, expected in (("", "A/b.avi"), ("train2", "A/a.avi")):
         source = config.Data(name="ucf101", root=str(tmp_path), split=split)
-        train = datasets.load(source, split or "train")
-        assert datasets.held_out(source, train).paths == [expected]
+        assert datasets.for_training(source)[1].paths == [expected]
+
+
+@pytest.mark.parametrize("name", ["kinetics400", "audioset", "folder"])
+def test_training_reads_every_list_and_folder_once(name, tmp_path):
+    for part in ("train", "val"):
+        write(tmp_path, f"annotations/{part}.csv", KINETICS, f"zumba,{part},0,10,{part},0")
+    write(tmp_path, "class_labels_indices.csv", "index,mid,display_name", "0,/m/a,A")
+    for part in ("unbalanced_train", "eval"):
+        write(tmp_path, f"{part}_segments.csv", f'{part}, 0.000, 10.000, "/m/a"')
+    files = ["train/a/train_000000_000010.mp4", "val/a/val_000000_000010.mp4"]
+    touch(tmp_path, *files, "train/a/unbalanced_train_000000.mp4", "val/a/eval_000000.mp4")
+    read, walked = Counter(), Counter()
+
+    def lines(path, *arguments, original=datasets._lines):
+        read[path.name] += 1
+        return original(path, *arguments)
+
+    def walk(root, *arguments, original=datasets.walk):
+        walked[root] += 1
+        return original(root, *arguments)
+
+    with mock.patch.object(datasets, "_lines", lines), mock.patch.object(datasets, "walk", walk):
+        train, held_out = datasets.for_training(config.Data(name=name, root=str(tmp_path)))
+    assert {*read.values(), *walked.values()} == {1}
+    assert [len(train), len(held_out)] == ([2, 2] if name == "folder" else [1, 1])
+    for table, split in ((train, "train"), (held_out, {"audioset": "eval"}.get(name, "val"))):
+        alone = load(tmp_path, name, split)
+        assert (table.paths, table.missing) == (alone.paths, alone.missing)
+        assert table.labels.tolist() == alone.labels.tolist() and table.classes == alone.classes
+
+
+def test_a_training_part_alone_can_be_trained_on(tmp_path):
+    for part in ("train", "val"):
+        write(tmp_path, f"{part}.csv", KINETICS, f"zumba,{part},0,10,{part},0")
+    touch(tmp_path, "train/train_000000_000010.mp4")
+    train, held_out = datasets.for_training(config.Data(name="kinetics400", root=str(tmp_path)))
+    assert labelled(train) == {"train/train_000000_000010.mp4": "zumba"} and held_out is None
+
+
+def test_a_clip_in_the_folders_of_two_parts_belongs_to_one_list(tmp_path):
+    for part in ("train", "val"):
+        write(tmp_path, f"{part}.csv", KINETICS, f"zumba,a,0,10,{part},0")
+        touch(tmp_path, f"{part}/a_000000_000010.mp4")
+    with pytest.raises(DataError, match=r"a_000000_000010\.mp4 again, as in train\.csv, line 2"):
+        datasets.for_training(config.Data(name="kinetics400", root=str(tmp_path)))

@@ -521,7 +521,7 @@ def test_the_command_line(world, shards, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         pack.main(["pack", str(tmp_path / "nowhere"), dst])
     assert end.value.code == 2
-    assert "error: folder all: no list or file in" in capsys.readouterr().err
+    assert "error: folder: no list or file in" in capsys.readouterr().err
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.mp4").write_text("no video")
     with pytest.raises(SystemExit) as end:
