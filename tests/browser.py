@@ -1,7 +1,6 @@
-"""A real browser without a screen: Chromium, asked over a pipe (the DevTools protocol, JSON lines that end
-in a zero byte)."""
+"""A headless Chromium, controlled over a pipe with the DevTools protocol: JSON messages, each ended by a zero
+byte."""
 
-import base64
 import contextlib
 import json
 import os
@@ -15,44 +14,44 @@ from pathlib import Path
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
 )
-MISSING = "no Chromium on PATH (Debian: apt-get install chromium): pages were not tried in a browser"
+MISSING = "no Chromium on PATH (Debian: apt-get install chromium): pages were not tested in a browser"
 
 
 class Browser:
-    """One page of a headless Chromium. `complaints` collects what its console says, errors of scripts and
-    failed requests."""
+    """One page of a headless Chromium. `problems` collects console messages, script errors and failed
+    requests."""
 
     def __init__(self):
         self.profile = tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True)
-        (ours, to_theirs), (from_theirs, theirs) = os.pipe(), os.pipe()
+        (browser_in, to_browser), (from_browser, browser_out) = os.pipe(), os.pipe()
         options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--mute-audio"]
         options += ["--autoplay-policy=no-user-gesture-required", "--disable-background-networking"]
         options += ["--remote-debugging-pipe", f"--user-data-dir={self.profile.name}"]
 
-        def wire():  # the browser reads 3 and writes 4
-            os.dup2(ours, 103)
-            os.dup2(theirs, 104)
+        def connect_pipes():  # the browser reads from descriptor 3 and writes to 4
+            os.dup2(browser_in, 103)
+            os.dup2(browser_out, 104)
             os.dup2(103, 3)
             os.dup2(104, 4)
 
         self.process = subprocess.Popen(
             [CHROMIUM, *options, "about:blank"],
-            preexec_fn=wire,
+            preexec_fn=connect_pipes,
             close_fds=False,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        os.close(ours)
-        os.close(theirs)
-        self.to, self.back, self.buffer, self.number = to_theirs, from_theirs, b"", 0
-        self.session, self.complaints, self.loaded = None, [], False
+        os.close(browser_in)
+        os.close(browser_out)
+        self.to, self.back, self.buffer, self.number = to_browser, from_browser, b"", 0
+        self.session, self.problems, self.loaded = None, [], False
         target = self.ask("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network", "Accessibility"):
             self.ask(f"{domain}.enable")
 
     def ask(self, method, **parameters):
-        """The result of a DevTools command."""
+        """Send a DevTools command and return its result."""
         self.number += 1
         message = {"id": self.number, "method": method, "params": parameters}
         if self.session:
@@ -65,7 +64,7 @@ class Browser:
                 return answer["result"]
 
     def receive(self, limit_s):
-        """The next message, or {} where none comes in time; events are noted."""
+        """The next message, or {} if none comes in time. Events set `problems` and `loaded`."""
         deadline = time.monotonic() + limit_s
         while b"\0" not in self.buffer:
             if not select.select([self.back], [], [], max(deadline - time.monotonic(), 0))[0]:
@@ -75,23 +74,23 @@ class Browser:
             self.buffer += block
         line, _, self.buffer = self.buffer.partition(b"\0")
         message = json.loads(line)
-        event, about = message.get("method"), message.get("params", {})
+        event, details = message.get("method"), message.get("params", {})
         if event == "Runtime.consoleAPICalled":
-            self.complaints.append(" ".join(str(x.get("value")) for x in about["args"]))
+            self.problems.append(" ".join(str(x.get("value")) for x in details["args"]))
         elif event == "Runtime.exceptionThrown":
-            self.complaints.append(about["exceptionDetails"]["text"])
+            self.problems.append(details["exceptionDetails"]["text"])
         elif event == "Log.entryAdded":
-            self.complaints.append(f"{about['entry']['text']} {about['entry'].get('url', '')}")
-        elif event == "Network.requestWillBeSent" and not about["request"]["url"].startswith(
+            self.problems.append(f"{details['entry']['text']} {details['entry'].get('url', '')}")
+        elif event == "Network.requestWillBeSent" and not details["request"]["url"].startswith(
             ("file:", "data:", "blob:")
         ):
-            self.complaints.append(f"asks for {about['request']['url']}")
+            self.problems.append(f"requests {details['request']['url']}")
         elif event == "Page.loadEventFired":
             self.loaded = True
         return message
 
     def open(self, path, width=1280, height=900, dark=False):
-        """Load a file and wait for it."""
+        """Open a file and wait until it is loaded."""
         self.loaded = False
         self.ask(
             "Emulation.setDeviceMetricsOverride",
@@ -107,7 +106,7 @@ class Browser:
             assert self.receive(60), "the page does not load"
 
     def evaluate(self, script):
-        """The value of a script; a promise is waited for."""
+        """The value of a script. If it is a promise, wait for its result."""
         answer = self.ask("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
@@ -119,19 +118,14 @@ class Browser:
         for kind in ("keyDown", "keyUp"):
             self.ask("Input.dispatchKeyEvent", type=kind, key=key, **more)
 
-    def names(self):
-        """What a screen reader is told: (role, name) of every node that is not ignored."""
+    def accessible_nodes(self):
+        """The nodes that a screen reader gets: (role, name) of each that is not ignored."""
         nodes = self.ask("Accessibility.getFullAXTree")["nodes"]
         return [
             (node["role"]["value"], node.get("name", {}).get("value", ""))
             for node in nodes
             if not node["ignored"]
         ]
-
-    def picture(self, path, whole=True):
-        """A screenshot, PNG, of the whole page or of the window."""
-        answer = self.ask("Page.captureScreenshot", captureBeyondViewport=whole)
-        Path(path).write_bytes(base64.b64decode(answer["data"]))
 
     def close(self):
         with contextlib.suppress(Exception):

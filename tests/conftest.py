@@ -1,5 +1,4 @@
-"""Small media files whose content is known at every moment: frames show their number, a chirp sounds at known
-times."""
+"""Small media files of known content: each frame shows its number, and a chirp sounds at known times."""
 
 import importlib
 import os
@@ -11,11 +10,11 @@ import av
 import numpy as np
 import pytest
 
-# before torch comes: what is tested is small, and its threads would only wait for each other
+# set before torch is imported: the tests are small, and several threads would slow them down
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# a shell that runs the tests in the background has them ignore Ctrl-C, and so would every process that they
-# start
+# a shell that runs the tests in the background makes them ignore Ctrl-C, and the processes that they start
+# inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SIDE = 64  # pixels: eight bars of eight, the bits of the frame's number
@@ -23,7 +22,7 @@ CHIRP_S = 0.06
 
 
 def chirp(rate_hz):
-    """A sweep from 500 to 3000 Hz (n,) float32: its place in a recording is found to less than a sample."""
+    """A sweep from 500 to 3000 Hz, (n,) float32. Its start in a recording can be found to within a sample."""
     t = np.arange(round(CHIRP_S * rate_hz)) / rate_hz
     sweep = np.sin(2 * np.pi * (500 * t + 2500 / CHIRP_S * t**2 / 2)) * np.sin(np.pi * t / CHIRP_S) ** 2
     return (0.8 * sweep).astype(np.float32)
@@ -77,15 +76,16 @@ def write_media(
 ):
     """Write the frames 0, 1, … shown at times frame_s, and a sound, channels×n, that begins at sound_from_s.
 
-    Media have the times that they are given, and the container begins with the earlier one. Between the times
-    gap_s the file has no packets of sound. encoder: options of the video codec; muxer: of the container.
+    Frames and sound keep the times given here; the container begins with the earlier of the two. The file has
+    no packets of sound between the two times gap_s. encoder: options of the video codec; muxer: options of
+    the container.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", options=muxer) as file:
         packets = []
         if len(frame_s):
             fps = Fraction((len(frame_s) - 1) / float(frame_s[-1] - frame_s[0])).limit_denominator(1001)
-            # H.264 takes any times, where the container does; the others hold constant rates
+            # H.264 takes any time stamps if the container does; the other codecs need a constant rate
             base = Fraction(1, 30000) if codecs[0] == "libx264" and path.suffix != ".avi" else 1 / fps
             video = file.add_stream(codecs[0], rate=fps, options={"threads": "1", **(encoder or {})})
             video.width, video.height, video.pix_fmt = size, size, "yuv420p"
@@ -123,13 +123,14 @@ def write_media(
 
 @pytest.fixture
 def media_file(tmp_path):
-    """A function of a file name and of what `write_media` takes; it writes the file and returns its path."""
+    """A function that takes a file name and the arguments of `write_media`. It writes the file and returns
+    its path."""
     return lambda name, **content: write_media(tmp_path / name, **content)
 
 
 @pytest.fixture
 def real_data():
-    """The folder of real files, see AVID_TEST_DATA."""
+    """The folder of real files (see AVID_TEST_DATA)."""
     folder = Path(os.environ.get("AVID_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
     if not (folder / "media").is_dir():
         pytest.skip(
@@ -146,8 +147,7 @@ def real_media(real_data):
 
 @pytest.fixture
 def perform(folder, monkeypatch):
-    """A function that runs a study's command in its quick form, below the module's `folder`, and reads its
-    rows."""
+    """A function that runs a study with --quick in the module's `folder` and returns its rows."""
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 

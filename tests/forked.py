@@ -1,8 +1,8 @@
-"""The project's scripts in processes that are forked from one that has imported everything: a start takes
-milliseconds.
+"""Runs the project's scripts in processes forked from one that has already imported everything. A start then
+takes milliseconds.
 
-In: a script's name and its command line. Out: a process with a group of its own, ended as `python script …`
-would end.
+In: a script's name and its command line. Out: a process in a group of its own, which ends as
+`python script …` would end.
 """
 
 import atexit
@@ -19,14 +19,15 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ["train", "eval_linear", "eval_retrieval"]  # as modules they import, and do nothing
+SCRIPTS = ["train", "eval_linear", "eval_retrieval"]  # when imported as modules, they do nothing
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(SCRIPTS)
 
 
 def from_here():
-    """Have the processes forked from this one, for scripts that start no threads; OMP_NUM_THREADS must be 1
-    before torch comes.
+    """Fork the processes from this one instead of from a server.
+
+    Only for scripts that start no threads. OMP_NUM_THREADS must be 1 before torch is imported.
     """
     global context
     assert os.environ["OMP_NUM_THREADS"] == "1"
@@ -37,7 +38,7 @@ def from_here():
 
 
 def serve():
-    """Start the process that the others are forked from, unless it is there."""
+    """Start the server that the processes are forked from, unless it runs already."""
     if context.get_start_method() == "fork":
         return
     before = dict(os.environ)
@@ -50,8 +51,8 @@ def start(script, arguments, folder, log, environment=None, before=None):
     """Run a script of the project in `folder` with its output in the file `log`; returns a
     multiprocessing.Process.
 
-    The process leads a group of its own. before: a function that the process calls first (one that can be
-    pickled).
+    The process leads a group of its own. before: a function that the process calls first; it must be
+    picklable.
     """
     serve()
     process = context.Process(
@@ -65,7 +66,7 @@ def start(script, arguments, folder, log, environment=None, before=None):
 
 def _run(script, arguments, folder, log, environment, before):
     os.setpgid(0, 0)
-    multiprocessing.set_start_method(None, force=True)  # decoding processes start as they do elsewhere
+    multiprocessing.set_start_method(None, force=True)  # start decoding processes in the default way
     os.chdir(folder)
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
@@ -81,7 +82,7 @@ def _run(script, arguments, folder, log, environment, before):
         runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as end:
         code = end.code or 0
-    except BaseException as error:  # the interpreter, too, keeps what was raised until it has gone
+    except BaseException as error:  # the interpreter also keeps the traceback until it exits
         traceback.print_exc()
         sys.last_traceback = error.__traceback__
         code = -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
@@ -96,12 +97,12 @@ def _run(script, arguments, folder, log, environment, before):
 
 
 def group(leader):
-    """The processes of a group, without zombies."""
+    """The ids of the processes in a group, without zombies."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, _, its_group = path.read_text().rpartition(")")[2].split()[:3]
-        except (FileNotFoundError, ProcessLookupError):  # it has just ended
+        except (FileNotFoundError, ProcessLookupError):  # the process has just ended
             continue
         if int(its_group) == leader and state != "Z":
             found.append(int(path.parent.name))
@@ -109,7 +110,7 @@ def group(leader):
 
 
 def left(leader, seconds):
-    """Those processes of a group that are still there after so many seconds: none, if all is well."""
+    """Wait up to so many seconds for a group to end. Returns the processes that still run; expected: none."""
     deadline = time.monotonic() + seconds
     while (found := group(leader)) and time.monotonic() < deadline:
         time.sleep(0.02)

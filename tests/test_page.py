@@ -1,5 +1,5 @@
-"""Pages, in a real browser: everything loads and plays from its moment, nothing complains, and nobody needs
-eyes or a mouse."""
+"""Pages in a real browser: every file plays from its time, nothing fails, and the pages work with a screen
+reader and without a mouse."""
 
 import html.parser
 import json
@@ -19,7 +19,7 @@ from test_train import TINY
 from avid import config
 from avid.tools import page
 
-NAMES = (  # as people's files are called
+NAMES = (  # names such as users' files have
     "【公式】とても長い名前の動画 – Ünïcödé & “quotes” 'n' <b>tags 100% #1 [dQw4w9WgXcQ] "
     + "x" * 120
     + ".mp4",
@@ -67,13 +67,13 @@ CONTRASTS = """[...document.querySelectorAll("h1, h2, h3, p, a, li, td, th, capt
 def browser():
     if CHROMIUM is None:
         pytest.skip(MISSING)
-    with Browser() as there:
-        yield there
+    with Browser() as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Files with hard names, a mute one, a sound, one that is broken and one that browsers do not play."""
+    """Files with difficult names, a mute video, a sound, a broken file, and one that browsers cannot play."""
     root = tmp_path_factory.mktemp("pages")
     wave = chirps((0.4, 1.9), 2.4, 48000)
     plain = write_media(root / "plain.mp4", np.arange(60) / 25, wave)
@@ -88,8 +88,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def written(folder):
-    """A page in a folder beside the files', of a query and of lists of all kinds; one has 200 files."""
+def results_page(folder):
+    """A page of search results in a folder beside the files, with lists of all kinds. One has 200 files."""
     cfg = config.load("toy", TINY)
     query = page.look(folder / "sound.wav", 0.0, cfg, whole=True, name="sound.wav", label="chirp")
     hard = [
@@ -130,7 +130,7 @@ def written(folder):
 
 
 class Links(html.parser.HTMLParser):
-    """Every address on a page, by tag; an error where tags are not closed in their order."""
+    """(tag, address) of every link on a page. Tags that are not closed in their order are an error."""
 
     def __init__(self, text):
         super().__init__()
@@ -149,9 +149,9 @@ class Links(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_links_are_relative_and_lead_to_the_files(written, folder):
-    """Without a browser: nothing from elsewhere, and a page that moves with its files goes on working."""
-    links = Links(written.read_text(encoding="utf-8"))
+def test_links_are_relative_and_lead_to_the_files(results_page, folder):
+    """The page loads nothing from elsewhere, and it still works when it is moved together with its files."""
+    links = Links(results_page.read_text(encoding="utf-8"))
     assert len(links.ids) == len(set(links.ids))
     files = set()
     for _, address in links.found:
@@ -162,16 +162,16 @@ def test_links_are_relative_and_lead_to_the_files(written, folder):
             assert (
                 not parts.scheme and not parts.netloc and not parts.path.startswith("/") and not parts.query
             )
-            files.add((written.parent / urllib.parse.unquote(parts.path)).resolve())
+            files.add((results_page.parent / urllib.parse.unquote(parts.path)).resolve())
     assert files == {folder / "below here" / name for name in NAMES} | {
         folder / name for name in ("mute.mp4", "sound.wav", "plain.mp4", "broken.mp4")
     }
-    assert written.stat().st_size < 2_000_000  # 212 files
+    assert results_page.stat().st_size < 2_000_000  # 212 files
 
 
-def test_every_file_plays_from_its_moment_and_nothing_complains(written, browser):
-    browser.complaints.clear()
-    browser.open(written)
+def test_every_file_plays_from_its_time_without_an_error(results_page, browser):
+    browser.problems.clear()
+    browser.open(results_page)
     played = browser.evaluate(PLAYS)
     assert len(played) == 1 + 5 + 2 + 200 + 1 + 2
     wrong = [one for one in played if one[1] != "plays" or not one[2] - 0.05 <= one[3] < one[2] + 0.5]
@@ -179,11 +179,11 @@ def test_every_file_plays_from_its_moment_and_nothing_complains(written, browser
     assert [width for _, width in browser.evaluate(PICTURES) if not width] == []
     posters = browser.evaluate(POSTERS)
     assert len(posters) == 5 + 1 + 200 + 1 + 1 and min(posters) == page.WIDTH
-    assert browser.complaints == []
+    assert browser.problems == []
 
 
-def test_one_file_plays_at_a_time(written, browser):
-    browser.open(written)
+def test_one_file_plays_at_a_time(results_page, browser):
+    browser.open(results_page)
     playing = """(async () => {
       const [first, second] = document.querySelectorAll("video");
       first.muted = second.muted = true;
@@ -194,8 +194,8 @@ def test_one_file_plays_at_a_time(written, browser):
     assert browser.evaluate(playing) == [True, False]
 
 
-def test_a_file_that_the_browser_cannot_play_says_so(folder, browser):
-    """AVI, as UCF101 has it: in the card, and to a screen reader; the link is there for other programs."""
+def test_the_page_says_which_file_the_browser_cannot_play(folder, browser):
+    """AVI, as in UCF101. The card and the screen reader say so. The link stays for other programs."""
     cfg = config.load("toy", TINY)
     query = page.look(folder / "old.avi", 0.0, cfg, name="old.avi")
     assert query.picture
@@ -203,14 +203,14 @@ def test_a_file_that_the_browser_cannot_play_says_so(folder, browser):
     browser.open(folder / "old.html")
     (played,) = browser.evaluate(PLAYS)
     assert played[1].startswith("NotSupportedError")
-    said = "This browser cannot play this file; its name leads to it."
-    assert browser.evaluate("document.querySelector('.fault').textContent") == said
-    assert browser.evaluate("document.querySelector('[role=status]').textContent") == f"old.avi: {said}"
+    expected = "This browser cannot play this file; its name leads to it."
+    assert browser.evaluate("document.querySelector('.fault').textContent") == expected
+    assert browser.evaluate("document.querySelector('[role=status]').textContent") == f"old.avi: {expected}"
 
 
 @pytest.mark.parametrize("width", [320, 1280])
-def test_no_name_is_wider_than_the_page(written, browser, width):
-    browser.open(written, width=width)
+def test_no_name_is_wider_than_the_page(results_page, browser, width):
+    browser.open(results_page, width=width)
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
     wider = """[...document.querySelectorAll("figure")].filter(figure => {
       const edge = figure.getBoundingClientRect().right + 1;
@@ -219,22 +219,22 @@ def test_no_name_is_wider_than_the_page(written, browser, width):
     assert browser.evaluate(wider) == 0
 
 
-def test_a_screen_reader_is_told_everything(written, browser):
-    browser.open(written)
-    told = browser.names()
-    roles = [role for role, _ in told]
+def test_a_screen_reader_gets_every_role_and_name(results_page, browser):
+    browser.open(results_page)
+    nodes = browser.accessible_nodes()
+    roles = [role for role, _ in nodes]
     assert roles.count("main") == 1 and roles.count("navigation") == 1 and roles.count("banner") == 1
-    assert ("heading", "What was found") in told and ("heading", "Pictures for its sound") in told
-    assert ("region", "Like its picture") in told
-    for role, name in told:
+    assert ("heading", "What was found") in nodes and ("heading", "Pictures for its sound") in nodes
+    assert ("region", "Like its picture") in nodes
+    for role, name in nodes:
         if role in ("link", "image", "Video", "Audio", "region", "navigation", "button"):
             assert name.strip(), role
     for name in NAMES:
-        assert ("link", name.replace("  ", " ")) in told or ("link", name) in told
-    assert any(role == "Audio" and name == "2. sound.wav, from 0:00.7" for role, name in told)
-    assert ("image", "spectrogram of 2. sound.wav, from 0:00.7") in told
-    text = " ".join(name for role, name in told if role == "StaticText")
-    for said in (
+        assert ("link", name.replace("  ", " ")) in nodes or ("link", name) in nodes
+    assert any(role == "Audio" and name == "2. sound.wav, from 0:00.7" for role, name in nodes)
+    assert ("image", "spectrogram of 2. sound.wav, from 0:00.7") in nodes
+    text = " ".join(name for role, name in nodes if role == "StaticText")
+    for expected in (
         "no sound",
         "no picture",
         "score 0.900",
@@ -242,11 +242,11 @@ def test_a_screen_reader_is_told_everything(written, browser):
         "✗ other class: chirp",
         "No file has one.",
     ):
-        assert said in text
+        assert expected in text
 
 
-def test_the_keyboard_reaches_everything_and_shows_where_it_is(written, browser):
-    browser.open(written)
+def test_the_keyboard_reaches_every_control_and_the_focus_is_visible(results_page, browser):
+    browser.open(results_page)
     focus = """(() => {
       const at = document.activeElement, figure = at.closest("figure"), style = getComputedStyle(at);
       const last = [...document.querySelectorAll("figure")].at(-1);
@@ -258,19 +258,19 @@ def test_the_keyboard_reaches_everything_and_shows_where_it_is(written, browser)
         browser.press("Tab")
         reached.append(browser.evaluate(focus))
     assert reached[0][:2] == ["A", "to the content"]
-    assert [tag for tag, *_ in reached[1:4]] == ["A", "A", "AUDIO"]  # the sections, the query
-    for tag, _, outlined, card in reached:  # within a player the browser marks its buttons itself
+    assert [tag for tag, *_ in reached[1:4]] == ["A", "A", "AUDIO"]  # two sections and the query
+    for tag, _, outlined, card in reached:  # the browser itself marks the buttons of a player
         assert card if tag in ("AUDIO", "VIDEO") else outlined
-    browser.open(written)
+    browser.open(results_page)
     browser.press("Tab")
     browser.press("Enter")
     assert browser.evaluate("document.activeElement.id") == "content"
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_text_can_be_read_in_light_and_in_dark(written, browser, dark):
-    """Contrasts of at least 4.5, as WCAG 2 asks for (AA)."""
-    browser.open(written, dark=dark)
+def test_text_has_enough_contrast_in_light_and_in_dark(results_page, browser, dark):
+    """Contrasts of at least 4.5, as WCAG 2 level AA requires."""
+    browser.open(results_page, dark=dark)
     ground = browser.evaluate("getComputedStyle(document.body).backgroundColor")
     red = int(re.search(r"\d+", ground)[0])
     assert red < 60 if dark else red > 200
@@ -278,17 +278,17 @@ def test_text_can_be_read_in_light_and_in_dark(written, browser, dark):
     assert len(contrasts) > 200 and min(contrasts) >= 4.5
 
 
-def test_something_else_is_not_overwritten(tmp_path):
-    (tmp_path / "mine.html").write_text("<p>mine")
-    with pytest.raises(config.ConfigError, match=r"mine\.html is no page of avid's; move it away"):
-        page.check_page(tmp_path / "mine.html")
-    page.write(tmp_path / "ours.html", "Title", "", "")
-    page.check_page(tmp_path / "ours.html")
+def test_other_files_are_not_overwritten(tmp_path):
+    (tmp_path / "other.html").write_text("<p>other")
+    with pytest.raises(config.ConfigError, match=r"other\.html is no page of avid's; move it away"):
+        page.check_page(tmp_path / "other.html")
+    page.write(tmp_path / "page.html", "Title", "", "")
+    page.check_page(tmp_path / "page.html")
 
 
-def test_long_pages_are_ready_soon(written, browser):
-    """Nothing is loaded before it is asked for, and what is out of sight is not laid out."""
-    browser.open(written)
+def test_a_long_page_loads_and_lays_out_only_what_is_needed(results_page, browser):
+    """No media are loaded before they are played, and cards outside the window are not laid out."""
+    browser.open(results_page)
     loaded = "[...document.querySelectorAll('video, audio')].filter(media => media.readyState).length"
     assert browser.evaluate(loaded) == 0
     hidden = """[...document.querySelectorAll(".cards li")].filter(
@@ -302,7 +302,7 @@ def test_names_are_shown_as_they_are_and_in_one_line():
     assert page.escape("a\n\u202eb\udcff\u2028<") == r"a\n\u202eb\udcff\u2028&lt;"
 
 
-def test_clock():
+def test_times_are_shown_in_minutes_and_seconds():
     assert [page.clock(s) for s in (0, 9.96, 59.96, 61.04, 3723.5)] == [
         "0:00.0",
         "0:10.0",
@@ -317,10 +317,10 @@ def test_clock():
 
 @pytest.fixture
 def run_folder(tmp_path):
-    """What a run and its evaluations leave, without running them."""
+    """The folder of a run and its evaluations, written without running them."""
     folder = tmp_path / "runs" / "a & b"
     folder.mkdir(parents=True)
-    cfg = config.load("toy_temporal", ["optim.lr=0.5", "data.root=/data/<mine>"])
+    cfg = config.load("toy_temporal", ["optim.lr=0.5", "data.root=/data/<own>"])
     config.save(cfg, folder / "config.yaml")
     lines = [
         {"step": s, "epoch": s / 25, "loss": 5 - s / 50, "lr": 0.1, "grad_norm": 2.0, "clips_per_s": 99.0}
@@ -354,7 +354,7 @@ def run_folder(tmp_path):
         (folder / f"linear-{modality}-toy-test.json").write_text(json.dumps(result))
     wide = {**about, **{f"crop {i} video R@1": float(i) for i in range(60)}}
     (folder / "retrieval-fingerprint-toy-test.json").write_text(json.dumps(wide))
-    (folder / "other.json").write_text('{"mine": 1}')
+    (folder / "other.json").write_text('{"unrelated": 1}')
     (folder / "skipped.csv").write_text("path,reason\nx.mp4,no sound\n")
     for name in ("retrieval-cross-toy.png", "temporal.png", "weights.png"):
         from avid.tools import figures
@@ -365,47 +365,47 @@ def run_folder(tmp_path):
     return folder
 
 
-def test_a_page_of_a_run_has_all_that_it_holds(run_folder):
+def test_the_page_of_a_run_shows_everything_in_its_folder(run_folder):
     page.main(["page", str(run_folder)])
     text = (run_folder / "page.html").read_text(encoding="utf-8")
     links = {address for _, address in Links(text).found}
     pictures = {"curves.png", "temporal.png", "weights.png", "retrieval-cross-toy.png"}
     assert links >= pictures | {"retrieval-cross-toy.html"}
-    assert all((run_folder / name).is_file() for name in pictures)  # the curves were drawn
-    for said in (
+    assert all((run_folder / name).is_file() for name in pictures)  # the curves have been drawn
+    for expected in (
         ">Run a &amp; b<", "step 50, epoch 2 of 32", "0.012", "40.2", "77.7", ">98.8<", ">91.2<", "99.8",
         "linear-video-toy-test, division 2", "crop 59 video R@1", "bad &lt;1&gt;.mp4", "x.mp4", "no sound",
-        "/data/&lt;mine&gt;", "optim.lr",
+        "/data/&lt;own&gt;", "optim.lr",
     ):  # fmt: skip
-        assert said in text, said
-    assert "mine&quot;" not in text and text.count("<table>") >= 8
-    page.main(["page", str(run_folder)])  # again
+        assert expected in text, expected
+    assert "unrelated&quot;" not in text and text.count("<table>") >= 8
+    page.main(["page", str(run_folder)])  # its own page may be overwritten
 
 
-def test_a_page_of_a_run_in_the_browser(run_folder, browser):
+def test_the_page_of_a_run_fits_a_narrow_window(run_folder, browser):
     page.main(["page", str(run_folder)])
-    browser.complaints.clear()
+    browser.problems.clear()
     browser.open(run_folder / "page.html", width=400, dark=True)
     assert [alt for alt, width in browser.evaluate(PICTURES) if not width or not alt] == []
     assert browser.evaluate("document.documentElement.scrollWidth") <= 400  # wide tables scroll by themselves
     broken = """[...document.querySelectorAll(".scroll td.number")].filter(cell => {
       const text = document.createRange();
       text.selectNodeContents(cell);
-      return text.getClientRects().length > 1;  // a rectangle a line
+      return text.getClientRects().length > 1;  // one rectangle per line
     }).map(cell => cell.textContent)"""
     assert browser.evaluate("document.querySelectorAll('.scroll td.number').length") > 20
     assert browser.evaluate(broken) == []
     assert min(browser.evaluate(CONTRASTS)) >= 4.5
-    told = browser.names()
+    nodes = browser.accessible_nodes()
     assert (
-        ("heading", "Settings") in told
-        and ("rowheader", "optim.lr") in told
-        and ("columnheader", "default") in told
+        ("heading", "Settings") in nodes
+        and ("rowheader", "optim.lr") in nodes
+        and ("columnheader", "default") in nodes
     )
-    assert browser.complaints == []
+    assert browser.problems == []
 
 
-def test_what_is_no_run_is_one_line(tmp_path, capsys):
+def test_a_folder_without_a_run_is_a_one_line_error(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         page.main(["page", str(tmp_path)])
     assert stop.value.code == 2
@@ -413,11 +413,11 @@ def test_what_is_no_run_is_one_line(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("command", ["embed", "search", "page"])
-def test_help_and_wrong_arguments_answer_without_torch(command, tmp_path):
+def test_help_and_wrong_arguments_do_not_import_torch(command, tmp_path):
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
     root = Path(__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(root)])}
-    for more, code, said in (("--help", 0, "usage: python -m avid"), ("--wings", 2, "error: ")):
-        asked = [sys.executable, "-m", "avid", command, more]
-        done = subprocess.run(asked, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == code and said in done.stdout + done.stderr, done.stderr
+    for more, code, expected in (("--help", 0, "usage: python -m avid"), ("--wings", 2, "error: ")):
+        command_line = [sys.executable, "-m", "avid", command, more]
+        done = subprocess.run(command_line, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == code and expected in done.stdout + done.stderr, done.stderr
