@@ -1,4 +1,4 @@
-"""Embeddings of anyone's files, from Python and from the command line, and search among them."""
+"""Embeddings of a user's own files, from Python and from the command line, and search among them."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Three videos with sound, a mute one, two sounds, a file that is none, and a checkpoint of a tiny
+    """Three videos with sound, a mute one, two sound files, a broken file, and a checkpoint of a tiny
     network."""
     root = tmp_path_factory.mktemp("own")
     frames, wave = np.arange(60) / 25, chirps((0.4, 1.9), 2.4, 48000)
@@ -49,7 +49,7 @@ def folder(tmp_path_factory):
     cfg = config.load("toy", TINY)
     torch.manual_seed(1)
     network = models.AudioVisual(cfg.model)
-    for module in network.modules():  # as of a trained network: not at their beginning
+    for module in network.modules():  # mark the statistics as those of a trained network
         if hasattr(module, "num_batches_tracked"):
             module.num_batches_tracked.fill_(9)
     state = {"network": network.state_dict(), "config": dataclasses.asdict(cfg), "bank": {}}
@@ -69,7 +69,7 @@ def files_of(folder):
 # ----------------------------------------------------------------------------------------------- from Python
 
 
-def test_import_avid_is_quick_and_load_is_there():
+def test_import_avid_needs_neither_torch_nor_numpy():
     code = "import sys, avid; assert not {'torch', 'numpy'} & {*sys.modules}; print(avid.load.__doc__)"
     done = subprocess.run(
         [sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, check=True
@@ -77,8 +77,8 @@ def test_import_avid_is_quick_and_load_is_there():
     assert "ready to embed files" in done.stdout
 
 
-def test_to_load_a_checkpoint_needs_neither_matplotlib_nor_sklearn(folder):
-    """They take as long to import as a short video takes to embed."""
+def test_loading_a_checkpoint_needs_neither_matplotlib_nor_sklearn(folder):
+    """Importing them takes as long as embedding a short video."""
     code = "import sys, avid; avid.load('last.pt', 'cpu'); print({'matplotlib', 'sklearn'} & {*sys.modules})"
     done = subprocess.run(
         [sys.executable, "-c", code], env=ENVIRONMENT, cwd=folder, capture_output=True, text=True, check=True
@@ -101,14 +101,14 @@ def test_a_video_has_unit_vectors_features_and_times(model, folder):
     assert found.paths == str(folder / "videos/dogs/0.mp4") and not found.failures
 
 
-def test_what_a_file_lacks_is_none(model, folder):
+def test_a_missing_modality_is_none(model, folder):
     mute, sound = (model.embed(folder / f"videos/cats/{name}") for name in ("mute.mp4", "meow.wav"))
     assert mute.audio is mute.audio_features is mute.audio_clips is None and mute.video is not None
     assert sound.video is sound.video_features is sound.video_clips is None and sound.audio is not None
 
 
-def test_a_cover_is_no_picture(model, tmp_path):
-    """Songs carry a picture of their cover as a video stream of one frame."""
+def test_a_cover_image_is_not_a_video(model, tmp_path):
+    """Music files store their cover as a video stream of one frame."""
     import av
 
     song = write_media(tmp_path / "plain.m4a", wave=chirps((0.3,), 2.0, 48000))
@@ -128,8 +128,8 @@ def test_a_cover_is_no_picture(model, tmp_path):
     assert model.embed(tmp_path / "song.m4a").video is None
 
 
-def test_embed_gives_what_the_evaluations_measure(model, folder):
-    """The same clips of the same files as evaluation.extract, whatever else is in the batch."""
+def test_embed_equals_the_features_of_the_evaluations(model, folder):
+    """As evaluation.extract computes them, whatever other files are in the batch."""
     table = datasets.of_files([folder / f"videos/{name}.mp4" for name in ("dogs/0", "dogs/1", "cats/2")])
     clips = data.Clips(table, model.cfg, training=False)
     expected = evaluation.extract(model.network, clips, model.device)
@@ -151,8 +151,8 @@ def test_many_files_are_stacked_and_failures_are_named(model, folder, capsys, wo
     assert found.paths == there and len(found.video) == len(found.times) == 6
     assert list(found.failures) == [str(folder / "videos/dogs/broken.mp4"), "not/there.mp4"]
     assert "No such file" in found.failures["not/there.mp4"]
-    said = "".join(capsys.readouterr())
-    assert "2 of 8 files cannot be used, e.g. " in said and "broken.mp4: cannot be opened" in said
+    printed = "".join(capsys.readouterr())
+    assert "2 of 8 files cannot be used, e.g. " in printed and "broken.mp4: cannot be opened" in printed
     missing = {
         Path(path).name: (np.isnan(v).all(), np.isnan(a).all())
         for path, v, a in zip(there, found.video, found.audio, strict=True)
@@ -167,7 +167,7 @@ def test_many_files_are_stacked_and_failures_are_named(model, folder, capsys, wo
     assert found.row(1).video is None
 
 
-def test_a_single_file_that_cannot_be_used_is_one_error(model, folder):
+def test_a_single_unusable_file_is_an_error(model, folder):
     for name, reason in (
         ("broken.mp4", "Invalid data"),
         ("none.mp4", "No such file"),
@@ -180,12 +180,13 @@ def test_a_single_file_that_cannot_be_used_is_one_error(model, folder):
         model.embed([])
 
 
-def test_many_files_of_which_none_can_be_used(model, folder):
+def test_a_list_of_unusable_files_gives_an_empty_result(model, folder):
     found = model.embed([folder / "videos/dogs/broken.mp4", "none.mp4"])
     assert found.paths == [] and len(found.failures) == 2 and found.video.shape == (0, 16)
 
 
-def test_embed_works_in_a_thread_as_some_notebooks_run_it(model, folder):
+def test_embed_works_in_a_thread(model, folder):
+    """Some notebooks run their cells in one."""
     found = []
     thread = threading.Thread(target=lambda: found.append(model.embed(folder / "videos/dogs/0.mp4")))
     thread.start()
@@ -193,7 +194,7 @@ def test_embed_works_in_a_thread_as_some_notebooks_run_it(model, folder):
     np.testing.assert_array_equal(found[0].video, model.embed(folder / "videos/dogs/0.mp4").video)
 
 
-def test_embedding_changes_no_network_and_no_random_numbers(folder):
+def test_embed_changes_neither_the_network_nor_the_random_state(folder):
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
     model = avid.load(folder / "last.pt", "cpu")
@@ -206,31 +207,31 @@ def test_embedding_changes_no_network_and_no_random_numbers(folder):
     np.testing.assert_array_equal(model.embed(folder / "videos/dogs/0.mp4").video, first.video)
 
 
-def test_an_untrained_network_takes_its_statistics_from_the_first_files(folder):
-    """By the definition: mean and variance of what reaches a batch norm, over the clips of the files
-    embedded first."""
+def test_an_untrained_network_calibrates_batch_norm_on_the_first_files(folder):
+    """Its statistics are the mean and variance of a layer's input over the clips of the files embedded
+    first."""
     model = avid.load("random", "cpu", settings=TINY)
     norm = model.network.audio_model.conv1[1]
     inputs = []
     hook = norm.register_forward_pre_hook(lambda module, x: inputs.append(x[0].detach().clone()))
     model.embed([folder / "videos/dogs/0.mp4", folder / "videos/cats/2.mp4"])
     hook.remove()
-    x = inputs[0].transpose(0, 1).flatten(1)  # channels × the rest
+    x = inputs[0].transpose(0, 1).flatten(1)  # channels×rest
     torch.testing.assert_close(norm.running_mean, x.mean(1), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(norm.running_var, x.var(1), rtol=1e-3, atol=1e-5)
     assert norm.momentum == 0.1
     again = model.embed([folder / "videos/dogs/1.mp4"])
     torch.testing.assert_close(norm.running_mean, x.mean(1), rtol=1e-4, atol=1e-5)
     assert np.isfinite(again.video).all()
-    sound = avid.load("random", "cpu", settings=TINY)  # a modality that has not been seen waits for its files
+    sound = avid.load("random", "cpu", settings=TINY)  # video stays uncalibrated
     sound.embed(folder / "videos/cats/meow.wav")
     assert not sound.network.video_model.conv1[1].num_batches_tracked
     with pytest.raises(config.ConfigError, match="two clips or more; raise eval"):
         avid.load("random", "cpu", settings=[*TINY, "eval.clips=1"]).embed(folder / "videos/dogs/0.mp4")
 
 
-def test_a_checkpoint_released_with_avid_cma(folder, tmp_path):
-    """It holds no settings: AVID's are taken, and what differs is given."""
+def test_a_checkpoint_released_with_avid_cma_can_be_loaded(folder, tmp_path):
+    """It holds no settings. The defaults are AVID's; the caller gives those that differ."""
     cfg = config.load("avid", small := [x for x in TINY if x.startswith(("model.", "video.", "eval."))])
     network = models.AudioVisual(cfg.model)
     torch.save(
@@ -238,13 +239,13 @@ def test_a_checkpoint_released_with_avid_cma(folder, tmp_path):
     )
     model = avid.load(tmp_path / "AVID.pth.tar", "cpu", settings=small)
     assert model.cfg.audio == cfg.audio
-    with pytest.raises(config.ConfigError, match=r"needs audio\.statistics=FILE"):  # of each band, AVID's
+    with pytest.raises(config.ConfigError, match=r"needs audio\.statistics=FILE"):  # to normalise bands
         model.embed(folder / "videos/dogs/0.mp4")
     model = avid.load(tmp_path / "AVID.pth.tar", "cpu", settings=[*small, "audio.frontend=log"])
     assert model.embed(folder / "videos/dogs/0.mp4").audio.shape == (16,)
 
 
-def test_wrong_checkpoints_are_one_line(folder, tmp_path):
+def test_a_wrong_checkpoint_is_a_one_line_error(folder, tmp_path):
     (tmp_path / "text.pt").write_text("no checkpoint")
     for path, message in (
         (tmp_path / "none.pt", "no checkpoint"),
@@ -256,7 +257,7 @@ def test_wrong_checkpoints_are_one_line(folder, tmp_path):
         avid.load(folder / "last.pt", settings=["eval.clip=3"])
 
 
-def test_the_lines_of_the_documentation_run_from_any_folder(folder, tmp_path):
+def test_the_code_of_the_documentation_runs_from_any_folder(folder, tmp_path):
     text = (ROOT / "docs" / "own-videos.md").read_text(encoding="utf-8")
     lines = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
     (tmp_path / "runs/toy").mkdir(parents=True)
@@ -277,7 +278,7 @@ def test_the_lines_of_the_documentation_run_from_any_folder(folder, tmp_path):
 # -------------------------------------------------------------------------------------------- python -m avid
 
 
-def embed(folder, out, *what, settings=()):
+def run_embed(folder, out, *what, settings=()):
     arguments = [
         "embed",
         "--ckpt",
@@ -295,11 +296,11 @@ def embed(folder, out, *what, settings=()):
         return {name: arrays[name] for name in arrays.files}
 
 
-def test_a_folder_without_labels_in_one_file(folder, model, tmp_path, capsys):
-    for path in files_of(folder):  # flat
+def test_embed_writes_an_unlabelled_folder_into_one_file(folder, model, tmp_path, capsys):
+    for path in files_of(folder):
         (tmp_path / "flat" / path.name).parent.mkdir(exist_ok=True)
         (tmp_path / "flat" / path.name).symlink_to(path)
-    arrays = embed(folder, tmp_path / "f.npz", tmp_path / "flat")
+    arrays = run_embed(folder, tmp_path / "f.npz", tmp_path / "flat")
     about = json.loads(str(arrays["about"]))
     assert arrays["paths"].tolist() == ["0.mp4", "1.mp4", "2.mp4", "bark.ogg", "meow.wav", "mute.mp4"]
     assert set(arrays["labels"]) == {""}
@@ -312,19 +313,19 @@ def test_a_folder_without_labels_in_one_file(folder, model, tmp_path, capsys):
     assert not list(tmp_path.glob("*.part*"))
 
 
-def test_folders_lists_and_files(folder, tmp_path, capsys):
+def test_embed_takes_folders_lists_and_files(folder, tmp_path, capsys):
     videos = folder / "videos"
-    arrays = embed(folder, tmp_path / "classes.npz", videos)
+    arrays = run_embed(folder, tmp_path / "classes.npz", videos)
     labels = dict(zip(arrays["paths"].tolist(), arrays["labels"].tolist(), strict=True))
     assert labels["dogs/0.mp4"] == "dogs" and labels["cats/meow.wav"] == "cats" and len(labels) == 6
 
     (videos / "list.txt").write_text("dogs/1.mp4\n\ncats/mute.mp4\n")
-    arrays = embed(folder, tmp_path / "lines.npz", videos / "list.txt")
+    arrays = run_embed(folder, tmp_path / "lines.npz", videos / "list.txt")
     assert arrays["paths"].tolist() == ["dogs/1.mp4", "cats/mute.mp4"]
     (videos / "list.txt").unlink()
 
     (videos / "list.csv").write_text("path,start,end\ndogs/1.mp4,1.2,2.2\ndogs/none.mp4,,\n")
-    arrays = embed(folder, tmp_path / "rows.npz", videos / "list.csv")
+    arrays = run_embed(folder, tmp_path / "rows.npz", videos / "list.csv")
     assert (
         arrays["paths"].tolist() == ["dogs/1.mp4"]
         and 1.2 <= arrays["times"].min() <= arrays["times"].max() <= 1.7
@@ -333,7 +334,7 @@ def test_folders_lists_and_files(folder, tmp_path, capsys):
     assert "1 of 2 files cannot be used, e.g. dogs/none.mp4: not on disk" in capsys.readouterr().out
     parts = "path,start,end\ndogs/1.mp4,1,1.9\ndogs/broken.mp4,0,1\ndogs/broken.mp4,1,2\ndogs/1.mp4,1.2,2\n"
     (videos / "list.csv").write_text(parts)  # several parts of a file
-    arrays = embed(folder, tmp_path / "parts.npz", videos / "list.csv")
+    arrays = run_embed(folder, tmp_path / "parts.npz", videos / "list.csv")
     assert arrays["paths"].tolist() == ["dogs/1.mp4"] * 2 and len(arrays["times"]) == 2
     assert arrays["start_s"].tolist() == [1, 1.2] and arrays["end_s"].tolist() == [1.9, 2]
     failures = json.loads(str(arrays["about"]))["failures"]
@@ -341,44 +342,44 @@ def test_folders_lists_and_files(folder, tmp_path, capsys):
     (videos / "list.csv").unlink()
 
     two = [videos / "dogs/0.mp4", videos / "cats/meow.wav"]
-    assert embed(folder, tmp_path / "files.npz", *two)["paths"].tolist() == [str(path) for path in two]
+    assert run_embed(folder, tmp_path / "files.npz", *two)["paths"].tolist() == [str(path) for path in two]
 
 
-def test_a_complete_file_is_left_and_another_one_is_not_overwritten(folder, tmp_path, capsys, monkeypatch):
+def test_a_complete_result_is_kept_and_other_files_are_not_overwritten(folder, tmp_path, capsys, monkeypatch):
     files = [folder / "videos/dogs/0.mp4", folder / "videos/cats/2.mp4"]
-    embed(folder, out := tmp_path / "f.npz", *files)
+    run_embed(folder, out := tmp_path / "f.npz", *files)
     before = out.stat().st_mtime_ns
     monkeypatch.setattr(embedding.Model, "parts", lambda *_: pytest.fail("decoded again"))
-    embed(folder, out, *files)
+    run_embed(folder, out, *files)
     assert out.stat().st_mtime_ns == before
     for more in ([files[0]], [*files, "--set", "eval.clips=3"]):
         with pytest.raises(SystemExit) as stop:
-            embed(folder, out, *more)
+            run_embed(folder, out, *more)
         assert stop.value.code == 2
         assert "f.npz holds something else, and is not overwritten" in capsys.readouterr().err
-    (tmp_path / "mine.npz").write_text("mine")
+    (tmp_path / "other.npz").write_text("other")
     with pytest.raises(SystemExit):
-        embed(folder, tmp_path / "mine.npz", *files)
-    assert (tmp_path / "mine.npz").read_text() == "mine"
+        run_embed(folder, tmp_path / "other.npz", *files)
+    assert (tmp_path / "other.npz").read_text() == "other"
 
 
-def embed_in_parts(arguments, folder, note):
-    """What a process does: `python -m avid embed`, eight files at a time; it notes how many it reads."""
+def embed_eight_at_a_time(arguments, folder, note):
+    """`python -m avid embed` in parts of eight files. It writes the number of files read to `note`."""
     os.chdir(folder)
-    multiprocessing.set_start_method(None, force=True)  # decoding processes start as they do elsewhere
+    multiprocessing.set_start_method(None, force=True)  # start decoding processes in the default way
     fill = collection.fill
 
-    def noted(model, table, todo, workers):
+    def count_and_fill(model, table, todo, workers):
         note.write_text(str(sum(len(rows) for rows, _ in todo)))
         fill(model, table, todo, workers)
 
-    collection.PART_FILES, collection.fill = 8, noted
+    collection.PART_FILES, collection.fill = 8, count_and_fill
     collection.main(arguments)
 
 
 @pytest.mark.parametrize("checkpoint", ["last.pt", "random"])
-def test_killed_and_started_again_it_writes_the_same_bytes(folder, tmp_path, checkpoint):
-    """Forty files, links to a few; killed as soon as two parts are there."""
+def test_a_killed_embed_resumes_to_the_same_bytes(folder, tmp_path, checkpoint):
+    """Forty files, which are links to seven. The kill comes as soon as two parts are written."""
     (tmp_path / "many").mkdir()
     for i in range(40):
         source = files_of(folder)[i % 7]
@@ -390,7 +391,7 @@ def test_killed_and_started_again_it_writes_the_same_bytes(folder, tmp_path, che
     def start(out):
         forked.serve()
         process = forked.context.Process(
-            target=embed_in_parts, args=([*command, "--out", out], tmp_path, tmp_path / "note")
+            target=embed_eight_at_a_time, args=([*command, "--out", out], tmp_path, tmp_path / "note")
         )
         process.start()
         return process
@@ -404,23 +405,24 @@ def test_killed_and_started_again_it_writes_the_same_bytes(folder, tmp_path, che
         time.sleep(0.002)
     process.kill()
     process.join()
-    assert process.exitcode == -signal.SIGKILL, "it was done before it was killed"
+    assert process.exitcode == -signal.SIGKILL, "it ended before it was killed"
     kept = sorted(parts.glob("*.npz"))
     assert 2 <= len(kept) < 5 and not (tmp_path / "killed.npz").exists()
-    content = kept[0].read_bytes()  # a part that the disk has spoilt is made again
+    content = kept[0].read_bytes()  # damage one part: it must be computed again
     middle = len(content) // 2
     kept[0].write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
     process = start("killed.npz")
     process.join()
     assert process.exitcode == 0
-    assert int((tmp_path / "note").read_text()) == 40 - 8 * (len(kept) - 1)  # only what was missing
+    # only the missing parts were computed
+    assert int((tmp_path / "note").read_text()) == 40 - 8 * (len(kept) - 1)
     assert (tmp_path / "killed.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
     assert not parts.exists()
 
 
-def test_parquet_has_a_row_a_file(folder, tmp_path):
+def test_parquet_has_one_row_per_file(folder, tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet", reason="no pyarrow: parquet was not written")
-    expected = embed(folder, tmp_path / "f.npz", folder / "videos")
+    expected = run_embed(folder, tmp_path / "f.npz", folder / "videos")
     arguments = [
         "embed",
         "--ckpt",
@@ -451,39 +453,39 @@ def test_parquet_has_a_row_a_file(folder, tmp_path):
     assert (tmp_path / "f.parquet").stat().st_mtime_ns == before
 
 
-def refused(command, capsys):
+def error_of(command, capsys):
     with pytest.raises(SystemExit) as stop:
         collection.main(command)
     assert stop.value.code == 2
     return capsys.readouterr().err
 
 
-def test_what_cannot_be_done_is_one_line(folder, tmp_path, capsys, monkeypatch):
+def test_wrong_arguments_are_a_one_line_error(folder, tmp_path, capsys, monkeypatch):
     checkpoint = ["--ckpt", str(folder / "last.pt")]
     videos = str(folder / "videos")
-    assert "no file and no folder nowhere" in refused(
+    assert "no file and no folder nowhere" in error_of(
         ["embed", *checkpoint, "nowhere", "--out", "f.npz"], capsys
     )
-    assert "ends neither in .npz nor in .parquet" in refused(
+    assert "ends neither in .npz nor in .parquet" in error_of(
         ["embed", *checkpoint, videos, "--out", "f.csv"], capsys
     )
-    assert "is a folder; name one folder, or files" in refused(
+    assert "is a folder; name one folder, or files" in error_of(
         ["embed", *checkpoint, videos, "a.mp4", "--out", "f.npz"], capsys
     )
-    assert "no checkpoint none.pt" in refused(
+    assert "no checkpoint none.pt" in error_of(
         ["embed", "--ckpt", "none.pt", videos, "--out", "f.npz"], capsys
     )
     (tmp_path / "empty").mkdir()
-    assert "no list or file in" in refused(
+    assert "no list or file in" in error_of(
         ["embed", *checkpoint, str(tmp_path / "empty"), "--out", "f.npz"], capsys
     )
     (tmp_path / "bad.mp4").write_bytes(b"no video")
     out = str(tmp_path / "f.npz")
     bad = ["embed", *checkpoint, "--workers", "1", str(tmp_path / "bad.mp4"), "--out", out]
-    assert "none of the 1 files can be used" in refused(bad, capsys)
+    assert "none of the 1 files can be used" in error_of(bad, capsys)
     monkeypatch.setattr(collection.importlib.util, "find_spec", lambda name: None)
     parquet = ["embed", *checkpoint, videos, "--out", "f.parquet"]
-    assert "parquet needs the package pyarrow: pip install" in refused(parquet, capsys)
+    assert "parquet needs the package pyarrow: pip install" in error_of(parquet, capsys)
 
 
 # ---------------------------------------------------------------------------------------------------- search
@@ -497,8 +499,8 @@ def unit(x):
     ("of", "to"), [("video", "video"), ("audio", "audio"), ("video", "audio"), ("audio", "video")]
 )
 def test_search_is_a_sort_by_similarity(of, to):
-    """Against loops: within a modality by features, across by embeddings; what has no such modality is
-    never found."""
+    """Against loops. Within a modality by features, across modalities by embeddings. Files without the
+    modality are never found."""
     rng = np.random.default_rng(0)
     n, k, d, f = 30, 4, 8, 12
     arrays = {"times": rng.uniform(0, 9, (n, k))}
@@ -520,11 +522,11 @@ def test_search_is_a_sort_by_similarity(of, to):
     )  # fmt: skip
     skip = [int(np.flatnonzero(~np.isnan(arrays[to][:, 0]))[0])]
     rows, scores, times = collection.ranked(query, arrays, of, to, 7, skip)
-    what = "_features" if of == to else ""
+    kind = "_features" if of == to else ""
     expected = []
     for i in range(n):
         if i not in skip and not np.isnan(arrays[to][i, 0]):
-            a, b = getattr(query, of + what), arrays[to + what][i]
+            a, b = getattr(query, of + kind), arrays[to + kind][i]
             expected.append((-float(a @ b) / float(np.linalg.norm(a) * np.linalg.norm(b)), i))
     expected = sorted(expected)[:7]
     assert rows.tolist() == [i for _, i in expected]
@@ -532,8 +534,8 @@ def test_search_is_a_sort_by_similarity(of, to):
     for row, time_s in zip(rows, times, strict=True):
         best = max(range(k), key=lambda c: float(getattr(query, of) @ arrays[f"{to}_clips"][row, c]))
         assert time_s == arrays["times"][row, best]
-    every, *_ = collection.ranked(query, arrays, of, to, 99)
-    assert len(every) == 25  # nobody is skipped where nobody is asked to be
+    every_row, *_ = collection.ranked(query, arrays, of, to, 99)
+    assert len(every_row) == 25  # all 25 that have the modality, as no row is excluded
 
 
 def test_search_ranks_as_eval_retrieval_does():
@@ -549,7 +551,7 @@ def test_search_ranks_as_eval_retrieval_does():
         assert collection.ranked(query, arrays, "audio", "audio", 5, [i])[0].tolist() == nearest[i].tolist()
 
 
-def search(folder, out, *more):
+def run_search(folder, out, *more):
     collection.main(
         [
             "search",
@@ -566,9 +568,9 @@ def search(folder, out, *more):
     )
 
 
-def test_search_in_a_folder_keeps_its_embeddings(folder, tmp_path, capsys, monkeypatch):
+def test_search_in_a_folder_reuses_its_embeddings(folder, tmp_path, capsys, monkeypatch):
     videos = folder / "videos"
-    search(folder, tmp_path, videos, videos / "dogs/0.mp4", "-k", "3")
+    run_search(folder, tmp_path, videos, videos / "dogs/0.mp4", "-k", "3")
     first = capsys.readouterr().out
     (kept,) = (tmp_path / "features").glob("*.npz")
     assert f"6 files, their embeddings: {kept}" in first and "1 of 7 files cannot be used" in first
@@ -577,60 +579,58 @@ def test_search_in_a_folder_keeps_its_embeddings(folder, tmp_path, capsys, monke
     by_picture = first.split("like its picture")[1].split("like its sound")[0]
     lines = [line.split() for line in by_picture.strip().splitlines()[1:]]
     lines = [line for line in lines if line and line[0].isdigit()]
-    assert {line[4] for line in lines} == {
-        "dogs/1.mp4",
-        "cats/2.mp4",
-        "cats/mute.mp4",
-    }  # not itself, no sound
+    # neither the query itself nor files without picture
+    assert {line[4] for line in lines} == {"dogs/1.mp4", "cats/2.mp4", "cats/mute.mp4"}
     assert all(re.fullmatch(r"0:0\d\.\d", line[2]) and line[3] == line[4].split("/")[0] for line in lines)
-    assert "dogs/0.mp4" in first.split("sounds for its picture")[1]  # across modalities, its own counts
+    assert "dogs/0.mp4" in first.split("sounds for its picture")[1]  # its own sound may be found
 
     monkeypatch.setattr(embedding.Model, "calibrate", lambda *_: None)
     monkeypatch.setattr(collection, "fill", lambda *_: pytest.fail("decoded again"))
-    search(folder, tmp_path, videos, videos / "dogs/0.mp4", "-k", "3")
+    run_search(folder, tmp_path, videos, videos / "dogs/0.mp4", "-k", "3")
     assert capsys.readouterr().out == first
-    search(folder, tmp_path, kept, videos / "cats/meow.wav", "--by", "audio")  # the file itself
-    third = capsys.readouterr().out
-    assert "like its sound" in third and "pictures for its sound" in third and "for its picture" not in third
+    run_search(folder, tmp_path, kept, videos / "cats/meow.wav", "--by", "audio")  # search the .npz itself
+    by_sound = capsys.readouterr().out
+    assert "like its sound" in by_sound and "pictures for its sound" in by_sound
+    assert "for its picture" not in by_sound
 
 
-def test_search_takes_only_what_the_query_has(folder, tmp_path, capsys):
+def test_search_uses_only_the_modalities_of_the_query(folder, tmp_path, capsys):
     videos = folder / "videos"
-    embed(folder, tmp_path / "f.npz", videos)
-    search(folder, tmp_path, tmp_path / "f.npz", videos / "cats/mute.mp4")
+    run_embed(folder, tmp_path / "f.npz", videos)
+    run_search(folder, tmp_path, tmp_path / "f.npz", videos / "cats/mute.mp4")
     out = capsys.readouterr().out
     assert "like its picture" in out and "sounds for its picture" in out and "its sound" not in out
     arguments = ["search", "--ckpt", str(folder / "last.pt"), "--device", "cpu", str(tmp_path / "f.npz")]
-    wrong = refused([*arguments, str(videos / "cats/meow.wav"), "--by", "video"], capsys)
+    wrong = error_of([*arguments, str(videos / "cats/meow.wav"), "--by", "video"], capsys)
     assert "meow.wav has no picture; use --by audio" in wrong
-    assert "broken.mp4: cannot be opened" in refused([*arguments, str(videos / "dogs/broken.mp4")], capsys)
-    other = refused([*arguments, str(videos / "dogs/0.mp4"), "--set", "eval.clips=3"], capsys)
+    assert "broken.mp4: cannot be opened" in error_of([*arguments, str(videos / "dogs/broken.mp4")], capsys)
+    other = error_of([*arguments, str(videos / "dogs/0.mp4"), "--set", "eval.clips=3"], capsys)
     assert "was made by another network or with other settings" in other
     random = ["search", "--ckpt", "random", str(tmp_path / "f.npz"), str(videos / "dogs/0.mp4")]
-    assert "name a folder or a list, not a .npz" in refused(random, capsys)
-    (tmp_path / "mine.html").write_text("<p>mine")
-    page = [*arguments, str(videos / "dogs/0.mp4"), "--page", str(tmp_path / "mine.html")]
-    assert "is no page of avid's; move it away" in refused(page, capsys)
+    assert "name a folder or a list, not a .npz" in error_of(random, capsys)
+    (tmp_path / "other.html").write_text("<p>other")
+    page = [*arguments, str(videos / "dogs/0.mp4"), "--page", str(tmp_path / "other.html")]
+    assert "is no page of avid's; move it away" in error_of(page, capsys)
 
 
 def test_search_names_the_part_of_a_file_that_was_found(folder, tmp_path, capsys):
-    """In the table and on the page, where a list has several parts of a file."""
+    """A list may hold several parts of a file. The table and the page name the part."""
     (tmp_path / "videos").symlink_to(folder / "videos")
     (tmp_path / "list.csv").write_text(
         "path,start,end\nvideos/dogs/1.mp4,0,1.2\nvideos/dogs/1.mp4,1.2,\nvideos/cats/mute.mp4,,\n"
     )
     query = folder / "videos/dogs/0.mp4"
-    search(folder, tmp_path, tmp_path / "list.csv", query, "--by", "video", "--page", tmp_path / "f.html")
+    run_search(folder, tmp_path, tmp_path / "list.csv", query, "--by", "video", "--page", tmp_path / "f.html")
     out, text = capsys.readouterr().out, (tmp_path / "f.html").read_text(encoding="utf-8")
     assert "3 clips of 2 files, their embeddings:" in out and "3 clips of 2 files" in text
     for name in ("videos/dogs/1.mp4 [0.0-1.2 s]", "videos/dogs/1.mp4 [1.2-end]", "videos/cats/mute.mp4"):
         assert len(re.findall(rf"  {re.escape(name)}$", out, re.MULTILINE)) == 1 + (".mp4 [" in name)
         assert f"<bdi>{name}</bdi>" in text
-    assert 'href="videos/dogs/1.mp4"' in text  # the file itself
+    assert 'href="videos/dogs/1.mp4"' in text  # the link leads to the whole file
 
 
 def test_search_with_an_untrained_network_is_repeatable(folder, tmp_path, capsys):
-    """Its statistics are those of the folder's files, also where their embeddings were kept."""
+    """Batch norm is calibrated on the files of the folder, also when their embeddings are reused."""
     arguments = ["search", "--ckpt", "random", "--device", "cpu", "--workers", "1", "--out", str(tmp_path)]
     arguments += [x for setting in TINY for x in ("--set", setting)]
     arguments += [str(folder / "videos"), str(folder / "videos/dogs/0.mp4")]
@@ -641,7 +641,8 @@ def test_search_with_an_untrained_network_is_repeatable(folder, tmp_path, capsys
 
 
 def test_an_unlabelled_folder_from_training_to_search(folder, tmp_path):
-    """What train.py names last, as written, and what the evaluations name where there are no classes."""
+    """The command that train.py prints at its end works. Without classes, eval_linear.py names commands that
+    need none."""
     root = tmp_path / "my videos"
     root.mkdir()
     for i in range(8):
@@ -664,19 +665,19 @@ def test_an_unlabelled_folder_from_training_to_search(folder, tmp_path):
     last = python("train.py", *settings, "out=run one").strip().splitlines()[-1]
     assert last.startswith("2 steps done: run one/last.pt; now: python -m avid search --ckpt ")
     command = shlex.split(last.partition("python -m avid ")[2].replace("QUERY", f"'{root}/1.mp4'"))
-    text = run_command(command, tmp_path)
+    text = avid_command(command, tmp_path)
     assert (
         "8 files, their embeddings: run one/features/search-" in text
         and "1.mp4: pictures for its sound" in text
     )
-    refused = python("eval_linear.py", "--ckpt", "run one/last.pt").strip().splitlines()
-    assert "files have no class" in refused[-1]
-    for named in ("python -m avid search", "eval_retrieval.py --task cross"):
-        assert named in refused[-1]
+    printed = python("eval_linear.py", "--ckpt", "run one/last.pt").strip().splitlines()
+    assert "files have no class" in printed[-1]
+    for command in ("python -m avid search", "eval_retrieval.py --task cross"):
+        assert command in printed[-1]
     assert "a→v instance" in python("eval_retrieval.py", "--ckpt", "run one/last.pt", "--task", "cross")
 
 
-def run_command(arguments, folder):
+def avid_command(arguments, folder):
     done = subprocess.run(
         [sys.executable, "-m", "avid", *arguments],
         cwd=folder,

@@ -1,4 +1,5 @@
-"""Packed data: right pictures and sounds at all times, the same bytes after any kill, every damage named."""
+"""Packed data: the right frames and sound at every time, the same bytes after an interruption, damage
+reported."""
 
 import csv
 import dataclasses
@@ -40,7 +41,7 @@ SMALL = pack.Small(fps=FPS, short_side=64, audio_rate=RATE_HZ, shard_gb=4e-4)  #
 
 
 def video(path, fps=25, seconds=SECONDS, **content):
-    """A file whose frames show their numbers, with chirps on a quiet tone."""
+    """A file whose frames show their numbers and whose sound is chirps over a quiet tone."""
     frame_s = content.pop("frame_s", np.arange(round(seconds * fps)) / fps)
     sound = chirps(CHIRPS_S, seconds, 48000) + 0.1 * tone(300, seconds, 48000)
     return write_media(path, frame_s=frame_s, wave=content.pop("sound", sound), **content)
@@ -48,7 +49,7 @@ def video(path, fps=25, seconds=SECONDS, **content):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder of two classes and eight videos of several rates; two more files cannot be used."""
+    """A folder of two classes and nine videos with several frame rates; two more files cannot be used."""
     root = tmp_path_factory.mktemp("world")
     for k, fps in enumerate((25, 30, 12, 50, 25, 25, 16, 24)):
         video(root / "train" / ("cat", "dog")[k % 2] / f"{k}.mp4", fps)
@@ -59,30 +60,30 @@ def world(tmp_path_factory):
     return root
 
 
-def packing(root, dst, small=SMALL, name="folder", **more):
-    """pack.pack in this process: the tests of packing itself start others."""
-    with mock.patch.object(pack.processes, "outcomes", one_by_one):
+def run_pack(root, dst, small=SMALL, name="folder", **more):
+    """pack.pack without other processes. Only the tests of packing itself start some."""
+    with mock.patch.object(pack.processes, "outcomes", outcomes_in_process):
         return pack.pack(config.Data(name=name, root=str(root), **more), dst, small, workers=1)
 
 
-def one_by_one(function, tasks, workers, limit_s):
+def outcomes_in_process(function, tasks, workers, limit_s):
     yield from ((task, function(*task)) for task in tasks)
 
 
 @pytest.fixture(scope="module")
 def shards(world, tmp_path_factory):
-    """The folder, packed."""
+    """The packed folder."""
     dst = tmp_path_factory.mktemp("packed")
-    assert packing(world, dst) == 9
+    assert run_pack(world, dst) == 9
     return dst
 
 
-def table(root, split="train", name="packed", **more):
+def load_table(root, split="train", name="packed", **more):
     return datasets.load(config.Data(name=name, root=str(root), **more), split)
 
 
-def opened(root, path, modalities=("video", "audio")):
-    found = table(root, "all")
+def open_packed(root, path, modalities=("video", "audio")):
+    found = load_table(root, "all")
     return PackedMedia(root, found.record[found.paths.index(path)], modalities)
 
 
@@ -90,30 +91,30 @@ def content(folder):
     return {p.name: p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
 
 
-# ------------------------------------------------------------------------------------------ the right content
+# ---------------------------------------------------------------------------------------------------- content
 
 
 @pytest.mark.parametrize(
     "path", [f"train/{('cat', 'dog')[k % 2]}/{k}.mp4" for k in range(4)] + ["test/cat/uneven.mkv"]
 )
-def test_the_frame_on_show_within_half_a_packed_frame(world, shards, path):
-    """A frame that the file shows at most 1/32 s earlier or later; amid a packed frame, the file's."""
-    file, media = Media(world / path, ("video",)), opened(shards, path, ("video",))
+def test_a_packed_frame_is_right_to_within_half_a_frame(world, shards, path):
+    """At any time: a frame that the file shows at most 1/32 s earlier or later. In the middle of a packed
+    frame: the frame that the file shows then."""
+    file, media = Media(world / path, ("video",)), open_packed(shards, path, ("video",))
     assert (media.first_s, media.last_s) == (file.first_s, file.last_s)
     rng = np.random.default_rng(0)
     times = rng.uniform(-0.2, media.last_s + 0.2, 300)
     near = np.linspace(-0.501, 0.501, 21)[:, None] / FPS
-    within = times.clip(
-        media.first_s, media.last_s - 1e-3
-    )  # the first frame also before, the last one also after
+    # the first frame is shown before the video, too, and the last one after it
+    within = times.clip(media.first_s, media.last_s - 1e-3)
     allowed = np.array(numbers(file.frames((within + near).ravel()))).reshape(21, -1)  # 21×300
     assert (allowed == numbers(media.frames(times))).any(0).all()
     middle = media.first_s + (np.arange(int((media.last_s - media.first_s) * FPS)) + 0.5) / FPS
     assert numbers(media.frames(middle)) == numbers(file.frames(middle))
 
 
-def test_times_in_any_order_and_again(shards):
-    media = opened(shards, "train/cat/6.mp4")  # 16 frames a second
+def test_frames_can_be_read_in_any_order_and_repeatedly(shards):
+    media = open_packed(shards, "train/cat/6.mp4")  # 16 frames a second
     asked = [30, 2, 2, 47, 30, 0]
     frames = media.frames((np.array(asked) + 0.5) / FPS)
     assert frames.shape == (6, 64, 64, 3) and frames.dtype == np.uint8
@@ -121,108 +122,107 @@ def test_times_in_any_order_and_again(shards):
     assert numbers(media.frames([-1.0, 2.99, 100.0])) == [0, 47, 47]
 
 
-def test_pictures_are_the_files_but_for_jpeg(world, shards):
+def test_packed_frames_equal_those_of_the_file_up_to_jpeg(world, shards):
     times = np.arange(0.1, 2.9, 0.3)
     for path in ("train/cat/0.mp4", "train/dog/1.mp4"):
-        media = opened(shards, path)
+        media = open_packed(shards, path)
         times = media.first_s + (np.floor((times - media.first_s) * FPS) + 0.5) / FPS
         difference = media.frames(times).astype(int) - Media(world / path).frames(times)
         assert np.abs(difference).mean() < 2 and np.abs(difference).max() < 40
 
 
-def test_every_frame_at_its_own_time(world, tmp_path):
-    """--keep-rate: at all times the frame that the file shows."""
-    packing(world, tmp_path / "all", SMALL._replace(keep_rate=True))
+def test_keep_rate_keeps_every_frame_at_its_time(world, tmp_path):
+    """With --keep-rate, each time gives the frame that the file shows."""
+    run_pack(world, tmp_path / "all", SMALL._replace(keep_rate=True))
     for path in ("train/dog/3.mp4", "train/dog/1.mp4", "test/cat/uneven.mkv"):
-        file, media = Media(world / path, ("video",)), opened(tmp_path / "all", path, ("video",))
+        file, media = Media(world / path, ("video",)), open_packed(tmp_path / "all", path, ("video",))
         times = np.random.default_rng(0).uniform(0, media.last_s, 300)
         assert numbers(media.frames(times)) == numbers(file.frames(times))
 
 
 @pytest.mark.parametrize("rate_hz", [RATE_HZ, 24000, 8000])
-def test_sounds_keep_their_time(world, shards, rate_hz):
-    file, media = Media(world / "train/cat/0.mp4"), opened(shards, "train/cat/0.mp4")
+def test_packed_sound_keeps_its_time(world, shards, rate_hz):
+    file, media = Media(world / "train/cat/0.mp4"), open_packed(shards, "train/cat/0.mp4")
     for time_s in CHIRPS_S:
         begin_s = time_s - 0.2
-        heard, there = (m.sound(begin_s, round(0.5 * rate_hz), rate_hz) for m in (media, file))
-        assert heard.dtype == np.float32
-        assert begin_s + chirp_time(heard, rate_hz) == pytest.approx(time_s, abs=1e-3)
-        np.testing.assert_allclose(
-            heard, there, atol=0.02 if rate_hz == 24000 else 2e-3
-        )  # at 24 kHz the file has more
+        found, expected = (m.sound(begin_s, round(0.5 * rate_hz), rate_hz) for m in (media, file))
+        assert found.dtype == np.float32
+        assert begin_s + chirp_time(found, rate_hz) == pytest.approx(time_s, abs=1e-3)
+        # the file has frequencies above 8 kHz, the pack has not
+        np.testing.assert_allclose(found, expected, atol=0.02 if rate_hz == 24000 else 2e-3)
 
 
-def test_before_and_after_the_sound_is_silence(shards):
-    media = opened(shards, "train/cat/0.mp4")
+def test_there_is_silence_before_and_after_the_sound(shards):
+    media = open_packed(shards, "train/cat/0.mp4")
     wave = media.sound(-1.0, 6 * RATE_HZ, RATE_HZ)
     assert not wave[:RATE_HZ].any() and not wave[round(4.1 * RATE_HZ) :].any()
     assert np.abs(wave[RATE_HZ : 4 * RATE_HZ]).max() > 0.5
     assert not media.sound(50.0, 100, RATE_HZ).any()
 
 
-def test_sound_of_16_bits_is_kept_as_it_is_and_louder_sound_is_not_cut(tmp_path):
+def test_16_bit_sound_is_kept_exactly_and_loud_sound_is_not_clipped(tmp_path):
     wave = tone(440, 2.0, RATE_HZ)
     write_media(tmp_path / "in/a.wav", wave=wave, rate_hz=RATE_HZ, codecs=("", "pcm_s16le"))
     write_media(tmp_path / "in/loud.wav", wave=3 * wave, rate_hz=RATE_HZ, codecs=("", "pcm_f32le"))
-    assert packing_sound(tmp_path / "in", tmp_path / "out") == 2
+    assert pack_sounds(tmp_path / "in", tmp_path / "out") == 2
     for name, atol in (("a.wav", 0.0), ("loud.wav", 3e-5)):
-        there = Media(tmp_path / "in" / name, ("audio",)).sound(0.0, 2 * RATE_HZ, RATE_HZ)
-        heard = opened(tmp_path / "out", name, ("audio",)).sound(0.0, 2 * RATE_HZ, RATE_HZ)
-        np.testing.assert_allclose(heard, there, atol=atol)
+        expected = Media(tmp_path / "in" / name, ("audio",)).sound(0.0, 2 * RATE_HZ, RATE_HZ)
+        found = open_packed(tmp_path / "out", name, ("audio",)).sound(0.0, 2 * RATE_HZ, RATE_HZ)
+        np.testing.assert_allclose(found, expected, atol=atol)
     with pytest.raises(MediaError, match="no picture"):
-        opened(tmp_path / "out", "a.wav")
+        open_packed(tmp_path / "out", "a.wav")
 
 
-def packing_sound(root, dst):
-    """A folder of sounds as a data set that needs no pictures."""
+def pack_sounds(root, dst):
+    """Pack a folder of sound files, as a data set that needs no video."""
     row = datasets.DATA["folder"]
     datasets.DATA["folder"] = row._replace(needs=("audio",), modalities=("audio",))
     try:
-        return packing(root, dst)
+        return run_pack(root, dst)
     finally:
         datasets.DATA["folder"] = row
 
 
-def test_an_instance_is_a_file_and_its_interval(world, tmp_path):
+def test_an_instance_is_a_part_of_a_file(world, tmp_path):
     (tmp_path / "in").mkdir()
     shutil.copy(world / "train/cat/0.mp4", tmp_path / "in/a.mp4")
     shutil.copy(world / "train/cat/4.mp4", tmp_path / "in/b.mp4")
     (tmp_path / "in/manifest.csv").write_text(
         "path,label,split,start,end\na.mp4,x,train,0.5,1.7\nb.mp4,,train,1,\n"
     )
-    packing(tmp_path / "in", tmp_path / "out", name="manifest")
-    found = table(tmp_path / "out")
+    run_pack(tmp_path / "in", tmp_path / "out", name="manifest")
+    found = load_table(tmp_path / "out")
     assert (found.start_s.tolist(), found.end_s.tolist()) == ([0.5, 1.0], [1.7, np.inf])
     assert found.labels.tolist() == [0, -1]
-    media, file = opened(tmp_path / "out", "a.mp4"), Media(tmp_path / "in/a.mp4", start_s=0.5, end_s=1.7)
+    media, file = open_packed(tmp_path / "out", "a.mp4"), Media(tmp_path / "in/a.mp4", start_s=0.5, end_s=1.7)
     assert (media.first_s, media.last_s) == (file.first_s, file.last_s) == (0.5, 1.7)
     middle = 0.5 + (np.arange(19) + 0.5) / FPS
     assert numbers(media.frames(middle)) == numbers(file.frames(middle))
     assert 1.2 + chirp_time(media.sound(1.2, 8000, RATE_HZ), RATE_HZ) == pytest.approx(1.3, abs=1e-3)
-    assert not media.sound(2.0, 8000, RATE_HZ).any()  # it is not there any more
+    assert not media.sound(2.0, 8000, RATE_HZ).any()  # outside the part: not packed
 
 
-def test_what_does_not_change_is_kept_once(tmp_path):
+def test_repeated_frames_are_stored_once(tmp_path):
     still = numbered([7] * 75)
     with mock.patch("conftest.numbered", lambda *_: still):
         video(tmp_path / "in/still.mp4", encoder={"crf": "0"})
-    packing(tmp_path / "in", tmp_path / "out")
-    media = opened(tmp_path / "out", "still.mp4")
+    run_pack(tmp_path / "in", tmp_path / "out")
+    media = open_packed(tmp_path / "out", "still.mp4")
     assert len(media.table) < 10
     assert set(numbers(media.frames(np.arange(0, 3, 0.1)))) == {7}
 
 
-def test_large_pictures_become_small_ones(world, tmp_path):
+def test_large_frames_are_shrunk(world, tmp_path):
     video(tmp_path / "in/a.mp4", size=160)
-    packing(tmp_path / "in", tmp_path / "out", SMALL._replace(short_side=32))
-    media = opened(tmp_path / "out", "a.mp4")
+    run_pack(tmp_path / "in", tmp_path / "out", SMALL._replace(short_side=32))
+    media = open_packed(tmp_path / "out", "a.mp4")
     assert media.size == (32, 32)
     middle = (np.arange(48) + 0.5) / FPS
     assert numbers(media.frames(middle)) == numbers(Media(tmp_path / "in/a.mp4").frames(middle))
 
 
 def test_ordinary_tools_read_a_shard(shards):
-    """Python's tar, JSON, numpy and wave; a JPEG ends with its marker."""
+    """Python's tarfile, json and wave, and numpy and torchvision."""
     keys = Counter()
     for path in sorted(shards.glob("*.tar")):
         with tarfile.open(path) as tar:
@@ -238,7 +238,7 @@ def test_ordinary_tools_read_a_shard(shards):
             jpegs = [members[f"{key}.mjpeg"][row["at"] :][: row["bytes"]] for row in frames]
             assert b"".join(jpegs) == members[f"{key}.mjpeg"]
             image = decode_jpeg(torch.frombuffer(bytearray(jpegs[3]), dtype=torch.uint8)).permute(1, 2, 0)
-            media = opened(shards, facts["path"])
+            media = open_packed(shards, facts["path"])
             assert numbers(image[None]) == numbers(media.frames(frames["start_s"][[3]] + 0.01))
             with wave.open(io.BytesIO(members[f"{key}.wav"])) as sound:
                 assert sound.getparams()[:4] == (1, 2, RATE_HZ, facts["sound"]["samples"])
@@ -263,7 +263,7 @@ def test_webdataset_reads_a_shard(shards):
 
 def test_classes_splits_and_names_are_those_of_the_list(world, shards):
     for split in ("train", "test", "all"):
-        file, found = table(world, split, "folder"), table(shards, split)
+        file, found = load_table(world, split, "folder"), load_table(shards, split)
         usable = [
             i
             for i, path in enumerate(file.paths)
@@ -273,9 +273,9 @@ def test_classes_splits_and_names_are_those_of_the_list(world, shards):
         assert found.classes == file.classes
         assert found.labels.tolist() == file.labels[usable].tolist()
         assert len(set(found.record.tolist())) == len(found)
-    assert table(shards).missing == ["train/dog/broken.mp4"]
+    assert load_table(shards).missing == ["train/dog/broken.mp4"]
     with pytest.raises(DataError, match=r"no such split in .*, only test, train\n"):
-        table(shards, "validation1")
+        load_table(shards, "validation1")
 
 
 def test_failures_are_listed_with_their_reasons(shards):
@@ -295,7 +295,7 @@ def test_any_column_can_be_the_class(world, tmp_path):
         "4.mp4,x,dev,red,9",
     ]
     (tmp_path / "in/manifest.csv").write_text("\n".join(lines))
-    packing(tmp_path / "in", tmp_path / "out", name="manifest")
+    run_pack(tmp_path / "in", tmp_path / "out", name="manifest")
     for label, split in (
         ("label", "all"),
         ("colour", "all"),
@@ -303,16 +303,16 @@ def test_any_column_can_be_the_class(world, tmp_path):
         ("colour", "dev"),
         ("label", "test"),
     ):
-        file = table(tmp_path / "in", split, "manifest", label=label)
-        found = table(tmp_path / "out", split, label=label)
+        file = load_table(tmp_path / "in", split, "manifest", label=label)
+        found = load_table(tmp_path / "out", split, label=label)
         assert (found.paths, found.classes, found.columns) == (file.paths, file.classes, file.columns)
         assert found.labels.tolist() == file.labels.tolist()
     with pytest.raises(DataError, match="no column size"):
-        table(tmp_path / "out", label="size")
+        load_table(tmp_path / "out", label="size")
 
 
-def official(root, world):
-    """Small trees as UCF101, AudioSet and ESC-50 are laid out. → {name: root}"""
+def write_benchmarks(root, world):
+    """Small folders in the layouts of UCF101, AudioSet and ESC-50: {name: root}."""
     lists = root / "ucf101/ucfTrainTestlist"
     lists.mkdir(parents=True)
     for k in range(3):
@@ -346,18 +346,18 @@ def official(root, world):
     return {name: root / name for name in ("ucf101", "audioset", "esc50")}
 
 
-def test_official_splits_folds_and_several_classes(world, tmp_path):
-    for name, root in official(tmp_path, world).items():
+def test_official_splits_folds_and_multiple_classes_are_kept(world, tmp_path):
+    for name, root in write_benchmarks(tmp_path, world).items():
         dst = tmp_path / f"{name}-packed"
-        packing(root, dst, name=name)
+        run_pack(root, dst, name=name)
         splits = {
             "ucf101": ["train1", "test1", "train2", "test3", "train", "all"],
             "audioset": ["balanced_train", "train", "eval", "all"],
             "esc50": ["train1", "test1", "test5", "all"],
         }[name]
         for split in splits:
-            file, found = table(root, split, name), table(dst, split)
-            order = [found.paths.index(path) for path in file.paths]  # that of all, whatever the split's own
+            file, found = load_table(root, split, name), load_table(dst, split)
+            order = [found.paths.index(path) for path in file.paths]  # packed rows keep the order of "all"
             assert len(found) == len(file) and found.classes == file.classes, (name, split)
             found = datasets.take(found, order)
             assert found.paths == file.paths and found.columns == file.columns
@@ -369,22 +369,22 @@ def test_official_splits_folds_and_several_classes(world, tmp_path):
 # ---------------------------------------------------------------------------------------------------- packing
 
 
-def test_the_same_bytes_again_however_many_processes(world, shards, tmp_path):
+def test_any_number_of_processes_packs_the_same_bytes(world, shards, tmp_path):
     pack.pack(config.Data(name="folder", root=str(world)), tmp_path / "again", SMALL, workers=2)
     assert content(tmp_path / "again") == content(shards)
     before = {path: path.stat().st_mtime_ns for path in shards.iterdir()}
-    assert packing(world, shards) == 9  # nothing is left to do
+    assert run_pack(world, shards) == 9  # nothing left to do
     assert {path: path.stat().st_mtime_ns for path in shards.iterdir()} == before
 
 
-def test_shards_are_of_the_asked_size_and_drawn_at_random(shards):
+def test_shards_have_the_requested_size_and_random_instances(shards):
     tars = sorted(shards.glob("*.tar"))
     assert [path.name for path in tars] == [f"shard-{k:06d}.tar" for k in range(len(tars))]
     assert len(tars) > 2 and all(path.stat().st_size <= 4e5 + 1024 for path in tars)
-    assert table(shards, "all").record.tolist() != sorted(table(shards, "all").record.tolist())
+    assert load_table(shards, "all").record.tolist() != sorted(load_table(shards, "all").record.tolist())
 
 
-KILLED = """
+PACK_SCRIPT = """
 import sys
 from avid.tools import pack
 if __name__ == "__main__":
@@ -393,9 +393,10 @@ if __name__ == "__main__":
 
 
 def killed(root, dst, kills, rng, longest_s):
-    """Pack, killed so many times at random, then whole: how many kills found it at work."""
+    """Pack with so many kills at random moments, then without one. Returns how many kills met a running
+    command."""
     script = dst.with_suffix(".py")
-    script.write_text(KILLED)
+    script.write_text(PACK_SCRIPT)
     arguments = [
         str(root),
         str(dst),
@@ -415,29 +416,30 @@ def killed(root, dst, kills, rng, longest_s):
         )
         begun = time.monotonic()
         while kill < kills and not (dst / "parts").exists() and process.poll() is None:
-            time.sleep(0.01)  # imports are of no interest
+            time.sleep(0.01)  # wait until the imports are done
         try:
             process.wait(rng.uniform(0, longest_s) if kill < kills else 120)
         except subprocess.TimeoutExpired:
             met += 1
             if rng.random() < 0.5:
-                os.killpg(process.pid, signal.SIGKILL)  # all at once, as where the machine goes down
+                os.killpg(process.pid, signal.SIGKILL)  # all processes at once, as when the machine goes down
             else:
-                process.kill()  # its processes find out by themselves
+                process.kill()  # its workers notice by themselves
             process.wait()
         assert time.monotonic() - begun < 120
     assert process.returncode == 0
     return met
 
 
-def test_killed_at_any_moment_the_end_is_the_same(world, shards, tmp_path):
+def test_a_killed_pack_resumes_to_the_same_bytes(world, shards, tmp_path):
     assert killed(world, tmp_path / "out", 3, random.Random(0), 2.5) >= 1
     time.sleep(0.5)
     assert content(tmp_path / "out") == content(shards)
 
 
-def test_a_kill_between_any_two_writes(world, tmp_path, monkeypatch):
-    """Before each rename of a file to its final name, once: never half a file, and the same end."""
+def test_a_stop_between_any_two_renames_leaves_no_half_written_file(world, tmp_path, monkeypatch):
+    """Stop once before each rename to a final name: no file is half written, and the next run completes the
+    pack."""
     root, left, real = world / "train" / "cat", [-1], os.replace
 
     def replace(source, target):
@@ -447,54 +449,54 @@ def test_a_kill_between_any_two_writes(world, tmp_path, monkeypatch):
         real(source, target)
 
     monkeypatch.setattr(os, "replace", replace)
-    packing(root, tmp_path / "whole")
+    run_pack(root, tmp_path / "whole")
     whole, writes = content(tmp_path / "whole"), -1 - left[0]
     assert writes > 10
     for done in range(writes):
         dst, left[0] = tmp_path / str(done), done
         with pytest.raises(KeyboardInterrupt):
-            packing(root, dst)
+            run_pack(root, dst)
         assert all(whole[name] == x for name, x in content(dst).items() if name in whole)
         left[0] = -1
-        packing(root, dst)
+        run_pack(root, dst)
         assert content(dst) == whole, done
 
 
-def test_one_command_at_a_time(world, tmp_path):
+def test_only_one_command_may_pack_into_a_folder(world, tmp_path):
     (tmp_path / "out").mkdir()
     with pack.alone(tmp_path / "out"), pytest.raises(DataError, match="another command is packing"):
-        packing(world, tmp_path / "out")
+        run_pack(world, tmp_path / "out")
 
 
-def test_what_cannot_be_gone_on_with_is_refused(world, shards, tmp_path):
+def test_a_folder_that_cannot_be_resumed_is_refused(world, shards, tmp_path):
     with pytest.raises(DataError, match="quality was 90 and is 80"):
-        packing(world, shards, SMALL._replace(quality=80))
-    (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(DataError, match=r"holds files that were not packed, e\.g\. mine\.txt"):
-        packing(world, tmp_path)
+        run_pack(world, shards, SMALL._replace(quality=80))
+    (tmp_path / "notes.txt").write_text("notes")
+    with pytest.raises(DataError, match=r"holds files that were not packed, e\.g\. notes\.txt"):
+        run_pack(world, tmp_path)
     shutil.copytree(shards, tmp_path / "copy")
     (tmp_path / "copy" / "pack.json").unlink()
     with pytest.raises(
         DataError, match=r"pack\.json: No such file or directory; a pack has it once it is finished"
     ):
-        table(tmp_path / "copy")
+        load_table(tmp_path / "copy")
 
 
-def test_the_size_is_told_beforehand(world, tmp_path, capsys, monkeypatch):
+def test_the_size_is_estimated_before_packing(world, tmp_path, capsys, monkeypatch):
     asked = config.Data(name="folder", root=str(world))
     monkeypatch.setattr(pack, "TRIED", 5)
     assert pack.pack(asked, tmp_path / "out", SMALL, 1, only_estimate=True) == 0
-    told = capsys.readouterr()
-    told = (told.out + told.err).split("about ")[1]
-    assert "by 5 of 11 instances, drawn at random" in told
+    printed = capsys.readouterr()
+    estimate = (printed.out + printed.err).split("about ")[1]
+    assert "by 5 of 11 instances, drawn at random" in estimate
     assert not (tmp_path / "out/pack.json").exists()
     monkeypatch.setattr(pack.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(DataError, match=r"packing needs .* GB more, and 0\.0 GB are free"):
-        packing(world, tmp_path / "out")
+        run_pack(world, tmp_path / "out")
     monkeypatch.undo()
-    packing(world, tmp_path / "out")  # what was tried is kept
+    run_pack(world, tmp_path / "out")  # the instances packed for the estimate are kept
     size = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.tar"))
-    assert float(told.split()[0]) * 1e9 == pytest.approx(size, rel=0.5, abs=1e7)
+    assert float(estimate.split()[0]) * 1e9 == pytest.approx(size, rel=0.5, abs=1e7)
 
 
 def test_the_command_line(world, shards, tmp_path, capsys):
@@ -532,10 +534,10 @@ def test_the_command_line(world, shards, tmp_path, capsys):
 # ---------------------------------------------------------------------------------------------------- damages
 
 
-def everything(root, names):
-    """What each record gives, by name: the numbers of its frames and its sound; or why it cannot be read."""
+def read_all(root, names):
+    """({path: (numbers of the frames, sound)}, {path: why it cannot be read}) of all records named."""
     packed.opened.cache_clear()
-    found = table(root, "all")
+    found = load_table(root, "all")
     given, lost = {}, {}
     for path, record in zip(found.paths, found.record, strict=True):
         if path not in names:
@@ -571,14 +573,16 @@ def damages(size, rng, count):
 @pytest.mark.parametrize(
     "name", ["shard-000001.tar", "index.npy", "pack.json", "manifest.csv", "failures.csv"]
 )
-def test_damages_cost_what_they_damage_and_are_named(shards, tmp_path, name):
-    """300 damaged folders: right pictures and sounds, or a word that they cannot be read; no crash."""
-    found = table(shards, "all")
-    inside = packed.Pack(shards).index["shard"][found.record] == 1  # of a damaged shard, those that lie in it
+def test_damages_affect_only_damaged_records_and_are_reported(shards, tmp_path, name):
+    """300 damaged folders: each record gives the right frames and sound, or an error that names it."""
+    found = load_table(shards, "all")
+    inside = packed.Pack(shards).index["shard"][found.record] == 1  # a damaged shard: only its own records
     names = {
-        path for path, of_it in zip(found.paths, inside, strict=True) if of_it or not name.endswith(".tar")
+        path
+        for path, in_shard in zip(found.paths, inside, strict=True)
+        if in_shard or not name.endswith(".tar")
     }
-    whole, lost = everything(shards, names)
+    whole, lost = read_all(shards, names)
     assert not lost and len(names) > 1
     root = tmp_path / "damaged"
     shutil.copytree(shards, root)
@@ -586,11 +590,11 @@ def test_damages_cost_what_they_damage_and_are_named(shards, tmp_path, name):
     clean, noticed = (root / name).read_bytes(), 0
     count = {"shard-000001.tar": 140, "index.npy": 100}.get(name, 20)
     for damage in damages(len(clean), np.random.default_rng(0), count):
-        (root / name).unlink()  # what is mapped stays as it was
+        (root / name).unlink()  # the mapped file stays as it was
         (root / name).write_bytes(damage(clean))
         try:
-            given, lost = everything(root, names)
-        except (DataError, MediaError) as error:  # the lists themselves
+            given, lost = read_all(root, names)
+        except (DataError, MediaError) as error:  # a list is damaged
             assert name in str(error) and name != "shard-000001.tar"
             noticed += 1
             continue
@@ -600,15 +604,14 @@ def test_damages_cost_what_they_damage_and_are_named(shards, tmp_path, name):
         for reason in lost.values():
             assert "record " in reason or "index.npy" in reason
         noticed += bool(lost)
-    assert noticed > count * (
-        0.9 if name != "shard-000001.tar" else 0.75
-    )  # of a tar, headers and padding are not read
+    # headers and padding of a tar file are not read
+    assert noticed > count * (0.9 if name != "shard-000001.tar" else 0.75)
 
 
-def test_training_goes_on_without_damaged_records(shards, tmp_path):
+def test_training_skips_damaged_records(shards, tmp_path):
     root = tmp_path / "damaged"
     shutil.copytree(shards, root)
-    found = table(root)
+    found = load_table(root)
     entry = packed.Pack(root).index[found.record[2]]
     path = root / packed.shard_name(entry["shard"])
     damaged = bytearray(path.read_bytes())
@@ -625,16 +628,16 @@ def test_training_goes_on_without_damaged_records(shards, tmp_path):
     assert avid_data.Clips(found, cfg, training=False)[2].keys() == {"index", "failures"}
 
 
-def test_a_shard_that_is_missing_is_named(shards, tmp_path):
+def test_a_missing_shard_is_named(shards, tmp_path):
     shutil.copytree(shards, tmp_path / "out")
     (tmp_path / "out/shard-000000.tar").unlink()
-    names = set(table(shards, "all").paths)
-    given, lost = everything(tmp_path / "out", names)
+    names = set(load_table(shards, "all").paths)
+    given, lost = read_all(tmp_path / "out", names)
     assert len(given) + len(lost) == 9 and lost
     assert all("shard-000000.tar" in reason and "No such file" in reason for reason in lost.values())
 
 
-# ------------------------------------------------------------------------------------------------ clips of it
+# ------------------------------------------------------------------------------------------------------ clips
 
 
 def settings(root, more=(), **audio):
@@ -647,42 +650,42 @@ def settings(root, more=(), **audio):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_clips_are_those_of_the_files(world, shards, training):
-    """The same draws give the same stretches: pictures but for JPEG, sounds but for 16 bits."""
+def test_packed_clips_equal_the_clips_of_the_files(world, shards, training):
+    """The same draws give the same clips: frames up to JPEG, sound up to rounding to 16 bits."""
     cfg = settings(shards, ["video.fps=16", "audio.volume=0.1"])
     files = dataclasses.replace(cfg, data=config.Data(name="folder", root=str(world)))
-    found, file = table(shards), table(world, "train", "folder")
+    found, file = load_table(shards), load_table(world, "train", "folder")
     for i, path in enumerate(found.paths):
         key, same = (i, (3, 0, i)), (file.paths.index(path), (3, 0, i))
         item = avid_data.Clips(found, cfg, training)[key if training else i]
         other = avid_data.Clips(file, files, training)[same if training else same[0]]
         assert item.keys() == other.keys() and item["failures"] == []
         assert item["video"].shape == other["video"].shape
-        if path == "train/cat/6.mp4":  # the others have frames in between
+        if path == "train/cat/6.mp4":  # the only file with 16 frames a second
             assert (item["video"].int() - other["video"].int()).abs().float().mean() < 3
-        loud = other["audio"] > -60  # what 16 bits add is below
+        loud = other["audio"] > -60  # the noise of 16 bits lies below
         assert (item["audio"] - other["audio"])[loud].abs().max() < 0.3
 
 
-DEVICE = {
+DEVICE_SETTINGS = {
     "plain": [],
     "two moments, fast and backward": [
         "temporal.moments=2",
         "temporal.speeds=[1,2,4]",
         "temporal.reverse=true",
     ],
-    "linear, loud": ["audio.mels=0", "audio.volume=0.5", "video.size=100"],  # enlarged, too
+    "linear, loud": ["audio.mels=0", "audio.volume=0.5", "video.size=100"],  # enlarges the frames
 }
 
 
-@pytest.mark.parametrize("more", DEVICE.values(), ids=DEVICE)
+@pytest.mark.parametrize("more", DEVICE_SETTINGS.values(), ids=DEVICE_SETTINGS)
 @pytest.mark.parametrize("training", [True, False])
-def test_decoded_on_the_device_the_clips_are_the_same(shards, more, training):
-    """Against the processes' way, both on this CPU: pictures within 1 of 255, sounds within 0.01 dB."""
+def test_clips_decoded_on_the_device_equal_those_decoded_on_the_cpu(shards, more, training):
+    """Both run on this CPU here. Frames differ by at most 1 of 255, sound by at most 0.01 dB."""
     batches = []
     for decode in ("cpu", "device"):
         cfg = settings(shards, [*more, f"data.decode={decode}"])
-        clips = avid_data.Clips(table(shards), cfg, training)
+        clips = avid_data.Clips(load_table(shards), cfg, training)
         keys = [[(k % 8, (3, 0, k)) for k in range(40)] if training else list(range(8))]
         batches.append(next(iter(avid_data.loader(clips, 0, batch_sampler=keys))))
     plain, raw = batches
@@ -700,10 +703,10 @@ def test_decoded_on_the_device_the_clips_are_the_same(shards, more, training):
     assert (plain["video"] - raw["video"]).abs().mean() < 0.01
 
 
-def test_one_modality_on_the_device(shards):
+def test_one_modality_alone_can_be_decoded_on_the_device(shards):
     for modality, other in (("video", "audio"), ("audio", "video")):
         cfg = settings(shards, ["data.decode=device"])
-        clips = avid_data.Clips(table(shards), cfg, False, (modality,))
+        clips = avid_data.Clips(load_table(shards), cfg, False, (modality,))
         batch = next(iter(avid_data.loader(clips, 0, batch_size=2)))
         given = avid_data.to_device(batch, torch.device("cpu"), cfg.audio)
         assert modality in given and other not in given
@@ -712,20 +715,20 @@ def test_one_modality_on_the_device(shards):
 def test_decoding_processes_give_the_same_bytes(shards):
     cfg = settings(shards, ["data.decode=device"])
     keys = [[(k, (3, s, k)) for k in range(4)] for s in range(3)]
-    alone, helped = (
-        list(avid_data.loader(avid_data.Clips(table(shards), cfg, True), workers, batch_sampler=keys))
+    without_workers, with_workers = (
+        list(avid_data.loader(avid_data.Clips(load_table(shards), cfg, True), workers, batch_sampler=keys))
         for workers in (0, 1)
     )
-    assert len(alone) == len(helped) == 3
-    for one, other in zip(alone, helped, strict=True):
+    assert len(without_workers) == len(with_workers) == 3
+    for one, other in zip(without_workers, with_workers, strict=True):
         for name, x in vars(one["undecoded"]).items():
             y = getattr(other["undecoded"], name)
             assert x == y if name in ("shape", "size", "audio") else np.array_equal(x, y)
 
 
-def test_what_the_device_cannot_take_is_refused(shards):
+def test_settings_that_the_device_cannot_decode_are_refused(shards):
     clips = avid_data.Clips(
-        table(shards), settings(shards, ["data.decode=device", "audio.rate_hz=8000"]), True
+        load_table(shards), settings(shards, ["data.decode=device", "audio.rate_hz=8000"]), True
     )
     with pytest.raises(config.ConfigError, match=r"pack with --audio-rate 8000, or set data\.decode=cpu"):
         clips.for_device()[0, (3, 0, 0)]
@@ -735,8 +738,8 @@ def test_what_the_device_cannot_take_is_refused(shards):
 
 
 @pytest.mark.parametrize("height, width, size", [(64, 90, 32), (20, 33, 48), (128, 128, 112)])
-def test_resizing_is_torchs(height, width, size):
-    """The two matrix products against torch's antialiased interpolation in float64, crop by crop."""
+def test_resizing_equals_torchs_antialiased_interpolation(height, width, size):
+    """Two matrix products against interpolation in float64, crop by crop."""
     rng = np.random.default_rng(0)
     frames = torch.from_numpy(rng.integers(0, 256, (12, 2, 3, height, width), dtype=np.uint8))
     crops = [avid_data.random_crop(height, width, (0.08, 1.0), (0.75, 1.33), rng) for _ in range(11)]
@@ -771,8 +774,8 @@ def test_frames_of_several_sizes_share_a_batch():
         assert torch.equal(given[k], alone)
 
 
-def test_on_a_gpu_nothing_is_of_another_device_and_nothing_is_waited_for():
-    """On tensors that have CUDA's device and no data: a value that the host would wait for raises."""
+def test_gpu_decoding_stays_on_the_gpu_and_never_waits():
+    """On fake tensors, which have a CUDA device and no data: reading a value on the host raises."""
     cuda, audio = torch.device("cuda", 0), settings(".").audio
     clip = {"jpegs": [np.zeros(9, np.uint8)] * 4, "crop": (0, 0, 64, 90), "gain": np.float32(1)}
     clip |= {"louder_db": np.float32(0), "backward": False}
@@ -791,10 +794,11 @@ def test_on_a_gpu_nothing_is_of_another_device_and_nothing_is_waited_for():
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
         mock.patch.object(packed, "decode_jpeg", decoded),
-        mock.patch.object(spectrogram, "mel_filters", lambda *_: filters.to(cuda)),  # copied once a process
+        # the filters are copied to the device once a process
+        mock.patch.object(spectrogram, "mel_filters", lambda *_: filters.to(cuda)),
     ):
         given = batch.decode(cuda)
-        with pytest.raises(DataDependentOutputException):  # what the test would notice
+        with pytest.raises(DataDependentOutputException):  # this is how a wait would show
             given["audio"].max().item()
     spectrogram.hann.cache_clear()
     assert (given["video"].shape, given["video"].dtype) == ((3, 2, 3, 4, 32, 32), torch.uint8)
@@ -802,117 +806,113 @@ def test_on_a_gpu_nothing_is_of_another_device_and_nothing_is_waited_for():
     assert {x.device for x in given.values()} == {cuda}
 
 
-# ----------------------------------------------------------------------------------- which, and in what order
+# ----------------------------------------------------------------------------------------- order of the draws
 
 
 def batches(how, steps, shards=None, clips=1, **more):
     sampler = avid_data.BatchSampler(
-        len(SHARD), 12, how, 0, 0, steps, clips_per_open=clips, shards=shards, **more
+        len(SHARD_OF), 12, how, 0, 0, steps, clips_per_open=clips, shards=shards, **more
     )
     return [[index for index, _ in batch] for batch in sampler]
 
 
-SHARD = np.repeat([2, 0, 1, 3], [40, 25, 31, 24])[
-    np.random.default_rng(3).permutation(120)
-]  # of 120 instances
+# the shard of each of 120 instances
+SHARD_OF = np.repeat([2, 0, 1, 3], [40, 25, 31, 24])[np.random.default_rng(3).permutation(120)]
 
 
-def test_by_shards_an_epoch_takes_every_instance_once_one_shard_after_the_other():
-    steps = batches("epoch", 30, SHARD)
+def test_a_shard_epoch_takes_every_instance_once_shard_by_shard():
+    steps = batches("epoch", 30, SHARD_OF)
     orders = [list(chain(*steps[e * 10 : e * 10 + 10])) for e in range(3)]
     for order in orders:
         assert sorted(order) == list(range(120))
-        assert sum(np.diff(SHARD[order]) != 0) == 3  # a shard begins where one has ended
-    assert len({tuple(SHARD[order]) for order in orders}) == 3  # in an order of its own each epoch
-    first = [orders[0].index(i) for i in np.flatnonzero(SHARD == 2)]
+        assert sum(np.diff(SHARD_OF[order]) != 0) == 3  # four shards, one after the other
+    assert len({tuple(SHARD_OF[order]) for order in orders}) == 3  # another order each epoch
+    first = [orders[0].index(i) for i in np.flatnonzero(SHARD_OF == 2)]
     assert first != sorted(first) and first != sorted(first, reverse=True)
-    assert all(len(set(SHARD[batch])) <= 2 for batch in steps)
-    assert (
-        np.mean([len(set(SHARD[batch])) for batch in batches("epoch", 10)]) > 3.5
-    )  # else a batch meets them all
+    assert all(len(set(SHARD_OF[batch])) <= 2 for batch in steps)
+    # without shards, a batch comes from nearly all of them
+    assert np.mean([len(set(SHARD_OF[batch])) for batch in batches("epoch", 10)]) > 3.5
 
 
-def test_by_shards_independent_draws_are_uniform_over_instances():
-    """Each place of a batch takes each instance with probability 1/N; the places of a batch share a shard."""
-    steps = batches("iid", 6000, SHARD)
-    assert all(len(set(SHARD[batch])) == 1 for batch in steps)
-    of_shard = Counter(int(SHARD[batch[0]]) for batch in steps)
+def test_iid_draws_by_shards_are_uniform_over_instances():
+    """Each row of a batch holds each instance with probability 1/N, and all rows of a batch share a shard."""
+    steps = batches("iid", 6000, SHARD_OF)
+    assert all(len(set(SHARD_OF[batch])) == 1 for batch in steps)
+    of_shard = Counter(int(SHARD_OF[batch[0]]) for batch in steps)
     for shard, count in of_shard.items():
-        n = (SHARD == shard).sum()
+        n = (SHARD_OF == shard).sum()
         expected = 6000 * n / 120
         assert abs(count - expected) < 5 * np.sqrt(expected)
-        times = np.bincount(list(chain(*(x for x in steps if SHARD[x[0]] == shard))), minlength=120)
-        times = times[
-            SHARD == shard
-        ]  # given the shard, its instances are alike: χ² with n − 1 degrees of freedom
+        times = np.bincount(list(chain(*(x for x in steps if SHARD_OF[x[0]] == shard))), minlength=120)
+        # given the shard, its instances are equally likely: χ² with n − 1 degrees of freedom
+        times = times[SHARD_OF == shard]
         chi2 = ((times - times.mean()) ** 2 / times.mean()).sum()
         assert abs(chi2 - (n - 1)) < 5 * np.sqrt(2 * (n - 1))
 
 
 @pytest.mark.parametrize("how", ["epoch", "iid"])
 @pytest.mark.parametrize("clips", [1, 3])
-def test_by_shards_ranks_and_resumed_runs_draw_the_same(how, clips):
-    whole = batches(how, 25, SHARD, clips)
-    ranks = [batches(how, 25, SHARD, clips, rank=rank, world=2) for rank in range(2)]
+def test_draws_by_shards_do_not_depend_on_ranks_or_resuming(how, clips):
+    whole = batches(how, 25, SHARD_OF, clips)
+    ranks = [batches(how, 25, SHARD_OF, clips, rank=rank, world=2) for rank in range(2)]
     assert [one + other for one, other in zip(*ranks, strict=True)] == whole
-    resumed = avid_data.BatchSampler(120, 12, how, 0, 13, 25, clips_per_open=clips, shards=SHARD)
+    resumed = avid_data.BatchSampler(120, 12, how, 0, 13, 25, clips_per_open=clips, shards=SHARD_OF)
     assert [[index for index, _ in batch] for batch in resumed] == whole[13:]
 
 
-def test_shards_of_a_table(shards):
-    found = table(shards)
+def test_the_sampler_gets_the_shard_of_each_row(shards):
+    found = load_table(shards)
     cfg = settings(shards, ["data.shuffle=shards"])
     given = avid_data.shards(found, cfg)
     assert given.tolist() == packed.Pack(shards).index["shard"][found.record].tolist() and len(set(given)) > 2
     assert avid_data.shards(found, settings(shards)) is None
 
 
-def test_clips_per_open_are_places_of_their_own():
+def test_clips_per_open_gives_each_clip_its_own_draw():
     sampler = avid_data.BatchSampler(120, 12, "epoch", 0, 0, 30, clips_per_open=3)
     for batch in sampler:
         indices = [index for index, _ in batch]
         assert indices == [i for i in indices[::3] for _ in range(3)] and len(set(indices)) == 4
         assert len({draw for _, draw in batch}) == 12
-    taken = list(chain(*batches("epoch", 30, clips=3)))  # 30 steps of 4 files: each of 120 once
+    taken = list(chain(*batches("epoch", 30, clips=3)))  # 30 steps of 4 files: each of 120 files once
     assert sorted(taken) == sorted(list(range(120)) * 3)
     with pytest.raises(config.ConfigError, match="cannot be shared evenly by 2 processes, 4 clips a file"):
         avid_data.BatchSampler(120, 12, "epoch", 0, 0, 30, 0, 2, clips_per_open=4)
     assert batches("iid", 9) == batches("iid", 9, clips=1)
 
 
-def test_clips_of_one_file_are_read_from_one_opening(world, monkeypatch):
-    """The items are those of single requests, where some files cannot be read, too."""
-    opened = []
+def test_clips_of_one_file_share_one_opening(world, monkeypatch):
+    """Items equal those of single requests, also when some files cannot be read."""
+    openings = []
 
     class Counted(Media):
         def __init__(self, path, *more):
-            opened.append(Path(path).name)
+            openings.append(Path(path).name)
             super().__init__(path, *more)
 
     monkeypatch.setattr(avid_data, "Media", Counted)
-    found = table(world, "all", "folder")
+    found = load_table(world, "all", "folder")
     cfg = settings(".", ["data.name=folder"])
     clips = avid_data.Clips(found, cfg, training=True)
     keys = [(index, (3, 0, place)) for place, index in enumerate(np.repeat([0, 3, 5, 1, 4], 3).tolist())]
     alone = [clips[key] for key in keys]
-    assert len(opened) >= 15
-    opened.clear()
+    assert len(openings) >= 15
+    openings.clear()
     several = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, clips_per_open=3))
     clips = avid_data.Clips(found, several, training=True)
     together = [clips[key] for key in keys]
     bad = {found.paths.index(path) for path in ("train/dog/broken.mp4", "test/dog/mute.mp4")}
     for one, other in zip(alone, together, strict=True):
         assert one.keys() == other.keys()
-        loud = one["audio"] > -60  # Matroska rounds time stamps, and AAC makes up noise, anew after a seek
+        loud = one["audio"] > -60  # after a seek, Matroska's rounded time stamps and AAC's noise differ
         far = (one.pop("audio") - other.pop("audio"))[loud].abs()
         assert far.mean() < 0.1 and far.max() < 2, far.max()
         for name, x in one.items():
             assert torch.equal(x, other[name]) if torch.is_tensor(x) else x == other[name]
     usable = [index for index in (0, 3, 5, 1, 4) if index not in bad]
-    assert all(
-        opened.count(Path(found.paths[index]).name) <= 2 for index in usable
-    )  # another may be replaced by it
-    assert len(opened) <= len(usable) + 2 * 3 * len(bad)
+    # a second opening may be as a replacement of an unusable file
+    assert all(openings.count(Path(found.paths[index]).name) <= 2 for index in usable)
+    assert len(openings) <= len(usable) + 2 * 3 * len(bad)
 
 
 # ------------------------------------------------------------------------------------------------- whole runs
@@ -920,11 +920,11 @@ def test_clips_of_one_file_are_read_from_one_opening(world, monkeypatch):
 
 @pytest.fixture(scope="module")
 def toy_run(tmp_path_factory):
-    """The tiny toy's files, packed, and a run on them."""
+    """A packed small toy world and a run on it: (root, output)."""
     root = tmp_path_factory.mktemp("toy")
     cfg = config.load("toy", TINY)
     files = toy.write(root, cfg.toy, cfg.seed, 1, progress=False)
-    packing(files, root / "packed", SMALL, "toy")
+    run_pack(files, root / "packed", SMALL, "toy")
     done = run(root / "packed", root / "run", "data.name=packed", "data.shuffle=shards", "data.workers=1")
     return root, done
 
@@ -952,15 +952,15 @@ def test_training_and_evaluations_on_packed_data(toy_run):
     assert (root / "run/retrieval-cross-packed.png").exists()
 
 
-def test_a_run_decoded_on_the_device_is_the_run(toy_run):
-    """Its losses differ by rounding; and a run may go on the other way."""
+def test_training_with_decoding_on_the_device_gives_the_same_losses(toy_run):
+    """The losses differ only by rounding, and a resumed run may decode in the other way."""
     root, _ = toy_run
     more = ["data.name=packed", "data.shuffle=shards", "optim.epochs=4"]
     run(root / "packed", root / "device", *more, "data.decode=device", "data.workers=1")
     one, other = (
         [line["loss"] for line in metrics(root / name) if "loss" in line] for name in ("run", "device")
     )
-    np.testing.assert_allclose(one[:2], other[:2], rtol=0.03)  # later steps are of other weights
+    np.testing.assert_allclose(one[:2], other[:2], rtol=0.03)  # later steps have other weights
     assert len(one) == len(other) == 12 and np.isfinite(other).all()
     text = run(root / "packed", root / "device", *more, "data.decode=cpu", "optim.epochs=5")
     assert "resuming" in text and final(root / "device")["step"] == 15
