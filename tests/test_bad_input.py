@@ -1,5 +1,4 @@
-"""What cannot work ends with one line that says why and exit code 2, before anything is written or any worker
-is started."""
+"""Wrong input ends with a one-line error and exit code 2, before a file is written or a worker is started."""
 
 import ast
 import dataclasses
@@ -27,8 +26,8 @@ from avid.tools import figures, prepare, show
 MANIFEST = "path,label,split\na.mp4,dog,train\nb.mp4,cat,train\nc.mp4,dog,test\nd.mp4,cat,test\n"
 
 
-class Spring:
-    """What a malicious pickle does when it is loaded: here, make a folder."""
+class MaliciousPickle:
+    """An object that makes the folder `sprung` when its pickle is loaded."""
 
     def __reduce__(self):
         return (os.mkdir, ("sprung",))
@@ -36,7 +35,7 @@ class Spring:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A checkpoint of a tiny network, as train.py writes it, and some files that are none."""
+    """A checkpoint of a tiny network, as train.py writes it, and some files that are no checkpoints."""
     folder = tmp_path_factory.mktemp("saved")
     cfg = config.load("toy", TINY)
     state = {
@@ -47,18 +46,18 @@ def saved(tmp_path_factory):
     run.save_checkpoint(folder / "run" / "last.pt", state)
     run.save_checkpoint(folder / "list.pt", [1, 2])
     run.save_checkpoint(folder / "wide.pt", {**state, "config": {**state["config"], "model": {"width": 8}}})
-    run.save_checkpoint(folder / "later.pt", {**state, "config": {"model": {"wings": 2}}})
+    run.save_checkpoint(folder / "newer.pt", {**state, "config": {"model": {"wings": 2}}})
     run.save_checkpoint(folder / "odd.pt", {**state, "config": 3})
-    torch.save({"network": Spring()}, folder / "malicious.pt")
-    (folder / "plain.pkl").write_bytes(pickle.dumps(Spring()))
+    torch.save({"network": MaliciousPickle()}, folder / "malicious.pt")
+    (folder / "plain.pkl").write_bytes(pickle.dumps(MaliciousPickle()))
     (folder / "text.pt").write_text("no checkpoint")
     (folder / "half.pt").write_bytes((folder / "run" / "last.pt").read_bytes()[:2000])
     return folder
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch, saved):
-    """A working folder with small data sets of empty files, and things that are in the way."""
+def workdir(tmp_path, monkeypatch, saved):
+    """The current folder, with small data sets of empty files and with files that must not be overwritten."""
     for name in (
         "list/a.mp4",
         "list/b.mp4",
@@ -86,9 +85,9 @@ def place(tmp_path, monkeypatch, saved):
     (tmp_path / "foreign eval").mkdir()
     (tmp_path / "foreign eval" / "linear-video-toy-test.json").write_text("[1]")
     (tmp_path / "foreign eval" / "retrieval-audio-toy.png").write_text("PNG")
-    (tmp_path / "mine.csv").write_text("my,own\n")
-    (tmp_path / "mine.npz").write_text("my own")
-    (tmp_path / "tasks.png").write_text("my own")
+    (tmp_path / "other.csv").write_text("other,columns\n")
+    (tmp_path / "other.npz").write_text("no npz")
+    (tmp_path / "tasks.png").write_text("no png")
     (tmp_path / "evil.yaml").write_text("out: !!python/object/apply:pathlib.Path.touch ['sprung']\n")
     (tmp_path / "binary.yaml").write_bytes(bytes(range(256)))
     (tmp_path / "list.yaml").write_text("- seed\n")
@@ -99,7 +98,7 @@ def place(tmp_path, monkeypatch, saved):
 
 
 def contents(folder):
-    """{path: bytes} of a folder, all that is below it."""
+    """{path: bytes} of everything below a folder."""
     return {path: path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
 
 
@@ -112,28 +111,29 @@ SCRIPTS = {
 }
 
 
-def refused(script, argv, place, capsys, monkeypatch):
-    """What the script says. It says it in one line, or with the layout that it expects, and leaves everything
-    as it was."""
+def error_of(script, argv, workdir, capsys, monkeypatch):
+    """The error of a script that must refuse its arguments: one line, perhaps with the expected layout below.
 
-    def started(*_, **__):
+    No file may change and no worker may be started."""
+
+    def start_worker(*_, **__):
         raise AssertionError("a worker was started")
 
-    monkeypatch.setattr(torch.utils.data, "DataLoader", started)
-    monkeypatch.setattr(prepare.processes, "outcomes", started)
-    before = contents(place)
+    monkeypatch.setattr(torch.utils.data, "DataLoader", start_worker)
+    monkeypatch.setattr(prepare.processes, "outcomes", start_worker)
+    before = contents(workdir)
     with pytest.raises(SystemExit) as ended, evaluation.plain_errors():
         SCRIPTS[script](argv)
     assert ended.value.code == 2
-    assert contents(place) == before
-    said, *layout = capsys.readouterr().err.splitlines()
+    assert contents(workdir) == before
+    message, *layout = capsys.readouterr().err.splitlines()
     assert not layout or layout[0].startswith("expected, with root")
-    assert said.startswith("error: ") and len(said) < 800, said
-    return said
+    assert message.startswith("error: ") and len(message) < 800, message
+    return message
 
 
 TRAIN_LIST = "data.name=manifest data.root=list optim.batch_size=2"
-CASES = [  # script, command line, what it says
+CASES = [  # script, command line, part of the error message
     # settings
     ("train", "optim.lrr=1", "unknown setting optim.lrr; did you mean optim.lr?"),
     ("train", "optim..lr=1", "optim..lr=1 is no setting; write key=value"),
@@ -209,8 +209,8 @@ CASES = [  # script, command line, what it says
     ("linear", "--ckpt ckpt/list.pt", "it holds a list, not a dict"),
     ("linear", "--ckpt ckpt/malicious.pt", "and no code is run from a file"),
     ("linear", "--ckpt ckpt/plain.pkl", "cannot read the checkpoint ckpt/plain.pkl"),
-    ("linear", "--ckpt ckpt/later.pt",
-     "ckpt/later.pt holds settings that this version does not take: unknown setting model.wings"),
+    ("linear", "--ckpt ckpt/newer.pt",
+     "ckpt/newer.pt holds settings that this version does not take: unknown setting model.wings"),
     ("linear", "--ckpt ckpt/odd.pt",
      "ckpt/odd.pt holds settings that this version does not take: the settings hold what is none"),
     ("linear", "--ckpt ckpt/wide.pt", "wide.pt"),
@@ -221,8 +221,8 @@ CASES = [  # script, command line, what it says
     ("linear", "--ckpt ckpt/run/last.pt --out e --data esc50 --root esc --split 9", "no split train9"),
     ("linear", "--ckpt ckpt/run/last.pt --out e --data esc50 --root esc --split all --save f.npz",
      "name it, such as --split 1"),
-    ("linear", "--ckpt ckpt/run/last.pt --out e --data manifest --root list --save mine.npz",
-     "mine.npz exists, and is not overwritten"),
+    ("linear", "--ckpt ckpt/run/last.pt --out e --data manifest --root list --save other.npz",
+     "other.npz exists, and is not overwritten"),
     ("linear", "--ckpt ckpt/run/last.pt --out e --data manifest --root list --save 'a file/f'",
      "cannot write into a file"),
     ("linear", "--ckpt ckpt/run/last.pt --out e --data manifest --root list --mode finetune --save f.npz",
@@ -245,8 +245,8 @@ CASES = [  # script, command line, what it says
     # whole folders
     ("data", "check --data folder --root nowhere", "no list or file in nowhere, which does not exist"),
     ("data", "check --data manifest --root list --split val", "no such split in list, only test, train"),
-    ("data", "check --data manifest --root list --out mine.csv",
-     "mine.csv is not the CSV of a check; name another one with --out"),
+    ("data", "check --data manifest --root list --out other.csv",
+     "other.csv is not the CSV of a check; name another one with --out"),
     ("data", "check --data manifest --root list --out 'a file/c.csv'", "cannot write into a file"),
     ("data", "check --data manifest --root list --out list", "list"),
     ("data", "check --data manifest --root list optim.lrr=1", "unknown setting optim.lrr"),
@@ -265,22 +265,24 @@ CASES = [  # script, command line, what it says
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("script, line, said", CASES)
-def test_what_cannot_work_is_refused_beforehand(script, line, said, place, capsys, monkeypatch):
+@pytest.mark.parametrize("script, line, message", CASES)
+def test_wrong_input_is_refused_beforehand(script, line, message, workdir, capsys, monkeypatch):
     argv = shlex.split(line)
     if script == "train":
         argv = [*(TINY if "--cfg" not in argv else []), "data.root=toy", *argv]
-    assert said in refused(script, argv, place, capsys, monkeypatch)
+    assert message in error_of(script, argv, workdir, capsys, monkeypatch)
 
 
-def test_a_batch_that_the_processes_cannot_share_is_refused_beforehand(place, capsys, monkeypatch):
+def test_a_batch_that_the_processes_cannot_share_is_refused_beforehand(workdir, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    said = refused("train", TINY, place, capsys, monkeypatch)
-    assert said == "error: optim.batch_size=8 cannot be shared evenly by 3 processes; make it a multiple of 3"
+    message = error_of("train", TINY, workdir, capsys, monkeypatch)
+    assert (
+        message == "error: optim.batch_size=8 cannot be shared evenly by 3 processes; make it a multiple of 3"
+    )
 
 
 HEAD = b"path,label,split,start,end\n"
-LISTS = [  # content of a manifest, the line at fault, the cause
+LISTS = [  # content of a manifest, number of the wrong line, cause
     (b"", None, "lists no file"),
     (HEAD, None, "lists no file"),
     (b"\xef\xbb\xbf" + HEAD, None, "lists no file"),
@@ -330,18 +332,18 @@ LISTS = [  # content of a manifest, the line at fault, the cause
 
 
 @pytest.mark.parametrize("content, line, cause", LISTS)
-def test_a_list_that_cannot_be_read_is_refused_beforehand(content, line, cause, place, capsys, monkeypatch):
-    (place / "list" / "manifest.csv").write_bytes(content)
+def test_a_list_that_cannot_be_read_is_refused_beforehand(content, line, cause, workdir, capsys, monkeypatch):
+    (workdir / "list" / "manifest.csv").write_bytes(content)
     for script, command in (
         ("train", "data.name=manifest data.root=list optim.batch_size=1"),
         ("data", "check --data manifest --root list"),
     ):
         if cause.startswith("no such split") and script == "data":
-            continue  # it reads every split
-        said = refused(script, command.split(), place, capsys, monkeypatch)
+            continue  # a check reads every split
+        message = error_of(script, command.split(), workdir, capsys, monkeypatch)
         assert (
-            said.startswith(f"error: list/manifest.csv, line {line}: {cause}" if line else "error: ")
-            and cause in said
+            message.startswith(f"error: list/manifest.csv, line {line}: {cause}" if line else "error: ")
+            and cause in message
         )
 
 
@@ -349,11 +351,11 @@ def test_a_list_that_cannot_be_read_is_refused_beforehand(content, line, cause, 
     "script, command",
     [("linear", ""), ("linear", "--mode svm"), ("linear", "--mode finetune"), ("retrieval", "")],
 )
-def test_files_without_a_class_are_counted_before_any_is_read(script, command, place, capsys, monkeypatch):
-    (place / "list" / "manifest.csv").write_text(MANIFEST.replace("d.mp4,cat", "d.mp4,"))
+def test_files_without_a_class_are_counted_before_any_is_read(script, command, workdir, capsys, monkeypatch):
+    (workdir / "list" / "manifest.csv").write_text(MANIFEST.replace("d.mp4,cat", "d.mp4,"))
     argv = f"--ckpt ckpt/run/last.pt --out e --data manifest --root list {command}".split()
-    assert "1 of 2 files have no class, e.g. d.mp4; give them one" in refused(
-        script, argv, place, capsys, monkeypatch
+    assert "1 of 2 files have no class, e.g. d.mp4; give them one" in error_of(
+        script, argv, workdir, capsys, monkeypatch
     )
 
 
@@ -361,13 +363,13 @@ def test_files_without_a_class_are_counted_before_any_is_read(script, command, p
 
 
 def test_a_run_folder_is_known_by_its_settings(tmp_path):
-    """New, empty, left by a killed run, or holding a checkpoint, which is judged when it is read."""
+    """It may be new, empty, or left by an interrupted run. A checkpoint in it is checked when it is read."""
     out = tmp_path / "run"
     cfg = config.load("toy", [f"out={out}"])
     cli.check_run_folder(cfg)
     out.mkdir()
     (out / "metrics.jsonl").touch()
-    (out / "notes.txt").write_text("my own")
+    (out / "notes.txt").write_text("notes")
     cli.check_run_folder(cfg)
     (out / "metrics.jsonl").write_text("{}")
     with pytest.raises(config.ConfigError, match=r"holds metrics\.jsonl"):
@@ -380,11 +382,12 @@ def test_a_run_folder_is_known_by_its_settings(tmp_path):
     cli.check_run_folder(cfg)
     config.save(cfg, out / "config.yaml")
     cli.check_run_folder(cfg)
-    with pytest.raises(config.ConfigError, match=r"model\.width"):  # before a toy is written, or a list read
+    # found before a toy is written or a list is read
+    with pytest.raises(config.ConfigError, match=r"model\.width"):
         cli.check_run_folder(config.load("toy", [f"out={out}", "model.width=8"]))
 
 
-def test_pictures_are_known_by_what_is_written_in_them(tmp_path):
+def test_pictures_are_known_by_their_metadata(tmp_path):
     path = tmp_path / "curves.png"
     figures.check_picture(path)
     figures.write(figures.plt.figure(), path)
@@ -404,47 +407,51 @@ def subject(out):
 
 
 @pytest.mark.parametrize("spoil", ["objects", "pickle", "half", "text", "array"])
-def test_kept_features_that_cannot_be_read_are_made_anew_and_run_nothing(spoil, place, capsys, monkeypatch):
+def test_kept_features_that_cannot_be_read_are_computed_again_and_run_no_code(
+    spoil, workdir, capsys, monkeypatch
+):
     table = evaluation.datasets.load(config.Data(name="manifest", root="list"), "train")
-    made = evaluation.Features(
+    features = evaluation.Features(
         np.array([0]), {"audio": np.ones((1, 1, 3), np.float32)}, failures={1: "no sound"}
     )
-    asked = []
-    monkeypatch.setattr(evaluation, "extract", lambda *_: asked.append(1) or made)
+    extractions = []
+    monkeypatch.setattr(evaluation, "extract", lambda *_: extractions.append(1) or features)
 
     def kept():
-        return evaluation.features_of(subject(place), table, "audio")
+        return evaluation.features_of(subject(workdir), table, "audio")
 
     kept()
-    (path,) = (place / "features").iterdir()
+    (path,) = (workdir / "features").iterdir()
     if spoil == "objects":
-        arrays = dict(np.load(path)) | {"features_audio": np.array([Spring()], object)}
+        arrays = dict(np.load(path)) | {"features_audio": np.array([MaliciousPickle()], object)}
         np.savez(path, **arrays)
     elif spoil == "array":
         np.save(path, np.ones(3))
         path.with_suffix(".npz.npy").replace(path)
     else:
         path.write_bytes(
-            {"pickle": pickle.dumps(Spring()), "half": path.read_bytes()[:200], "text": b"text"}[spoil]
+            {"pickle": pickle.dumps(MaliciousPickle()), "half": path.read_bytes()[:200], "text": b"text"}[
+                spoil
+            ]
         )
     capsys.readouterr()
-    np.testing.assert_equal(kept().features, made.features)
+    np.testing.assert_equal(kept().features, features.features)
     assert f"{path} cannot be read and is written anew" in capsys.readouterr().out
-    assert kept().failures == made.failures and len(asked) == 2
-    assert not (place / "sprung").exists()
+    assert kept().failures == features.failures and len(extractions) == 2
+    assert not (workdir / "sprung").exists()
 
 
-def test_nothing_saved_needs_a_pickle(tmp_path):
-    made = evaluation.Features(
+def test_saved_features_need_no_pickle(tmp_path):
+    features = evaluation.Features(
         np.array([0]), {"audio": np.ones((1, 1, 3), np.float32)}, failures={1: "no sound"}
     )
-    made.save(tmp_path / "f.npz", labels=np.array([1]), classes=["a", "b"], paths=np.array(["a.mp4"]))
+    features.save(tmp_path / "f.npz", labels=np.array([1]), classes=["a", "b"], paths=np.array(["a.mp4"]))
     with np.load(tmp_path / "f.npz", allow_pickle=False) as arrays:
         assert {arrays[name].dtype.hasobject for name in arrays.files} == {False}
 
 
 def calls():
-    """(file, line, dotted name, keywords) of every call of the package and its scripts."""
+    """(file, line, dotted name, keywords) of every call in the package and its scripts."""
     for path in [*ROOT.glob("*.py"), *(ROOT / "avid").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call):
@@ -485,11 +492,11 @@ def test_no_shell_no_pickle_and_no_code_from_data():
         assert name != "np.load" or keywords.get("allow_pickle") == "False", (file, line)
 
 
-def test_links_are_followed_and_lists_do_not_lead_out(place, monkeypatch):
-    """A link is its owner's; a list may come from anywhere."""
-    (place / "elsewhere").mkdir()
-    (place / "elsewhere" / "e.mp4").touch()
-    (place / "classes" / "z").symlink_to(place / "elsewhere")
+def test_links_are_followed_but_lists_do_not_lead_out_of_the_root(workdir, monkeypatch):
+    """The owner of a folder makes its links, but a list may come from anyone."""
+    (workdir / "elsewhere").mkdir()
+    (workdir / "elsewhere" / "e.mp4").touch()
+    (workdir / "classes" / "z").symlink_to(workdir / "elsewhere")
     table = evaluation.datasets.load(config.Data(name="folder", root="classes"), "train")
     assert table.paths == ["x/a.mp4", "y/b.mp4", "z/e.mp4"]
     for name, file, line in (
@@ -499,7 +506,7 @@ def test_links_are_followed_and_lists_do_not_lead_out(place, monkeypatch):
         ("hmdb51", "testTrainMulti_7030_splits/.._test_split1.txt", "e.mp4 1\n"),
         ("esc50", "meta/esc50.csv", "filename,fold,category,esc10\n../../elsewhere/e.wav,2,dog,True\n"),
     ):
-        root = place / name
+        root = workdir / name
         (root / file).parent.mkdir(parents=True)
         (root / file).write_text(line)
         (root / "ucfTrainTestlist").mkdir(exist_ok=True)
@@ -534,7 +541,7 @@ BENCHMARKS = [path for path in sorted((ROOT / "benchmarks").glob("*.py")) if "__
 
 
 @pytest.mark.parametrize("script", [*PROGRAMS, *(f"benchmarks/{path.name}" for path in BENCHMARKS)])
-def test_help_answers_without_torch(script):
+def test_help_does_not_import_torch(script):
     command = [sys.executable, "-X", "importtime", *script.split(), "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "usage: " in done.stdout, done.stderr[-2000:]
@@ -542,7 +549,7 @@ def test_help_answers_without_torch(script):
 
 
 @pytest.mark.parametrize(
-    "command, said",
+    "command, message",
     [
         ("train.py data.name=folder data.root=nowhere", "error: folder: no list or file in nowhere"),
         ("eval_linear.py --ckpt nowhere.pt", "error: no checkpoint nowhere.pt"),
@@ -553,14 +560,14 @@ def test_help_answers_without_torch(script):
         ("-m avid.figures tasks temporal.moments=1", "needs temporal.moments=2"),
     ],
 )
-def test_the_programs_end_with_exit_code_2_and_no_traceback(command, said, place):
+def test_the_programs_end_with_exit_code_2_and_no_traceback(command, message, workdir):
     script, *rest = command.split()
     argv = [sys.executable, *([script] if script == "-m" else [str(ROOT / script)]), *rest]
-    before = contents(place)
+    before = contents(workdir)
     done = subprocess.run(
         argv, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
-    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr[
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr[
         -2000:
     ]
-    assert contents(place) == before
+    assert contents(workdir) == before

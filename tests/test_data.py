@@ -1,4 +1,4 @@
-"""Clips out of files: what is drawn depends on (seed, step, place) alone, what cannot be read is named and
+"""Clips from files. Draws depend on (seed, step, row of the batch) alone; an unusable file is named and
 replaced.
 """
 
@@ -18,7 +18,7 @@ from avid.media import Media, MediaError
 from avid.temporal_tasks import Clip
 
 FPS = 25
-# frames stay as they are, their numbers can be read
+# no resizing and no cropping, so that the numbers in the frames can be read
 WHOLE = {"size": 64, "crop_area": [1.0, 1.0], "crop_ratio": [1.0, 1.0]}
 
 
@@ -46,7 +46,7 @@ def good(path, seconds=4.0, **content):
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    """Six videos of 4 s, good ones."""
+    """Six usable videos of 4 s."""
     root = tmp_path_factory.mktemp("good")
     for k in range(6):
         good(root / f"{k}.mp4", wave=tone(300 + 150 * k, 4.0, 16000))
@@ -55,7 +55,7 @@ def table(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory):
-    """Of six files the odd ones cannot be used, each for another reason."""
+    """Six files. Numbers 1, 3 and 5 cannot be used, each for another reason."""
     root = tmp_path_factory.mktemp("mixed")
     for k in (0, 2, 4):
         good(root / f"{k}.mp4")
@@ -69,21 +69,21 @@ REASONS = {1: "cannot be opened: Invalid data found when processing input", 3: "
 
 
 def same(one, other):
-    """Whether two items are the same bits."""
+    """Whether two items are equal bit for bit."""
     if one.keys() != other.keys():
         return False
     return all(torch.equal(v, other[k]) if torch.is_tensor(v) else v == other[k] for k, v in one.items())
 
 
 def shown(video):
-    """The numbers of a clip's frames, 3×T×64×64."""
+    """The numbers that the frames of a clip show, 3×T×64×64."""
     return numbers(video.permute(1, 2, 3, 0).numpy())
 
 
 # --------------------------------------------------------------------------------------------- training clips
 
 
-def test_the_draw_decides_every_bit(table):
+def test_an_item_depends_on_its_draw_alone(table):
     cfg = settings(
         temporal={"moments": 2, "speeds": [1, 2], "reverse": True},
         audio={"mask_time": 0.2, "mask_frequency": 0.2},
@@ -112,8 +112,8 @@ def test_a_file_is_opened_once_by_each_decoder(table, monkeypatch):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_clips_out_of_memory_are_the_same_bits(tmp_path, training):
-    """Those of another rate of sound, and what is said of files that cannot be used, too."""
+def test_clips_of_files_kept_in_memory_are_identical(tmp_path, training):
+    """Also at another sample rate, and with the same reasons for unusable files."""
     world = config.Toy(train=3, test=1, seconds=3.0, size=48)
     folder = toy.write(tmp_path, world, seed=0, workers=1, progress=False)
     (folder / "train" / "00001.mp4").write_bytes(b"no video")
@@ -128,7 +128,7 @@ def test_clips_out_of_memory_are_the_same_bits(tmp_path, training):
         assert same(Clips(table, kept, training)[key], Clips(table, cfg, training)[key])
     for path in folder.rglob("*.mp4"):
         path.unlink()
-    # a training reads from memory, an evaluation reads a file once
+    # training reads from memory; an evaluation reads each file only once
     failures = Clips(table, kept, training)[(0, (3, 0, 0)) if training else 0]["failures"]
     assert bool(failures) != training
 
@@ -145,7 +145,7 @@ def test_shapes_and_types_of_an_item(table, moments):
     assert item["failures"] == []
 
 
-def test_one_modality_alone(table):
+def test_one_modality_can_be_read_alone(table):
     for modality, other in (("video", "audio"), ("audio", "video")):
         item = Clips(table, settings(), training=True, modalities=(modality,))[0, (3, 0, 0)]
         assert modality in item
@@ -158,9 +158,9 @@ def test_batches_do_not_depend_on_the_number_of_workers(table, how):
         draws = BatchSampler(len(table), 4, how, seed=0, first_step=0, last_step=3)
         return list(data.loader(Clips(table, settings(), training=True), workers, batch_sampler=draws))
 
-    alone, helped = batches(0), batches(1)
-    assert len(alone) == len(helped) == 3
-    assert all(same(one, other) for one, other in zip(alone, helped, strict=True))
+    without, with_one = batches(0), batches(1)
+    assert len(without) == len(with_one) == 3
+    assert all(same(one, other) for one, other in zip(without, with_one, strict=True))
 
 
 def test_clips_start_anywhere_in_the_video(table):
@@ -168,11 +168,11 @@ def test_clips_start_anywhere_in_the_video(table):
     first = [shown(clips[0, (3, k, 0)]["video"][0])[0] for k in range(40)]
     assert min(first) < 15
     assert max(first) > 75
-    assert max(first) <= 100 - 0.5 * FPS + 2  # half a second has to follow
+    assert max(first) <= 100 - 0.5 * FPS + 2  # half a second must follow
 
 
-def test_frames_are_evenly_spaced_whatever_the_files_rate(table):
-    """8 frames a second out of 25: a step of 3.125 frames."""
+def test_frames_are_evenly_spaced_at_any_frame_rate(table):
+    """8 of 25 frames a second: a step of 3.125 frames."""
     clips = Clips(table, settings(video={**WHOLE, "frames": 12}), training=True)
     for k in range(5):
         steps = np.diff(shown(clips[0, (3, k, 0)]["video"][0]))
@@ -180,7 +180,7 @@ def test_frames_are_evenly_spaced_whatever_the_files_rate(table):
         assert steps.sum() == pytest.approx(11 * 3.125, abs=1)
 
 
-def test_the_volume_changes_all_columns_alike(table):
+def test_the_volume_shifts_all_columns_equally(table):
     loud = Clips(table, settings(audio={"volume": 0.5}), training=True)
     plain = Clips(table, settings(audio={"volume": 0.0}), training=True)
     gains = []
@@ -195,7 +195,7 @@ def test_the_volume_changes_all_columns_alike(table):
 
 
 def test_sound_is_never_taken_from_beyond_its_end(table):
-    """No window of a clip reaches into the silence before and after."""
+    """No window of the spectrogram reaches into the silence before or after the file."""
     clips = Clips(table, settings(), training=True)
     for k in range(30):
         audio = clips[0, (3, k, 0)]["audio"][0, 0]
@@ -206,7 +206,7 @@ def test_sound_is_never_taken_from_beyond_its_end(table):
 
 
 def test_picture_and_sound_of_a_clip_share_their_middle(tmp_path):
-    """A chirp sounds while frame 50 is shown: at the middle of the clip both are, though the sound is
+    """A chirp sounds while frame 50 is shown. Both are in the middle of the clip, although its sound is
     shorter.
     """
     good(tmp_path / "a.mp4", wave=chirps([2.0], 4.0, 16000))
@@ -218,9 +218,9 @@ def test_picture_and_sound_of_a_clip_share_their_middle(tmp_path):
     assert 12 <= loudness.argmax() <= 15  # 25 columns around 2 s; the chirp lasts three of them
 
 
-def test_the_picture_may_lie_elsewhere_in_the_widened_sound(table):
-    """AVID's: 0.5 s of picture anywhere within 2 s of sound widened by 0.5 s on both sides, its middle up to
-    1.25 s off.
+def test_an_offset_moves_the_video_within_the_sound(table):
+    """As in AVID: 0.5 s of video start up to `offset_s` before or after their place in the middle of the
+    sound.
     """
     cfg = settings(video={**WHOLE, "frames": 4, "fps": 8.0, "offset_s": 0.75}, audio={"seconds": 1.0})
     clips, moved = Clips(table, cfg, training=True), []
@@ -237,12 +237,12 @@ def test_the_picture_may_lie_elsewhere_in_the_widened_sound(table):
                 moved.append(start_s - shared)
             starts_s.append(start_s)
     assert min(moved) < -0.7 and max(moved) > 0.7 and np.abs(moved).max() <= 0.75
-    assert np.histogram(moved, 5, (-0.75, 0.75))[0].min() > 0.1 * len(moved)  # anywhere, as often
+    assert np.histogram(moved, 5, (-0.75, 0.75))[0].min() > 0.1 * len(moved)  # uniform
     assert min(starts_s) < 0.15 and max(starts_s) > 3.3  # up to the ends of the file
 
 
-def test_without_an_offset_no_draw_is_spent_on_it(table):
-    """The same bits as ever; and evaluation has none."""
+def test_without_an_offset_nothing_is_drawn_for_it(table):
+    """A clip is the same bit for bit as before, and an evaluation has no offset."""
     plain = Clips(table, settings(), training=True)[0, (3, 1, 0)]
     assert same(Clips(table, settings(video={"offset_s": 0.0}), training=True)[0, (3, 1, 0)], plain)
     assert not same(Clips(table, settings(video={"offset_s": 0.5}), training=True)[0, (3, 1, 0)], plain)
@@ -253,9 +253,9 @@ def test_without_an_offset_no_draw_is_spent_on_it(table):
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("speed", [1, 2, 4])
 def test_speed_and_direction(tmp_path, speed, backward):
-    """Frames are taken speed times further apart, columns too; backwards both come in the other order."""
+    """Frames and columns of sound are `speed` times further apart. A backward clip reverses both."""
     wave = tone(500, 4.0, 16000)
-    wave[:, :16000] = wave[:, 32000:] = 0.0  # it sounds from 1 s to 2 s
+    wave[:, :16000] = wave[:, 32000:] = 0.0  # a tone from 1 s to 2 s
     path = good(tmp_path / "a.mp4", wave=wave)
     cfg = settings(video={**WHOLE, "frames": 8, "fps": 12.5}, audio={"seconds": 0.64})
     clips = Clips(folder_table(tmp_path), cfg, training=False)
@@ -274,7 +274,7 @@ def test_speed_and_direction(tmp_path, speed, backward):
     assert loudness[silent].max() < -35
 
 
-def test_a_short_video_starts_again_and_its_sound_ends_in_silence(tmp_path):
+def test_a_short_video_repeats_and_its_sound_ends_in_silence(tmp_path):
     good(tmp_path / "a.mp4", seconds=0.6)
     cfg = settings(video={**WHOLE, "frames": 25, "fps": 25.0}, audio={"seconds": 1.0}, clips=1)
     for training in (False, True):
@@ -290,7 +290,7 @@ def test_a_short_video_starts_again_and_its_sound_ends_in_silence(tmp_path):
         assert sound[33:].max() == -100.0
 
 
-def test_a_table_may_name_a_part_of_the_file(table):
+def test_clips_stay_within_the_part_that_a_table_names(table):
     part = datasets.take(table, [0, 1])
     part.start_s[:], part.end_s[:] = 1.0, 2.0
     cfg = settings(video=WHOLE)
@@ -334,7 +334,7 @@ def test_evaluation_takes_the_central_square(tmp_path):
 # --------------------------------------------------------------------------------------------- unusable files
 
 
-def test_a_file_that_cannot_be_used_is_replaced_and_named(mixed):
+def test_an_unusable_file_is_replaced_and_named(mixed):
     clips = Clips(mixed, settings(), training=True)
     for index in range(6):
         item = clips[index, (3, 1, index)]
@@ -346,7 +346,7 @@ def test_a_file_that_cannot_be_used_is_replaced_and_named(mixed):
         else:
             assert item["index"] == index
         assert all(reason == REASONS[at] for at, reason in item["failures"])
-        assert same(item, clips[index, (3, 1, index)])  # the replacement is drawn, too
+        assert same(item, clips[index, (3, 1, index)])  # the replacement depends on the draw, too
 
 
 def test_replacements_are_drawn_from_all_files(mixed):
@@ -361,7 +361,7 @@ def test_an_unusable_file_has_no_evaluation_clips(mixed):
     assert "video" in clips[0]
 
 
-def test_too_many_unusable_files_in_a_row_end_it(tmp_path):
+def test_too_many_unusable_files_in_a_row_are_an_error(tmp_path):
     for k in range(3):
         (tmp_path / f"{k}.mp4").write_bytes(b"no video")
     clips = Clips(folder_table(tmp_path), settings(), training=True)
@@ -374,7 +374,7 @@ def test_too_many_unusable_files_in_a_row_end_it(tmp_path):
     assert "python -m avid check" in text
 
 
-def test_batches_of_evaluation_leave_unusable_files_out(mixed):
+def test_evaluation_batches_leave_unusable_files_out(mixed):
     batches = list(data.loader(Clips(mixed, settings(), training=False), 0, batch_size=2))
     assert [batch["index"].tolist() for batch in batches] == [[0], [2], [4]]
     assert [batch["failures"] for batch in batches] == [[(k, REASONS[k])] for k in (1, 3, 5)]
@@ -406,7 +406,7 @@ def test_a_batch_keeps_items_in_order_and_all_failures():
 
 
 def test_real_files_of_a_folder(real_media):
-    """Two real videos can be used; those without sound, and the damaged one, are named."""
+    """Two of these videos can be used. The other three have no sound and are named."""
     known = ["corrupted.mp4", "flipping_a_pancake.mkv", "nasa_13013.mp4", "part_0.mp4", "video_90.mov"]
     table = folder_table(real_media)
     table = datasets.take(table, [path.rpartition("/")[2] in known for path in table.paths])
@@ -429,65 +429,64 @@ def test_real_files_of_a_folder(real_media):
 # ------------------------------------------------------------------------------------------------------ draws
 
 
-def batches_of(draws):
+def indices_of(draws):
     return [[index for index, _ in batch] for batch in draws]
 
 
 def test_an_epoch_is_a_permutation():
     draws = BatchSampler(12, 4, "epoch", seed=0, first_step=0, last_step=9)
     assert len(draws) == 9
-    epochs = np.array(batches_of(draws)).reshape(3, 12)
+    epochs = np.array(indices_of(draws)).reshape(3, 12)
     for epoch in epochs:
         assert sorted(epoch) == list(range(12))
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
-def test_an_epoch_leaves_out_what_fills_no_batch():
-    epochs = np.array(batches_of(BatchSampler(11, 4, "epoch", seed=0, first_step=0, last_step=40))).reshape(
+def test_an_epoch_leaves_out_an_incomplete_batch():
+    epochs = np.array(indices_of(BatchSampler(11, 4, "epoch", seed=0, first_step=0, last_step=40))).reshape(
         20, 8
     )
     assert all(len(set(epoch)) == 8 for epoch in epochs)
-    assert set(epochs.flatten()) == set(range(11))  # others each time
+    assert set(epochs.flatten()) == set(range(11))  # other instances each epoch
 
 
 def test_iid_draws_are_independent():
-    """Every instance is equally likely at every place; a batch repeats one as often as chance has it."""
-    batches = np.array(batches_of(BatchSampler(20, 10, "iid", seed=0, first_step=0, last_step=2000)))
+    """All instances are equally likely, and a batch repeats one as often as chance does."""
+    batches = np.array(indices_of(BatchSampler(20, 10, "iid", seed=0, first_step=0, last_step=2000)))
     assert np.bincount(batches.flatten(), minlength=20) == pytest.approx(1000, abs=150)
     distinct = np.mean([len(set(batch)) for batch in batches])
     assert distinct == pytest.approx(20 * (1 - (19 / 20) ** 10), abs=0.1)
 
 
-def test_a_pass_over_copies_holds_every_instance_so_often():
-    """5 copies of 12 instances, shuffled together: 60 draws, in which one may come again at once; then
-    another order.
-    """
+def test_a_pass_over_copies_holds_each_instance_once_per_copy():
+    """5 copies of 12 instances are shuffled together into 60 draws. The next pass has another order."""
     sampler = BatchSampler(12, 4, "copies", seed=0, first_step=0, last_step=45, copies=5)
-    passes = np.array(batches_of(sampler)).reshape(3, 60)
+    passes = np.array(indices_of(sampler)).reshape(3, 60)
     for one in passes:
         assert np.bincount(one, minlength=12).tolist() == [5] * 12
-        assert len(set(one[:12])) < 12  # no epoch within the pass
+        assert len(set(one[:12])) < 12  # some instance repeats before all have come
     assert len({tuple(one) for one in passes}) == 3
     alone = BatchSampler(12, 4, "copies", seed=0, first_step=0, last_step=9, copies=1)
-    assert batches_of(alone) == batches_of(BatchSampler(12, 4, "epoch", seed=0, first_step=0, last_step=9))
+    assert indices_of(alone) == indices_of(BatchSampler(12, 4, "epoch", seed=0, first_step=0, last_step=9))
 
 
-def test_a_pass_over_copies_leaves_out_what_fills_no_batch():
+def test_a_pass_over_copies_leaves_out_an_incomplete_batch():
     sampler = BatchSampler(5, 4, "copies", seed=0, first_step=0, last_step=6, copies=3)
-    passes = np.array(batches_of(sampler)).reshape(2, 12)  # of 15 draws
+    passes = np.array(indices_of(sampler)).reshape(2, 12)  # of 15 draws
     assert all(np.bincount(one, minlength=5).max() <= 3 for one in passes)
 
 
-def test_with_copies_the_last_of_a_pass_are_hardly_older_than_the_rest():
-    """AVID's reason: at the end of an epoch exactly what is drawn next was not drawn for an epoch. Of the
-    draws in the last tenth of a pass, those whose instance has waited for longer than nine tenths of n draws:
-    all in epochs, e^-0.9 = 0.41 with replacement.
+def test_copies_avoid_the_long_waits_at_the_end_of_an_epoch():
+    """AVID's reason for copies: the instances at the end of an epoch were all last drawn long ago.
+
+    Of the draws in the last tenth of a pass, this is the share whose instance has waited for more than 0.9 n
+    draws. It is over half with epochs, and e^-0.9 = 0.41 with replacement.
     """
     n, batch = 200, 10
 
     def long_wait(how, copies=10):
         steps = 3 * copies * n // batch
-        draws = np.concatenate(batches_of(BatchSampler(n, batch, how, 0, 0, steps, copies=copies)))
+        draws = np.concatenate(indices_of(BatchSampler(n, batch, how, 0, 0, steps, copies=copies)))
         last, waits = {}, []
         length = {"epoch": n, "copies": copies * n, "iid": copies * n}[how]
         for place, instance in enumerate(draws):
@@ -511,7 +510,7 @@ def test_resuming_at_a_step_continues_the_sequence(how):
 
 @pytest.mark.parametrize("how", ["epoch", "copies", "iid"])
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_the_ranks_shares_are_the_global_batch(how, world):
+def test_the_batches_of_all_ranks_make_up_the_global_batch(how, world):
     whole = list(BatchSampler(30, 12, how, seed=0, first_step=2, last_step=8))
     shares = [
         list(BatchSampler(30, 12, how, seed=0, first_step=2, last_step=8, rank=rank, world=world))
@@ -521,7 +520,7 @@ def test_the_ranks_shares_are_the_global_batch(how, world):
     assert {len(batch) for share in shares for batch in share} == {12 // world}
 
 
-def test_every_draw_is_used_once():
+def test_no_draw_is_used_twice():
     draws = Counter(
         draw for batch in BatchSampler(10, 5, "iid", seed=0, first_step=0, last_step=20) for _, draw in batch
     )
@@ -540,7 +539,7 @@ def test_a_batch_larger_than_the_data_set_is_refused():
 # --------------------------------------------------------------------------------------------------- cropping
 
 
-def test_a_random_crop_has_the_asked_area_and_shape():
+def test_a_random_crop_has_the_requested_area_and_shape():
     rng, crops = np.random.default_rng(0), []
     for _ in range(2000):
         top, left, height, width = random_crop(120, 160, (0.2, 0.6), (0.75, 1.3333), rng)
@@ -574,7 +573,7 @@ def test_the_central_crop(height, width, share, expected):
 # ---------------------------------------------------------------------------------------------- augmentations
 
 
-def test_masks_are_drawn_as_wide_as_asked(table):
+def test_masks_are_at_most_as_wide_as_requested(table):
     clips = Clips(table, settings(audio={"mask_time": 0.2, "mask_frequency": 0.4}), training=True)
     rng = np.random.default_rng(0)
     shares = torch.cat([clips.draws(2, rng)["mask"] for _ in range(500)])
@@ -588,7 +587,7 @@ def test_masks_are_drawn_as_wide_as_asked(table):
     assert torch.equal(none[:, 1::2], none[:, ::2])
 
 
-def test_augmentations_are_drawn_as_often_as_asked(table):
+def test_augmentations_are_as_frequent_as_requested(table):
     clips = Clips(
         table, settings(video={"flip": 0.3, "grey": 0.2, "jitter": [0.4, 0.3, 0.2, 0.1]}), training=True
     )
@@ -601,7 +600,7 @@ def test_augmentations_are_drawn_as_often_as_asked(table):
     np.testing.assert_allclose(strengths.mean(0), 0, atol=0.02)
 
 
-def test_on_the_device_training_batches_are_augmented(table):
+def test_training_batches_are_augmented_on_the_device(table):
     items = [Clips(table, settings(temporal={"moments": 2}), training=True)[k, (3, 0, k)] for k in range(3)]
     draws = SimpleNamespace(
         **{name: torch.cat([item[name] for item in items]) for name in ("flip", "jitter", "grey")}

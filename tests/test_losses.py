@@ -1,4 +1,4 @@
-"""The losses against the equations of docs/method.md, written out once more in float64 with plain loops."""
+"""The losses against the equations of docs/method.md, written again with plain loops in float64."""
 
 import contextlib
 import functools
@@ -20,7 +20,7 @@ from avid import config, losses, memory_bank, models, temporal_tasks
 
 TAU, TAU_S, TAU_T = 0.07, 0.02, 0.07
 ESTIMATORS = ("bootstrap", "swapped", "neighbor", "cycle")
-EXPONENT = {  # of S_v, from v̄_i, ā_i, v̄_j, ā_j; with the modalities exchanged, of S_a
+EXPONENT = {  # of S_v, from v̄_i, ā_i, v̄_j, ā_j; of S_a with the modalities exchanged
     "bootstrap": lambda v_i, a_i, v_j, a_j: v_i @ a_j / TAU_S,
     "swapped": lambda v_i, a_i, v_j, a_j: a_i @ v_j / TAU_S,
     "neighbor": lambda v_i, a_i, v_j, a_j: v_i @ v_j / TAU_S,
@@ -32,13 +32,13 @@ def unit(*shape, seed):
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
-def world(negatives=12, everything=False, seed=0, num_instances=20, dim=6):
-    """A batch, its memories, and candidates with duplicates: within the batch, and again as negatives."""
+def example(negatives=12, whole_bank=False, seed=0, num_instances=20, dim=6):
+    """A batch, its memories, and candidates with duplicates: in the batch, and again among those drawn."""
     bank_video = unit(num_instances, dim, seed=seed)
     bank_audio = F.normalize(bank_video + 0.8 * unit(num_instances, dim, seed=seed + 1), dim=1)
     index = [3, 7, 3, 11, 0]
     drawn = torch.randint(num_instances, (negatives,), generator=torch.Generator().manual_seed(seed)).tolist()
-    candidates = list(range(num_instances)) if everything else index + [7, 5, 5] + drawn
+    candidates = list(range(num_instances)) if whole_bank else index + [7, 5, 5] + drawn
     return SimpleNamespace(
         video=F.normalize(bank_video[index] + 0.5 * unit(5, dim, seed=seed + 2), dim=1).requires_grad_(),
         audio=F.normalize(bank_audio[index] + 0.5 * unit(5, dim, seed=seed + 3), dim=1).requires_grad_(),
@@ -57,8 +57,11 @@ def robust_xid(w, soft=0.5, estimator="cycle"):
     return losses.robust_xid(*(getattr(w, name) for name in names), soft=soft, estimator=estimator, **taus)
 
 
-def soft_targets(estimator, own_video, own_audio, video, audio, valid, tau_s, tau_t):
-    """S_v, S_a themselves, B×C, as the means over them are made: the mean of the rows of the identity."""
+def full_soft_targets(estimator, own_video, own_audio, video, audio, valid, tau_s, tau_t):
+    """S_v and S_a, each B×C: the means that losses.attend returns over the rows of the identity matrix.
+
+    Also checks that losses.soft_targets returns their products with the memories.
+    """
     *steps, bias = losses.soft_exponents(estimator, own_video, own_audio, video, audio, valid, tau_t)
     S = [losses.attend(x, k, torch.eye(len(valid)), bias, tau_s)[1] for x, k in steps]
     means = losses.soft_targets(estimator, own_video, own_audio, video, audio, valid, tau_s, tau_t)
@@ -69,7 +72,7 @@ def soft_targets(estimator, own_video, own_audio, video, audio, valid, tau_s, ta
 
 @pytest.fixture(params=[1, 7, 8192])
 def piece(request, monkeypatch):
-    """Candidates at a time."""
+    """How many candidates the fast form takes at a time."""
     monkeypatch.setattr(losses, "PIECE", request.param)
 
 
@@ -81,7 +84,7 @@ def float64(w):
 
 
 def reference_softmax(exponents, valid):
-    """exp(e_j) / Σ_k exp(e_k) over the valid ones, 0 elsewhere."""
+    """exp(e_j) / Σ_k exp(e_k) over the valid candidates, 0 elsewhere."""
     largest = max(e for e, ok in zip(exponents, valid, strict=True) if ok)
     terms = [math.exp(e - largest) if ok else 0.0 for e, ok in zip(exponents, valid, strict=True)]
     return [t / sum(terms) for t in terms]
@@ -128,7 +131,7 @@ def assert_close(ours, reference, tolerance=1e-5):
 
 
 def test_attention_is_the_softmax_and_its_normaliser(piece):
-    w = world()
+    w = example()
     bias = torch.where(w.valid, 0.3 * torch.arange(len(w.valid)), -math.inf)
     total, S = losses.attend(w.video, w.bank_audio, torch.eye(len(w.valid)), bias, TAU)
     r = float64(w)
@@ -144,8 +147,8 @@ HALVES = pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 
 
 @HALVES
-def test_a_half_precision_bank_gives_the_loss_of_its_own_memories_in_float32(half):
-    w = world()
+def test_a_half_precision_bank_gives_the_loss_of_its_memories_in_float32(half):
+    w = example()
     w.bank_video, w.bank_audio = w.bank_video.to(half).float(), w.bank_audio.to(half).float()
     expected = robust_xid(w)
     gradient = torch.autograd.grad(expected.sum(), w.video)[0]
@@ -166,7 +169,7 @@ def test_a_half_precision_bank_gives_the_loss_of_its_own_memories_in_float32(hal
 
 
 def robust_xid_of(estimator):
-    w = world()
+    w = example()
     return [robust_xid(w, 0.5, estimator)], [w.video, w.audio]
 
 
@@ -176,14 +179,14 @@ def contrast_of_clips():
 
 
 def soft_target_means():
-    w = world()
+    w = example()
     memories = (w.own_video, w.own_audio, w.bank_video, w.bank_audio)
     return losses.soft_targets("cycle", *memories, w.valid, TAU_S, TAU_T), []
 
 
 def weights_of_pairs():
-    """The agreement, its weights, and a loss that they weigh."""
-    w = world()
+    """The agreement, the weights from it, and a weighted loss."""
+    w = example()
     s = losses.agreement(w.bank_video, w.bank_audio)
     weight = losses.faulty_positive_weights(s, s.mean(), s.std(), 0.25, 0.1, 0.5)
     loss = s.clone().requires_grad_()
@@ -191,7 +194,7 @@ def weights_of_pairs():
 
 
 def bank_after_an_update():
-    """All that a bank holds, measures and draws after a step."""
+    """The state, statistics and draws of a bank after an update."""
     bank = memory_bank.MemoryBank(40, 8, 0.5, 0)
     index, ways = torch.arange(12), config.Contrast(n_pos=3, k_pos=6, negatives=10, tau_n=0.5)
     bank.update(index, unit(12, 8, seed=4), unit(12, 8, seed=5))
@@ -209,8 +212,8 @@ COMPUTED = {
 }
 
 
-def computed(what, autocast):
-    """The values, computed within `autocast`, and then the gradients of their sum."""
+def compute(what, autocast):
+    """The values, computed under `autocast`, and the gradients of their sum."""
     with autocast:
         values, leaves = COMPUTED[what]()
     return [*values, *(torch.autograd.grad(sum(x.sum() for x in values), leaves) if leaves else ())]
@@ -219,27 +222,29 @@ def computed(what, autocast):
 @HALVES
 @pytest.mark.parametrize("what", COMPUTED)
 def test_autocast_changes_no_bit(what, half):
-    """At τ = 0.02 rounding to bfloat16 moves an exponent by 0.2: all of this stays float32."""
-    expected = computed(what, contextlib.nullcontext())
-    found = computed(what, torch.autocast("cpu", dtype=half))
+    """At τ = 0.02, rounding to bfloat16 would move an exponent by 0.2. So all of this stays float32."""
+    expected = compute(what, contextlib.nullcontext())
+    found = compute(what, torch.autocast("cpu", dtype=half))
     for x, y in zip(found, expected, strict=True):
         assert x.dtype == y.dtype and x.dtype not in (torch.bfloat16, torch.float16)
         assert torch.equal(x, y)
 
 
 @HALVES
-@pytest.mark.parametrize("what", [name for name in COMPUTED if name != "weights"])  # they hold no product
-def test_in_half_precision_the_same_numbers_would_differ(what, half, monkeypatch):
-    """As if every `enabled=False` were missing: the test above cannot pass by a choice of numbers."""
-    expected, autocast = computed(what, contextlib.nullcontext()), torch.autocast
+# the weights have no matrix product, so autocast never changes them
+@pytest.mark.parametrize("what", [name for name in COMPUTED if name != "weights"])
+def test_without_the_guards_half_precision_would_change_the_values(what, half, monkeypatch):
+    """With every `enabled=False` removed, values change. So the test above does not pass by accident."""
+    expected, autocast = compute(what, contextlib.nullcontext()), torch.autocast
     monkeypatch.setattr(torch, "autocast", lambda device, **_: autocast(device, dtype=half))
-    found = computed(what, autocast("cpu", dtype=half))
+    found = compute(what, autocast("cpu", dtype=half))
     assert not all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
 @HALVES
 def test_autocast_changes_no_bit_of_the_whole_objective(half):
-    """Every term of train.py, with its weights, candidates and neighbours, and logits in half precision."""
+    """Every term of train.Objective, with weights, candidates and neighbours. The logits are in half
+    precision."""
     robust, near = "weights.xid=1 loss.w_min=0.25 loss.soft=0.5", "contrast.k_pos=6 contrast.negatives=10"
     cfg = config.load("toy_temporal", [*robust.split(), *near.split(), "temporal.speeds=[1,2]"])
     torch.manual_seed(0)
@@ -247,7 +252,7 @@ def test_autocast_changes_no_bit_of_the_whole_objective(half):
     video, audio = unit(8, 8, seed=1), unit(8, 8, seed=2)
     batch = {"index": index, "speed": torch.tensor([[0, 1]] * 4), "direction": torch.tensor([[1, 0]] * 4)}
     batch["order"] = torch.tensor([0, 1, 2, -1])
-    for key in ("video", "audio"):  # as the decoding processes draw them
+    for key in ("video", "audio"):  # as the decoding processes draw the neighbours
         draws = [memory_bank.draw_neighbours(40, cfg.contrast, seed) for seed in range(4)]
         batch[f"near_{key}"], batch[f"far_{key}"] = map(torch.stack, zip(*draws, strict=True))
     logits = {
@@ -267,7 +272,7 @@ def test_autocast_changes_no_bit_of_the_whole_objective(half):
 @pytest.mark.parametrize("w_min, delta, kappa", [(0.25, 0.0, 0.5), (0.0, -1.0, 0.25), (0.5, 0.7, 2.0)])
 def test_weights_follow_the_normal_cdf_of_the_agreement(w_min, delta, kappa):
     agreement = torch.linspace(-0.4, 0.9, 14)
-    # as the bank gives them
+    # float64, as the bank returns them
     mean, std = (torch.tensor(0.2, dtype=torch.float64), torch.tensor(0.15, dtype=torch.float64))
     ours = losses.faulty_positive_weights(agreement, mean, std, w_min, delta, kappa)
     assert ours.dtype == torch.float32
@@ -276,19 +281,19 @@ def test_weights_follow_the_normal_cdf_of_the_agreement(w_min, delta, kappa):
 
 def test_faulty_pairs_weigh_less():
     mean, std = torch.tensor(0.5), torch.tensor(0.2)
-    faulty, usual, good = losses.faulty_positive_weights(
+    faulty, average, good = losses.faulty_positive_weights(
         torch.tensor([-0.6, 0.5, 0.95]), mean, std, 0.25, 0.0, 0.5
     )
     assert faulty == pytest.approx(0.25, abs=1e-4)
-    assert usual == pytest.approx((0.25 + 1) / 2) and usual < good <= 1
+    assert average == pytest.approx((0.25 + 1) / 2) and average < good <= 1
 
 
 @pytest.mark.parametrize("std", [0.0, 1e-12, 1e-8])
 def test_weights_of_a_collapsed_bank_are_equal(std):
-    agreement = 0.7 + torch.tensor([-1e-7, 0.0, 1e-7, 2e-7])  # equal but for rounding
+    agreement = 0.7 + torch.tensor([-1e-7, 0.0, 1e-7, 2e-7])  # equal up to rounding
     w = losses.faulty_positive_weights(agreement, torch.tensor(0.7), torch.tensor(std), 0.25, 1.0, 0.5)
     assert torch.equal(w, w[:1].expand(4))
-    # at s = μ, whatever σ
+    # the weight at s = μ, for any σ
     assert w[0] == pytest.approx(reference_weights([0.7], 0.7, 1.0, 0.25, 1.0, 0.5)[0])
 
 
@@ -300,9 +305,9 @@ def test_w_min_1_weighs_every_pair_exactly_1():
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_soft_targets_agree_with_the_table(estimator):
-    w = world()
-    ours = soft_targets(
+def test_soft_targets_agree_with_the_table_of_estimators(estimator):
+    w = example()
+    ours = full_soft_targets(
         estimator, w.own_video, w.own_audio, w.bank_video, w.bank_audio, w.valid, TAU_S, TAU_T
     )
     for S, reference in zip(ours, reference_soft_targets(float64(w), estimator), strict=True):
@@ -313,11 +318,11 @@ def test_soft_targets_agree_with_the_table(estimator):
 
 def test_an_unknown_estimator_is_refused_by_name():
     with pytest.raises(ValueError, match=r"cicle.*bootstrap, swapped, neighbor, cycle"):
-        robust_xid(world(), estimator="cicle")
+        robust_xid(example(), estimator="cicle")
 
 
-def test_cycles_first_term_drops_out():
-    w = float64(world())
+def test_the_first_term_of_cycle_cancels():
+    w = float64(example())
     exact = EXPONENT["cycle"]
     S = reference_soft_targets(w, "cycle")
     try:
@@ -325,8 +330,10 @@ def test_cycles_first_term_drops_out():
         without = reference_soft_targets(w, "cycle")
     finally:
         EXPONENT["cycle"] = exact
-    w = world()
-    ours = soft_targets("cycle", w.own_video, w.own_audio, w.bank_video, w.bank_audio, w.valid, TAU_S, TAU_T)
+    w = example()
+    ours = full_soft_targets(
+        "cycle", w.own_video, w.own_audio, w.bank_video, w.bank_audio, w.valid, TAU_S, TAU_T
+    )
     for modality in range(2):
         assert_close(ours[modality], S[modality])
         assert_close(ours[modality], without[modality])
@@ -336,10 +343,10 @@ def test_a_faulty_neighbour_counts_less_in_cycle_than_in_swapped():
     own = unit(1, 6, seed=0)
     video = torch.cat([own, own, unit(8, 6, seed=1)])  # 10×D: columns 0 and 1 look like the query
     audio = video.clone()
-    audio[1] = -video[1]  # and column 1's sound belongs elsewhere
+    audio[1] = -video[1]  # the sound of column 1 does not match its video
     valid = torch.ones(10, dtype=torch.bool)
-    swapped, _ = soft_targets("swapped", own, own, video, audio, valid, TAU_S, TAU_T)
-    cycle, _ = soft_targets("cycle", own, own, video, audio, valid, TAU_S, TAU_T)
+    swapped, _ = full_soft_targets("swapped", own, own, video, audio, valid, TAU_S, TAU_T)
+    cycle, _ = full_soft_targets("cycle", own, own, video, audio, valid, TAU_S, TAU_T)
     assert swapped[0, 1] == pytest.approx(swapped[0, 0].item()) and swapped[0, 1] > 0.4
     assert cycle[0, 1] / cycle[0, 0] == pytest.approx(math.exp(-2 / TAU_T), rel=1e-4)
 
@@ -358,10 +365,10 @@ def test_cross_entropy_is_finite_where_the_probability_is_zero():
     )
 
 
-@pytest.mark.parametrize("everything", [False, True], ids=["drawn", "whole_bank"])
+@pytest.mark.parametrize("whole_bank", [False, True], ids=["drawn", "whole_bank"])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_robust_xid_agrees_with_the_equations(estimator, piece, everything):
-    w = world(everything=everything)
+def test_robust_xid_agrees_with_the_equations(estimator, piece, whole_bank):
+    w = example(whole_bank=whole_bank)
     r = float64(w)
     assert_close(
         robust_xid(w, 0.5, estimator), reference_losses(r, 0.5, *reference_soft_targets(r, estimator))
@@ -372,7 +379,7 @@ def test_robust_xid_agrees_with_the_equations(estimator, piece, everything):
     "soft, estimator", [(0.0, "cycle"), *((0.5, name) for name in ESTIMATORS), (1.0, "neighbor")]
 )
 def test_gradients_agree_with_finite_differences(soft, estimator, piece):
-    w = world()
+    w = example()
     weight = torch.tensor([0.3, 1.0, 0.3, 0.8, 0.5])
     losses.weighted_mean(robust_xid(w, soft, estimator), weight).backward()
     r, weight = float64(w), weight.double().numpy()
@@ -392,7 +399,7 @@ def test_gradients_agree_with_finite_differences(soft, estimator, piece):
 
 @contextlib.contextmanager
 def in_float64(piece):
-    """Within, what the losses compute in float32 is float64, over so many candidates at a time."""
+    """Makes the losses compute in float64 instead of float32, with `piece` candidates at a time."""
     with (
         mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
         mock.patch.object(losses, "PIECE", piece),
@@ -418,10 +425,10 @@ def in_float64(piece):
     tau_t=st.floats(0.03, 1),
     seed=st.integers(0, 2**31),
 )
-def test_the_fast_form_is_the_plain_one(
+def test_the_fast_form_equals_the_plain_form(
     estimator, soft, batch, instances, negatives, dim, piece, tau, tau_s, tau_t, seed
 ):
-    """Losses and gradients, of any shape; instances that are candidates twice are valid once."""
+    """Losses and gradients, for any shape. An instance that is drawn twice is valid once."""
     generator = torch.Generator().manual_seed(seed)
     index = torch.randint(instances, (batch,), generator=generator)
     with in_float64(piece):
@@ -447,7 +454,7 @@ def test_the_fast_form_is_the_plain_one(
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_the_plain_form_agrees_with_the_equations(estimator):
-    w = world()
+    w = example()
     r = float64(w)
     S = reference_soft_targets(r, estimator)
     taus = dict(temperature=TAU, tau_s=TAU_S, tau_t=TAU_T)
@@ -464,7 +471,7 @@ def test_the_plain_form_agrees_with_the_equations(estimator):
 
 
 def test_plain_xid_is_the_cross_entropy_of_the_pair():
-    w = world()
+    w = example()
     logits_v = (w.video @ w.bank_audio.T / TAU)[:, w.valid]  # B×valid
     logits_a = (w.audio @ w.bank_video.T / TAU)[:, w.valid]
     column = w.valid.cumsum(0)[w.column] - 1
@@ -474,8 +481,8 @@ def test_plain_xid_is_the_cross_entropy_of_the_pair():
     assert_close(robust_xid(w, soft=0.0), expected.detach().numpy())
 
 
-def test_candidates_that_are_not_valid_change_nothing():
-    w = world()
+def test_invalid_candidates_do_not_change_the_loss():
+    w = example()
     loss = robust_xid(w)
     assert not set(w.column.tolist()) & set((~w.valid).nonzero().flatten().tolist())
     w.bank_video[~w.valid] = w.own_video[0].clone()
@@ -484,7 +491,7 @@ def test_candidates_that_are_not_valid_change_nothing():
 
 
 def test_memories_get_no_gradient():
-    w = world()
+    w = example()
     memories = [w.bank_video, w.bank_audio]
     for memory in memories:
         memory.requires_grad_()
@@ -494,16 +501,16 @@ def test_memories_get_no_gradient():
 
 
 @pytest.mark.parametrize("soft", [0.0, 0.5])
-def test_memory_does_not_grow_with_the_candidates(soft, monkeypatch):
-    """Neither within forward nor from forward to backward: at most one number for each candidate."""
+def test_no_tensor_is_larger_than_the_number_of_candidates(soft, monkeypatch):
+    """Forward makes no larger tensor, and what it saves for backward does not grow with the candidates."""
     monkeypatch.setattr(losses, "PIECE", 8)
-    w, made, kept = world(negatives=300), [], []
+    w, created, kept = example(negatives=300), [], []
     candidates = len(w.valid)
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             result = function(*args, **(kwargs or {}))
-            made.extend(
+            created.extend(
                 x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor) and not x._is_view()
             )
             return result
@@ -513,14 +520,14 @@ def test_memory_does_not_grow_with_the_candidates(soft, monkeypatch):
         torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x),
     ):
         loss = robust_xid(w, soft)
-    assert max(made) == candidates and max(kept) <= 5 * 6
+    assert max(created) == candidates and max(kept) <= 5 * 6
     (gradient,) = torch.autograd.grad(loss.sum(), w.video)
     monkeypatch.setattr(losses, "PIECE", 8192)
     assert_close(gradient, torch.autograd.grad(robust_xid(w, soft).sum(), w.video)[0].numpy())
 
 
 def test_a_robust_step_over_many_candidates_agrees_with_float64():
-    """As many as make several real pieces: value and gradient against log-softmax and B×C targets."""
+    """Enough candidates for several pieces. Loss and gradient against log-softmax and B×C targets."""
     n, batch, dim = 20000, 6, 16
     video, audio = unit(n, dim, seed=0), F.normalize(unit(n, dim, seed=0) + unit(n, dim, seed=1), dim=1)
     column, valid = (
@@ -532,8 +539,10 @@ def test_a_robust_step_over_many_candidates_agrees_with_float64():
         F.normalize(x[column] + 0.3 * unit(batch, dim, seed=2), dim=1).requires_grad_()
         for x in (video, audio)
     )
-    world = SimpleNamespace(video=v, audio=a, bank_video=video, bank_audio=audio, valid=valid, column=column)
-    loss = robust_xid(world)
+    example = SimpleNamespace(
+        video=v, audio=a, bank_video=video, bank_audio=audio, valid=valid, column=column
+    )
+    loss = robust_xid(example)
     loss.sum().backward()
 
     video, audio = video.double(), audio.double()
@@ -569,14 +578,14 @@ def test_ranks_that_share_their_total_weight_average_to_the_global_loss():
     assert sum(ranks) / 2 == pytest.approx(losses.weighted_mean(loss, weight).item())
 
 
-@pytest.mark.parametrize("apart", [1, -1])
+@pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize("soft, estimator", [(0.0, "cycle"), *((0.5, name) for name in ESTIMATORS)])
-def test_a_collapsed_bank_gives_finite_losses_and_gradients(soft, estimator, batch, apart):
-    w = world()
+def test_a_collapsed_bank_gives_finite_losses_and_gradients(soft, estimator, batch, sign):
+    w = example()
     one = unit(6, seed=9)
     w.bank_video = one.expand_as(w.bank_video).clone()
-    w.bank_audio = apart * one.expand_as(w.bank_audio)
+    w.bank_audio = sign * one.expand_as(w.bank_audio)
     w.column = w.column[:batch]
     w.video, w.audio = (x.detach()[:batch].requires_grad_() for x in (w.video, w.audio))
     loss = robust_xid(w, soft, estimator)
@@ -586,8 +595,8 @@ def test_a_collapsed_bank_gives_finite_losses_and_gradients(soft, estimator, bat
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_a_single_candidate_costs_nothing(estimator):
-    w = world()
+def test_a_single_candidate_has_zero_loss(estimator):
+    w = example()
     w = SimpleNamespace(**{name: x[:1].detach() for name, x in vars(w).items()})
     assert robust_xid(w, 0.5, estimator).item() == pytest.approx(0, abs=1e-5)
 
@@ -608,7 +617,7 @@ def reference_contrast(x, matched, positives, negatives, temperature):
 
 @pytest.mark.parametrize("n_pos", [0, 1, 4])
 @pytest.mark.parametrize("rows", [1, 7])
-def test_contrast_is_the_equation(n_pos, rows):
+def test_contrast_agrees_with_the_equation(n_pos, rows):
     generator = torch.Generator().manual_seed(0)
     x, matched = (F.normalize(torch.randn(rows, 8, generator=generator), dim=1) for _ in range(2))
     positives, negatives = (
@@ -620,7 +629,7 @@ def test_contrast_is_the_equation(n_pos, rows):
     )
 
 
-def test_contrast_teaches_both_clips_and_no_memory():
+def test_contrast_gives_gradients_to_both_clips_and_not_to_memories():
     x, matched, near, far = (
         torch.randn(shape, dtype=torch.double, requires_grad=True)
         for shape in ((3, 4), (3, 4), (3, 2, 4), (3, 5, 4))
@@ -641,7 +650,7 @@ def test_contrast_teaches_both_clips_and_no_memory():
             assert tensor.grad[at].item() == pytest.approx(((up - down) / 2e-4).item(), abs=1e-4)
 
 
-def test_contrast_of_far_apart_logits_is_finite():
+def test_contrast_of_extreme_logits_is_finite():
     ones = F.normalize(torch.ones(2, 4), dim=1)
     loss = losses.contrast(ones, -ones, ones[:, None], ones[:, None], 0.001)
     assert loss.isfinite().all()
