@@ -1,8 +1,8 @@
-"""Kills, signals, full disks, damaged checkpoints, other data and other ranks: what is left is whole, and the
-same command goes on.
+"""Kills, signals, full disks, damaged checkpoints, other data and other ranks: no file is left half written,
+and the same command goes on.
 
-The scripts run in processes forked from one that has imported everything. tests/long/kill.py kills more
-often.
+The scripts run in processes forked from one that has already imported everything. tests/long/kill.py kills
+more often.
 """
 
 import contextlib
@@ -33,15 +33,15 @@ LONG = ["optim.epochs=100000", "log.check_epochs=0"]
 
 
 def until(holds, process, seconds=300):
-    """Wait until `holds()`; the process must still be there."""
+    """Wait until `holds()`. The process must stay alive meanwhile."""
     deadline = time.monotonic() + seconds
     while not holds():
         assert process.is_alive() and time.monotonic() < deadline
         time.sleep(0.005)
 
 
-def ended(process, folder, seconds=300):
-    """(exit code, what it printed) of a process that ends by itself, with nobody left in its group."""
+def wait_for_end(process, folder, seconds=300):
+    """Wait for a process to end: (exit code, output). No process of its group may be left."""
     process.join(seconds)
     text = (folder / "log").read_text()
     assert process.exitcode is not None, text[-3000:]
@@ -52,13 +52,13 @@ def ended(process, folder, seconds=300):
 def run(folder, *overrides, script="train.py", code=0, before=None):
     (folder / "log").write_text("")
     process = forked.start(script, [*SETTINGS, *overrides], folder, folder / "log", before=before)
-    exitcode, text = ended(process, folder)
+    exitcode, text = wait_for_end(process, folder)
     assert exitcode == code, text[-3000:]
     return text
 
 
 def error(text):
-    """The one line in which a script says what it ended for."""
+    """The one line in which a script names its error."""
     assert "Traceback" not in text, text[-3000:]
     (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
     return line
@@ -68,25 +68,25 @@ FOUR = ["optim.epochs=4", "optim.schedule=constant", "log.check_epochs=0", "data
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """An undisturbed run of four epochs: folder."""
+def undisturbed(tmp_path_factory):
+    """The folder of an undisturbed run of four epochs."""
     folder = tmp_path_factory.mktemp("whole")
     run(folder, *FOUR)
     return folder
 
 
 @pytest.fixture
-def folder(whole, tmp_path):
-    """An empty folder, beside the toy's files."""
-    (tmp_path / "world").symlink_to(whole / "world")
+def folder(undisturbed, tmp_path):
+    """A folder for a run, with a link to the files of the toy."""
+    (tmp_path / "world").symlink_to(undisturbed / "world")
     return tmp_path
 
 
 # ------------------------------------------------------------------------------------------------------ kills
 
 
-def test_three_kills(tmp_path):
-    """While the toy is written, while a checkpoint is, and while features are computed."""
+def test_a_run_killed_three_times_ends_as_an_undisturbed_one(tmp_path):
+    """Killed while the toy is written, while a checkpoint is written, and while features are computed."""
     phases = ["the toy being written", "a checkpoint being written", "features being computed"]
     assert kill.main(3, 0, tmp_path / "kills", phases).total() == 3
 
@@ -94,11 +94,11 @@ def test_three_kills(tmp_path):
 # ---------------------------------------------------------------------------------------------------- signals
 
 
-def test_sigterm_while_the_toy_is_written_leaves_nobody(tmp_path):
+def test_sigterm_while_the_toy_is_written_leaves_no_process(tmp_path):
     process = forked.start("train.py", [*SETTINGS, "toy.train=5000"], tmp_path, tmp_path / "log")
     until(lambda: any(tmp_path.glob("world/*/train/*.mp4")), process)
     os.kill(process.pid, signal.SIGTERM)
-    assert ended(process, tmp_path)[0] == -signal.SIGTERM  # a shell says 143
+    assert wait_for_end(process, tmp_path)[0] == -signal.SIGTERM  # a shell reports 143
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
@@ -111,15 +111,15 @@ def test_no_decoding_process_outlives_the_training(folder, number):
         os.killpg(process.pid, number)
     else:
         os.kill(process.pid, number)
-    code, text = ended(process, folder)
+    code, text = wait_for_end(process, folder)
     assert code == (-number if number == signal.SIGKILL else 128 + number)
     assert "Traceback" not in text
     assert ("saved; the same command goes on from here" in text) == (number != signal.SIGKILL)
 
 
 @pytest.mark.parametrize("gap_ms", [0, 3, 30, 200])
-def test_a_signal_that_comes_twice_is_one(folder, gap_ms):
-    """… as where a cluster signals every process, and torchrun passes its own on."""
+def test_a_signal_that_comes_twice_acts_once(folder, gap_ms):
+    """As when a cluster signals every process and torchrun passes its own signal on."""
     process = forked.start("train.py", [*SETTINGS, *LONG], folder, folder / "log")
     metrics = folder / "run" / "metrics.jsonl"
     until(lambda: metrics.exists() and metrics.stat().st_size, process)
@@ -127,14 +127,14 @@ def test_a_signal_that_comes_twice_is_one(folder, gap_ms):
     time.sleep(gap_ms / 1000)
     with contextlib.suppress(ProcessLookupError):  # it may have ended
         os.kill(process.pid, signal.SIGTERM)
-    code, text = ended(process, folder)
+    code, text = wait_for_end(process, folder)
     assert code == 128 + signal.SIGTERM and "Traceback" not in text
     assert "stopped by SIGTERM" in text and "saved; the same command goes on from here" in text
     assert running.load_checkpoint(folder / "run" / "last.pt")["step"] >= 1
 
 
-def test_under_torchrun_a_signal_to_all_is_one(folder):
-    """torchrun and its two processes are signalled, twice, and it passes on what it gets."""
+def test_under_torchrun_repeated_signals_to_all_act_once(folder):
+    """torchrun and its two processes get the signal twice, and torchrun passes its own on."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     script = str(Path(__file__).parents[1] / "train.py")
     with open(folder / "log", "wb") as log:
@@ -158,8 +158,8 @@ def test_under_torchrun_a_signal_to_all_is_one(folder):
 
 
 def test_a_second_run_in_a_running_folder_is_refused_until_the_first_has_gone(folder):
-    """The first is not disturbed; killed, it leaves nothing that would keep the next one out, nor do its
-    decoding processes."""
+    """The first run is not disturbed. After it is killed, neither it nor its decoding processes keep the next
+    one out."""
     settings = [*SETTINGS, *LONG, "data.workers=2"]
     process = forked.start("train.py", settings, folder, folder / "log-first")
     metrics = folder / "run" / "metrics.jsonl"
@@ -177,7 +177,7 @@ def test_a_second_run_in_a_running_folder_is_refused_until_the_first_has_gone(fo
 
 @dataclasses.dataclass
 class StopAtOnce:
-    """A run that is asked to stop within its first step."""
+    """Sends a run SIGTERM within its first step."""
 
     def __call__(self):
         term = losses.robust_xid
@@ -190,11 +190,11 @@ class StopAtOnce:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_no_decoding_process_outlives_an_evaluation(folder, whole, number):
+def test_no_decoding_process_outlives_an_evaluation(folder, undisturbed, number):
     arguments = [
         *SETTINGS,
         "--ckpt",
-        str(whole / "run" / "last.pt"),
+        str(undisturbed / "run" / "last.pt"),
         "data.workers=2",
         "eval.clips=200",
         "eval.batch_size=200",
@@ -203,12 +203,12 @@ def test_no_decoding_process_outlives_an_evaluation(folder, whole, number):
     until(lambda: len(forked.group(process.pid)) >= 3, process)
     time.sleep(0.2)  # right after a fork Python runs hooks, in which a Ctrl-C is lost
     os.killpg(process.pid, number)
-    assert ended(process, folder)[0] in (-number, 128 + number)
+    assert wait_for_end(process, folder)[0] in (-number, 128 + number)
     assert not list(folder.glob("run/features/*"))
 
 
 def fail_at_the_fourth_step():
-    """An error that nobody foresaw, such as a device's, while decoding processes wait for more to do."""
+    """An unforeseen error, such as one of the device, while decoding processes wait for work."""
     term, calls = losses.robust_xid, []
 
     def robust_xid(*arguments, **options):
@@ -228,7 +228,7 @@ def test_an_unforeseen_error_ends_the_program(folder):
         folder / "log",
         before=fail_at_the_fourth_step,
     )
-    code, text = ended(process, folder)
+    code, text = wait_for_end(process, folder)
     assert code == 1 and "RuntimeError: out of memory" in text
 
 
@@ -237,19 +237,19 @@ def test_an_unforeseen_error_ends_the_program(folder):
 
 @dataclasses.dataclass
 class SharedMemoryOf:
-    """A process with a /dev/shm of its own, of this size: docker gives 64 MB."""
+    """Gives a process its own /dev/shm of this size. Docker gives 64 MB."""
 
     size: str
 
     def __call__(self):
-        assert ctypes.CDLL(None).unshare(0x20000) == 0  # CLONE_NEWNS: what is mounted is seen by nobody else
+        assert ctypes.CDLL(None).unshare(0x20000) == 0  # CLONE_NEWNS: no other process sees these mounts
         subprocess.run(["mount", "--make-rprivate", "/"], check=True)
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={self.size}", "tmpfs", "/dev/shm"], check=True)
 
 
 @pytest.mark.parametrize("size", ["256k", "2m"])
 def test_a_small_shared_memory_ends_the_run_with_one_line_that_says_what_to_lower(folder, size):
-    """Too small for a batch, and for those that wait."""
+    """Too small for a batch, or for the batches that wait."""
     mount = ["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"]
     tried = subprocess.run(mount, capture_output=True, text=True)
     if tried.returncode:
@@ -261,7 +261,7 @@ def test_a_small_shared_memory_ends_the_run_with_one_line_that_says_what_to_lowe
 
 @dataclasses.dataclass
 class FilesOpenAtMost:
-    """A process that may have so many files open, and raise that to `hard`."""
+    """Limits the open files of a process. It may raise the limit up to `hard`."""
 
     soft: int
     hard: int
@@ -276,7 +276,7 @@ def test_few_descriptors_end_the_run_with_one_line_that_says_what_to_lower(folde
     assert "data.workers=4 takes up to " in line and ", 96 are allowed: " in line and "ulimit -n" in line
 
 
-def test_a_limit_of_descriptors_that_can_be_raised_is(folder):
+def test_the_limit_of_descriptors_is_raised_if_possible(folder):
     enough = ["data.workers=4", "optim.epochs=1", "log.check_epochs=0"]
     run(folder, *enough, before=FilesOpenAtMost(96, 1024))
 
@@ -286,7 +286,7 @@ def test_a_limit_of_descriptors_that_can_be_raised_is(folder):
 
 @dataclasses.dataclass
 class FilesOfAtMost:
-    """A process whose files cannot grow beyond so many bytes: as on a full disk."""
+    """Limits the size of a file that a process writes, in bytes, as a full disk does."""
 
     size: int
 
@@ -295,7 +295,7 @@ class FilesOfAtMost:
         resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.size))
 
 
-def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(folder, whole):
+def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(folder, undisturbed):
     run(folder, *FOUR, "optim.epochs=2")
     before = (folder / "run" / "last.pt").read_bytes()
     text = run(folder, *FOUR, before=FilesOfAtMost(len(before) // 2), code=2)
@@ -303,11 +303,11 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(folder, whole):
     assert (folder / "run" / "last.pt").read_bytes() == before
     assert not list(folder.glob("run/*.part"))
     run(folder, *FOUR)
-    assert kill.differences(kill.outcome(whole), kill.outcome(folder)) == []
+    assert kill.differences(kill.outcome(undisturbed), kill.outcome(folder)) == []
 
 
 class InProcess(running.Folder):
-    """A run folder that knows its videos and state before it is resumed."""
+    """A run folder with its table and state, ready to be resumed."""
 
     def __init__(self, cfg, table, state):
         super().__init__(cfg, distributed.World(0, 1, torch.device("cpu")))
@@ -319,7 +319,7 @@ class InProcess(running.Folder):
 
 
 def in_process(folder, videos=3, **options):
-    """A run.Folder, for a table of so many videos."""
+    """A run folder in this process, for a table of so many videos."""
     cfg = config.load("toy", [f"out={folder / 'run'}"])
     names = [f"{i}.mp4" for i in range(videos)]
     table = dataclasses.make_dataclass(
@@ -353,13 +353,13 @@ def test_a_curve_that_cannot_be_written_does_not_end_the_run(tmp_path, capsys):
     )
 
 
-def test_a_run_folder_that_became_read_only(tmp_path):
+def test_a_run_folder_that_became_read_only_is_an_error(tmp_path):
     run = in_process(tmp_path)
     run.resume()
     (tmp_path / "run").chmod(0o555)
     try:
         if os.access(tmp_path / "run", os.W_OK):
-            pytest.skip("this user may write everywhere (root): permissions keep nothing from it")
+            pytest.skip("this user (root) may write everywhere, whatever the permissions")
         with pytest.raises(
             running.CheckpointError, match=r"cannot write .*last.pt: Permission denied; make it writable"
         ):
@@ -371,22 +371,21 @@ def test_a_run_folder_that_became_read_only(tmp_path):
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 
-def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(folder, whole):
+def test_after_a_damaged_checkpoint_the_previous_one_is_used(folder, undisturbed):
     run(folder, *FOUR)
     last = folder / "run" / "last.pt"
     content = bytearray(last.read_bytes())
-    for at in range(
-        len(content) // 2, len(content) // 2 + 1000
-    ):  # a thousand flipped bits: between small records is padding
+    # a thousand flipped bits, because the padding between small records is not read
+    for at in range(len(content) // 2, len(content) // 2 + 1000):
         content[at] ^= 1
     last.write_bytes(content)
     text = run(folder, *FOUR)
     assert "run/last.pt: it is damaged" in text and "going on from run/last.previous.pt" in text
     assert "resuming run after step 6" in text  # of 8; one checkpoint an epoch
-    assert kill.differences(kill.outcome(whole), kill.outcome(folder)) == []
+    assert kill.differences(kill.outcome(undisturbed), kill.outcome(folder)) == []
 
 
-def test_two_damaged_checkpoints_never_begin_anew(folder):
+def test_two_damaged_checkpoints_never_restart_the_run(folder):
     run(folder, *FOUR)
     for name in ("last.pt", "last.previous.pt"):
         (folder / "run" / name).write_bytes(b"")
@@ -400,7 +399,7 @@ def test_two_damaged_checkpoints_never_begin_anew(folder):
     assert (folder / "run" / "metrics.jsonl").read_bytes() == log
 
 
-def test_a_log_that_lost_lines_is_said_and_goes_on(tmp_path, capsys):
+def test_a_log_that_lost_lines_is_reported_and_continued(tmp_path, capsys):
     first = in_process(tmp_path)
     first.resume()
     for step in (1, 2):
@@ -416,13 +415,13 @@ def test_another_data_set_does_not_resume(tmp_path):
     run = in_process(tmp_path)
     run.resume()
     run.save(1)
-    for other, says in (
+    for other, message in (
         ({"videos": 2}, "a run on 3 videos, there are now 2"),
         ({"names": ["0.mp4", "1.mp4", "3.mp4"]}, "a run on as many videos under other names"),
     ):
         with pytest.raises(config.ConfigError) as caught:
             in_process(tmp_path, **other).resume()
-        assert says in str(caught.value) and "choose another --out" in str(caught.value)
+        assert message in str(caught.value) and "choose another --out" in str(caught.value)
 
 
 def test_a_checkpoint_of_something_else_does_not_resume(tmp_path):
@@ -442,7 +441,7 @@ def in_float64():
 
 
 def ranks(folder, *overrides, before=None):
-    """Two ranks, as torchrun starts them; their output goes to log-0 and log-1."""
+    """Start two ranks as torchrun does. Their output goes to log-0 and log-1."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -456,8 +455,8 @@ def ranks(folder, *overrides, before=None):
     ]  # fmt: skip
 
 
-def test_another_number_of_processes_workers_and_epochs_goes_on(folder):
-    """In float64: ranks add in another order."""
+def test_another_number_of_processes_workers_and_epochs_gives_the_same_result(folder):
+    """In float64, because ranks add in another order."""
     run(folder, *FOUR, "out=one", before=in_float64)
     run(folder, *FOUR, "out=two", "optim.epochs=2", before=in_float64)
     processes = ranks(folder, *FOUR, "out=two", "data.workers=1", before=in_float64)

@@ -1,4 +1,4 @@
-"""Frames and sound at known times, in files of known content, with the faults that files have."""
+"""Frames and sound at given times, from files of known content and from faulty files."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ OPEN_GROUPS = {"x264-params": "open-gop=1:bframes=3:keyint=24:min-keyint=24:scen
 
 @pytest.mark.parametrize("container", ["mp4", "mkv"])
 @pytest.mark.parametrize("fps", [8, 15, 25, 30000 / 1001, 60])
-def test_the_frame_on_show_at_a_time(media_file, fps, container):
+def test_each_time_gives_the_frame_shown_then(media_file, fps, container):
     frame_s = np.arange(round(1.6 * fps)) / fps
     media = Media(media_file(f"a.{container}", frame_s=frame_s), ("video",))
     order = np.random.default_rng(0).permutation(len(frame_s))
@@ -37,7 +37,7 @@ def test_the_frame_on_show_at_a_time(media_file, fps, container):
 
 
 @pytest.mark.parametrize("container", ["mp4", "mkv"])
-def test_a_variable_frame_rate(media_file, container):
+def test_frames_of_a_variable_frame_rate(media_file, container):
     rng = np.random.default_rng(0)
     frame_s = np.cumsum(rng.choice([0.017, 0.033, 0.1, 0.25], size=40))
     media = Media(media_file(f"a.{container}", frame_s=frame_s - frame_s[0]), ("video",))
@@ -47,7 +47,7 @@ def test_a_variable_frame_rate(media_file, container):
     assert numbers(media.frames(times)) == shown.tolist()
 
 
-def test_times_in_any_order_and_again(media_file):
+def test_frames_can_be_read_in_any_order_and_repeatedly(media_file):
     media = Media(media_file("a.mp4", frame_s=TWO_SECONDS), ("video",))
     asked = [30, 2, 2, 49, 30, 0]
     frames = media.frames((np.array(asked) + 0.5) / 25)
@@ -56,7 +56,7 @@ def test_times_in_any_order_and_again(media_file):
     assert numbers(frames) == asked
 
 
-def test_before_the_first_frame_and_after_the_last_one_these_stay(media_file):
+def test_times_outside_the_video_give_its_first_or_last_frame(media_file):
     media = Media(media_file("a.mp4", frame_s=TWO_SECONDS), ("video",))
     assert numbers(media.frames([-1.0, 1.99, 2.5, 100.0])) == [0, 49, 49, 49]
 
@@ -77,8 +77,8 @@ def test_before_the_first_frame_and_after_the_last_one_these_stay(media_file):
         ("a.webm", "libvpx", {}),
     ],
 )
-def test_frames_that_are_hard_to_find(media_file, name, codec, encoder):
-    """Open groups of pictures, no time stamps, no index: decord alone gives other frames."""
+def test_frames_are_right_in_difficult_containers(media_file, name, codec, encoder):
+    """Open groups of pictures, no time stamps or no index: decord alone gives wrong frames."""
     media = Media(media_file(name, frame_s=TWO_SECONDS, codecs=(codec,), encoder=encoder), ("video",))
     order = np.random.default_rng(0).permutation(50)
     assert numbers(media.frames((order + 0.5) / 25)) == order.tolist()
@@ -87,7 +87,7 @@ def test_frames_that_are_hard_to_find(media_file, name, codec, encoder):
 
 
 @pytest.mark.parametrize("size", [16, 24, 32, 48, 80, 96, 112, 144, 160])
-def test_small_pictures(media_file, size):
+def test_small_frames(media_file, size):
     media = Media(media_file("a.mp4", frame_s=TWO_SECONDS, size=size), ("video",))
     frames = media.frames([0.1, 1.0])
     assert frames.shape == (2, size, size, 3)
@@ -98,14 +98,14 @@ def test_small_pictures(media_file, size):
 
 
 def heard_at(media, time_s, rate_hz):
-    """When the chirp that is near time_s is heard, by an interval around it."""
+    """When the chirp near time_s is heard, s, from 0.5 s of sound around it."""
     return time_s - 0.23 + chirp_time(media.sound(time_s - 0.23, round(0.5 * rate_hz), rate_hz), rate_hz)
 
 
 @pytest.mark.parametrize("rate_hz", [16000, 24000])
 @pytest.mark.parametrize("file_hz", [44100, 48000])
 @pytest.mark.parametrize("container", ["mp4", "mkv"])
-def test_a_chirp_lands_at_its_time(media_file, container, file_hz, rate_hz):
+def test_a_chirp_is_heard_at_its_time(media_file, container, file_hz, rate_hz):
     wave = chirps([0.4, 1.3, 2.2], 2.8, file_hz)
     media = Media(media_file(f"a.{container}", wave=wave, rate_hz=file_hz), ("audio",))
     for time_s in (1.3, 2.2, 0.4):
@@ -122,9 +122,9 @@ def test_a_chirp_lands_at_its_time(media_file, container, file_hz, rate_hz):
         ("a.m4a", "aac"),
     ],
 )
-def test_files_of_sound_alone(media_file, name, codec):
+def test_files_with_sound_only(media_file, name, codec):
     media = Media(media_file(name, wave=chirps([0.4, 1.3], 2.0, 48000), codecs=("", codec)), ("audio",))
-    assert media.first_s == pytest.approx(0.0, abs=30 * MS)  # an encoder may lead in
+    assert media.first_s == pytest.approx(0.0, abs=30 * MS)  # an encoder may add a lead-in
     assert media.last_s == pytest.approx(2.0, abs=80 * MS)
     for time_s in (1.3, 0.4):
         assert heard_at(media, time_s, 16000) == pytest.approx(time_s, abs=5 * MS)
@@ -141,7 +141,7 @@ def test_resampling_keeps_the_waveform(media_file):
 
 @pytest.mark.parametrize("channels", [1, 2, 6])
 def test_channels_are_averaged(media_file, channels):
-    """The same in all channels is as loud as in one; in one channel of two it is half as loud."""
+    """A tone in all channels is as loud as in one. A tone in one of two channels is half as loud."""
     wave = tone(440, 1.0, 48000, channels)
     media = Media(media_file("a.wav", wave=wave, codecs=("", "pcm_s16le")), ("audio",))
     assert np.abs(media.sound(0.2, 8000, 16000)).max() == pytest.approx(0.5, abs=0.01)
@@ -151,8 +151,8 @@ def test_channels_are_averaged(media_file, channels):
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.avi", "a.mpg"])
-def test_what_was_read_before_does_not_matter(media_file, name):
-    """Two clips of a file are read in any order, after its end too."""
+def test_a_read_does_not_depend_on_earlier_reads(media_file, name):
+    """Clips of a file can be read in any order, also after its end was reached."""
     codecs = {"a.avi": ("mpeg4", "pcm_s16le"), "a.mpg": ("mpeg2video", "mp2")}.get(name, ("libx264", "aac"))
     wave = chirps([0.05, 0.9, 1.8], 2.0, 48000) + 0.2 * tone(600, 2.0, 48000)
     path = media_file(name, frame_s=TWO_SECONDS, wave=wave, codecs=codecs)
@@ -161,7 +161,7 @@ def test_what_was_read_before_does_not_matter(media_file, name):
     for start_s in (1.7, 0.0, 0.8, 0.1, 1.7, 0.1, 0.0):
         media.frames([start_s])
         again = media.sound(start_s, 4800, 16000)
-        if name == "a.mkv":  # its time stamps are rounded to milliseconds, by chance this way or that
+        if name == "a.mkv":  # its time stamps are rounded to milliseconds
             assert (
                 chirp_time(again, 16000) == pytest.approx(chirp_time(alone[start_s], 16000), abs=MS)
                 or start_s == 0.1
@@ -171,9 +171,9 @@ def test_what_was_read_before_does_not_matter(media_file, name):
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.webm"])
-def test_an_interval_equals_that_part_of_the_whole(media_file, name):
+def test_a_part_of_the_sound_equals_that_part_of_the_whole(media_file, name):
     at_s = [0.2, 0.75, 1.5, 2.1, 2.9]
-    wave = chirps(at_s, 3.0, 48000) + 0.2 * tone(220, 3.0, 48000)  # no noise: AAC decoders make it up
+    wave = chirps(at_s, 3.0, 48000) + 0.2 * tone(220, 3.0, 48000)  # no noise: AAC makes up other noise
     media = Media(
         media_file(name, wave=wave, codecs=("", "libopus" if name == "a.webm" else "aac")), ("audio",)
     )
@@ -183,13 +183,13 @@ def test_an_interval_equals_that_part_of_the_whole(media_file, name):
         part, same = media.sound(begin / 16000, 4000, 16000), whole[begin : begin + 4000]
         if name == "a.mp4":
             np.testing.assert_allclose(part[: len(same)], same, atol=1e-3)
-        else:  # its time stamps are rounded to milliseconds, by chance this way or that
+        else:  # its time stamps are rounded to milliseconds
             assert chirp_time(part, 16000) == pytest.approx(chirp_time(same, 16000), abs=1.1 * MS)
 
 
 # -------------------------------------------------------------------------------------- picture against sound
 
-PLACES = {  # (first frame at, sound from) s
+STARTS = {  # (first frame at, sound from) s
     "together": (0.0, 0.0),
     "sound 0.7 s late": (0.0, 0.7),
     "picture 0.7 s late": (0.7, 0.0),
@@ -199,7 +199,7 @@ PLACES = {  # (first frame at, sound from) s
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts"])
-@pytest.mark.parametrize("picture_s, sound_s", PLACES.values(), ids=PLACES)
+@pytest.mark.parametrize("picture_s, sound_s", STARTS.values(), ids=STARTS)
 def test_picture_and_sound_share_a_clock_that_begins_with_the_file(media_file, picture_s, sound_s, name):
     path = media_file(
         name, frame_s=TWO_SECONDS + picture_s, wave=chirps([0.5, 1.2], 2.0, 48000), sound_from_s=sound_s
@@ -207,9 +207,8 @@ def test_picture_and_sound_share_a_clock_that_begins_with_the_file(media_file, p
     media = Media(path)
     picture_s, sound_s = picture_s - min(picture_s, sound_s), sound_s - min(picture_s, sound_s)
     shift_s = heard_at(media, sound_s + 1.2, 16000) - (sound_s + 1.2)
-    assert (
-        -MS <= shift_s <= 22 * MS
-    )  # some files begin with the lead-in of the sound's encoder, where that comes first
+    # where the sound comes first, some files begin with the lead-in of its encoder
+    assert -MS <= shift_s <= 22 * MS
     assert heard_at(media, sound_s + 0.5, 16000) == pytest.approx(sound_s + 0.5 + shift_s, abs=MS)
     for k in (40, 0, 13):
         assert numbers(media.frames(picture_s + shift_s + (k + np.array([0.1, 0.9])) / 25)) == [k, k]
@@ -218,7 +217,7 @@ def test_picture_and_sound_share_a_clock_that_begins_with_the_file(media_file, p
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
-def test_the_clock_does_not_depend_on_what_is_wanted(media_file, name):
+def test_the_clock_does_not_depend_on_the_modalities_read(media_file, name):
     path = media_file(name, frame_s=TWO_SECONDS + 0.7, wave=chirps([0.5], 2.0, 48000))
     times = [0.8, 1.5, 2.3]
     assert numbers(Media(path, ("video",)).frames(times)) == numbers(Media(path).frames(times)) == [2, 20, 40]
@@ -227,7 +226,7 @@ def test_the_clock_does_not_depend_on_what_is_wanted(media_file, name):
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
-def test_before_and_after_the_sound_is_silence(media_file, name):
+def test_there_is_silence_before_and_after_the_sound(media_file, name):
     path = media_file(name, frame_s=np.arange(75) / 25, wave=tone(600, 1.0, 48000), sound_from_s=0.7)
     wave = Media(path).sound(0.0, 48000, 16000)
     assert wave.dtype == np.float32
@@ -240,7 +239,7 @@ def test_before_and_after_the_sound_is_silence(media_file, name):
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
-def test_what_follows_a_gap_in_the_sound_keeps_its_time(media_file, name):
+def test_sound_after_a_gap_keeps_its_time(media_file, name):
     wave = 0.3 * tone(400, 3.0, 48000) + chirps([0.5, 2.2], 3.0, 48000)
     media = Media(media_file(name, wave=wave, gap_s=(1.0, 1.6)), ("audio",))
     whole = media.sound(0.0, 48000, 16000)
@@ -255,7 +254,7 @@ def test_sound_that_ends_early_ends_the_usable_part(media_file):
     assert media.last_s == pytest.approx(1.2, abs=25 * MS)
 
 
-def test_the_asked_part_narrows_the_usable_one(media_file):
+def test_a_requested_part_narrows_the_usable_part(media_file):
     path = media_file("a.mp4", frame_s=TWO_SECONDS, wave=tone(600, 2.0, 48000))
     media = Media(path, start_s=0.5, end_s=1.5)
     assert (media.first_s, media.last_s) == (0.5, 1.5)
@@ -264,8 +263,8 @@ def test_the_asked_part_narrows_the_usable_one(media_file):
         Media(path, start_s=3.0, end_s=5.0)
 
 
-@pytest.mark.parametrize("sought", [False, True])
-def test_without_time_stamps_sound_is_counted_from_the_beginning(media_file, sought):
+@pytest.mark.parametrize("seek", [False, True])
+def test_without_time_stamps_sound_is_counted_from_the_beginning(media_file, seek):
     path = media_file(
         "a.avi", frame_s=TWO_SECONDS, wave=chirps([0.1, 1.3], 2.0, 48000), codecs=("mpeg4", "pcm_s16le")
     )
@@ -278,7 +277,7 @@ def test_without_time_stamps_sound_is_counted_from_the_beginning(media_file, sou
             yield frame
 
     media.container = SimpleNamespace(seek=container.seek, decode=decode, close=container.close)
-    time_s = 1.3 if sought else 0.1
+    time_s = 1.3 if seek else 0.1
     assert time_s - 0.1 + chirp_time(media.sound(time_s - 0.1, 8000, 16000), 16000) == pytest.approx(
         time_s, abs=MS
     )
@@ -287,13 +286,13 @@ def test_without_time_stamps_sound_is_counted_from_the_beginning(media_file, sou
 # ----------------------------------------------------------------------------------------------------- faults
 
 
-def complaint(path, modalities=("video", "audio"), then=lambda media: None):
+def error_of(path, modalities=("video", "audio"), then=lambda media: None):
     with pytest.raises(MediaError) as caught:
         then(Media(path, modalities))
     text = str(caught.value)
     assert text.strip()
     assert "\n" not in text
-    assert str(path) not in text  # the caller names it
+    assert str(path) not in text  # the caller names the file
     assert len(text) < 250
     return text
 
@@ -302,7 +301,7 @@ def complaint(path, modalities=("video", "audio"), then=lambda media: None):
 @pytest.mark.parametrize(
     "name", ["empty.mp4", "text.mp4", "noise.mp4", "headless.mp4", "absent.mp4", "folder.mp4"]
 )
-def test_what_is_no_media_file(media_file, tmp_path, capfd, name, modalities):
+def test_a_file_that_is_no_media_file_is_an_error(media_file, tmp_path, capfd, name, modalities):
     whole = media_file("whole.mp4", frame_s=TWO_SECONDS, wave=tone(600, 2.0, 48000)).read_bytes()
     content = {
         "empty.mp4": b"",
@@ -316,32 +315,32 @@ def test_what_is_no_media_file(media_file, tmp_path, capfd, name, modalities):
         (tmp_path / name).mkdir()
     reasons = {"absent.mp4": "No such file or directory", "folder.mp4": "Is a directory"}
     assert (
-        complaint(tmp_path / name, modalities)
+        error_of(tmp_path / name, modalities)
         == f"cannot be opened: {reasons.get(name, 'Invalid data found when processing input')}"
     )
-    assert capfd.readouterr().err == ""  # the decoders do not talk beside it
+    assert capfd.readouterr().err == ""  # the decoders print nothing themselves
 
 
-def test_what_is_missing_is_named(media_file):
-    mute = media_file("mute.mp4", frame_s=TWO_SECONDS)
-    blind = media_file("blind.mp4", wave=tone(600, 2.0, 48000))
-    assert complaint(mute) == complaint(mute, ("audio",)) == "no sound"
-    assert complaint(blind) == complaint(blind, ("video",)) == "no picture"
-    assert Media(mute, ("video",)).last_s == pytest.approx(2.0, abs=MS)
-    assert Media(blind, ("audio",)).last_s == pytest.approx(2.0, abs=25 * MS)
+def test_a_missing_modality_is_named(media_file):
+    without_sound = media_file("mute.mp4", frame_s=TWO_SECONDS)
+    without_picture = media_file("blind.mp4", wave=tone(600, 2.0, 48000))
+    assert error_of(without_sound) == error_of(without_sound, ("audio",)) == "no sound"
+    assert error_of(without_picture) == error_of(without_picture, ("video",)) == "no picture"
+    assert Media(without_sound, ("video",)).last_s == pytest.approx(2.0, abs=MS)
+    assert Media(without_picture, ("audio",)).last_s == pytest.approx(2.0, abs=25 * MS)
 
 
-def test_picture_and_sound_that_never_meet(media_file):
+def test_picture_and_sound_that_do_not_overlap_are_an_error(media_file):
     path = media_file("a.mp4", frame_s=TWO_SECONDS, wave=tone(600, 1.0, 48000), sound_from_s=2.5)
-    assert "do not overlap" in complaint(path)
+    assert "do not overlap" in error_of(path)
 
 
-def test_a_recording_that_does_not_know_its_length(media_file):
+def test_a_recording_without_a_length_is_measured(media_file):
     path = media_file("live.mkv", wave=tone(600, 2.0, 48000), live="1")
     assert Media(path, ("audio",)).last_s == pytest.approx(2.0, abs=45 * MS)  # its packets were counted
 
 
-def test_sound_of_a_file_that_was_cut_off(media_file, tmp_path):
+def test_a_cut_off_file_is_used_up_to_the_cut(media_file, tmp_path):
     whole = media_file(
         "a.mp4", frame_s=TWO_SECONDS, wave=tone(600, 2.0, 48000), movflags="faststart"
     ).read_bytes()
@@ -351,7 +350,7 @@ def test_sound_of_a_file_that_was_cut_off(media_file, tmp_path):
     assert 0.5 < media.last_s < 1.5  # what is there can be used
     assert np.abs(media.sound(0.2, 4000, 16000)).max() > 0.4
     assert numbers(media.frames([0.5])) == [12]
-    assert complaint(cut, ("audio",), lambda media: media.sound(1.6, 4000, 16000)) == "the file is cut off"
+    assert error_of(cut, ("audio",), lambda media: media.sound(1.6, 4000, 16000)) == "the file is cut off"
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.avi"])
@@ -384,13 +383,13 @@ def test_damaged_files_are_used_or_refused(media_file, tmp_path, name):
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files by way of /proc")
 def test_files_are_closed(media_file, tmp_path):
     good = media_file("a.mp4", frame_s=TWO_SECONDS, wave=tone(600, 2.0, 48000))
-    mute = media_file("mute.mp4", frame_s=TWO_SECONDS)
+    without_sound = media_file("mute.mp4", frame_s=TWO_SECONDS)
 
     def use():
         media = Media(good)
         media.frames([0.5])
         media.close()
-        complaint(mute)
+        error_of(without_sound)
 
     use()
     before = len(os.listdir("/proc/self/fd"))
@@ -399,8 +398,8 @@ def test_files_are_closed(media_file, tmp_path):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_media_imported_first_leaves_torch_whole():
-    """decord offers NVIDIA's BLAS to all that is loaded after it, and torch would crash in it."""
+def test_torch_works_after_avid_media_is_imported():
+    """By itself, decord exposes NVIDIA's BLAS to libraries loaded later, and torch crashes with it."""
     code = "import avid.media, torch; print(avid.media.resampler(44100, 16000)(torch.ones(5760)).shape)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True
@@ -414,7 +413,7 @@ def test_media_imported_first_leaves_torch_whole():
 
 @pytest.mark.parametrize("name", ["flipping_a_pancake.mkv", "nasa_13013.mp4"])
 def test_real_files_against_a_plain_decoding(real_media, name):
-    """Frames and sound at some times are those of PyAV reading the file from its beginning to its end."""
+    """Frames and sound at some times equal those of PyAV, which reads the file from beginning to end."""
     path = real_media / name
     media, frames, sound = Media(path), {}, []
     with av.open(str(path)) as container:
@@ -431,7 +430,7 @@ def test_real_files_against_a_plain_decoding(real_media, name):
     for begin_s in (6.0, 0.5, 9.0):
         part, begin = media.sound(begin_s, rate_hz, rate_hz), round(begin_s * rate_hz)
         shift = np.correlate(sound[begin - 2000 : begin + 6000], part[:4000], "valid").argmax() - 2000
-        assert abs(shift) <= 30 * MS * rate_hz  # an encoder's lead-in, which this plain reading does not cut
+        assert abs(shift) <= 30 * MS * rate_hz  # plain decoding keeps the encoder's lead-in
 
 
 def test_a_rotated_video_stands_upright(real_media):
@@ -439,10 +438,10 @@ def test_a_rotated_video_stands_upright(real_media):
 
 
 def test_real_files_without_sound(real_media):
-    assert complaint(real_media / "part_0.mp4") == complaint(real_media / "corrupted.mp4") == "no sound"
+    assert error_of(real_media / "part_0.mp4") == error_of(real_media / "corrupted.mp4") == "no sound"
 
 
-def in_another_process(code, **environment):
+def run_python(code, **environment):
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=Path(__file__).parents[1],
@@ -454,10 +453,8 @@ def in_another_process(code, **environment):
     return done.stdout
 
 
-def test_decords_libraries_are_for_itself_alone(tmp_path):
-    """Nothing that is loaded after avid finds symbols of decord, and NVIDIA's libraries are not opened for
-    it.
-    """
+def test_decords_libraries_stay_private(tmp_path):
+    """Libraries loaded later find no symbols of decord, and decord loads no libraries of NVIDIA."""
     library = tmp_path / "nvidia" / "made_up" / "lib" / "libmade_up.so"
     library.parent.mkdir(parents=True)
     import _ctypes
@@ -466,15 +463,15 @@ def test_decords_libraries_are_for_itself_alone(tmp_path):
     code = """if True:
         import ctypes
         import avid.media
-        everyones = ctypes.CDLL(None)
-        assert not hasattr(everyones, "DECORDGetLastError")
-        assert not hasattr(everyones, "avcodec_version")
+        visible = ctypes.CDLL(None)
+        assert not hasattr(visible, "DECORDGetLastError")
+        assert not hasattr(visible, "avcodec_version")
         assert "libmade_up" not in open("/proc/self/maps").read()
     """
-    in_another_process(code, PYTHONPATH=str(tmp_path))
+    run_python(code, PYTHONPATH=str(tmp_path))
 
 
-def test_faiss_loaded_after_avid_finds_the_nearest():
+def test_faiss_works_after_avid_media_is_imported():
     pytest.importorskip("faiss", reason="faiss is not installed: pip install faiss-cpu")
     code = """if True:
         import avid.media, faiss
@@ -485,14 +482,12 @@ def test_faiss_loaded_after_avid_finds_the_nearest():
         index.add(rows)
         assert (index.search(queries, 1)[1][:, 0] == (queries @ rows.T).argmax(1)).all()
     """
-    in_another_process(code)
+    run_python(code)
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.ts"])
-def test_a_clip_costs_the_same_wherever_it_lies(media_file, monkeypatch, name):
-    """What HEVC has to decode for the last second of a file is what it has to for the first ones, not all
-    before.
-    """
+def test_reading_a_clip_costs_the_same_anywhere_in_a_file(media_file, monkeypatch, name):
+    """In HEVC, a late clip needs no more decoded frames than an early one, and not all frames before it."""
     encoder = {"x265-params": "log-level=none:keyint=25:min-keyint=25:scenecut=0"}
     path = media_file(name, frame_s=np.arange(250) / 25, codecs=("libx265",), encoder=encoder)
     decoded, plain = [], Timed._decoded
