@@ -1,5 +1,5 @@
-"""Ranking and linear classifiers against references made another way; what is held out; what is kept; who is
-judged."""
+"""Ranking and linear classifiers against independent references; held-out files; saved features; the files
+that are evaluated."""
 
 import itertools
 import json
@@ -37,7 +37,7 @@ def test_nearest_is_a_sort_by_similarity(q, g, k, rows, columns):
     )
 
 
-def test_the_query_itself_does_not_count():
+def test_an_excluded_query_is_not_found():
     x = unit(25, 6)
     found = evaluation.nearest(x, x, 4, exclude=np.arange(25), rows=4, columns=6)
     similarity = x @ x.T
@@ -52,7 +52,7 @@ def test_recall_counts_queries_with_a_match_among_the_first_k():
     assert result == pytest.approx({"R@1": 100 / 3, "R@2": 200 / 3, "R@3": 200 / 3})
 
 
-def test_recall_of_random_features_is_a_plain_count():
+def test_recall_equals_a_plain_count():
     queries, gallery = unit(40, 5), unit(60, 5, seed=1)
     rng = np.random.default_rng(2)
     query_y, key_y = rng.integers(4, size=40), rng.integers(4, size=60)
@@ -67,21 +67,21 @@ def test_recall_of_random_features_is_a_plain_count():
         assert result[f"R@{k}"] == pytest.approx(100 * hits / 40)
 
 
-def test_many_against_many_need_no_matrix_of_all_similarities():
+def test_a_large_ranking_needs_no_matrix_of_all_similarities():
     """10,000 queries, 100,000 videos, 512 dimensions: the matrix would be 4 GB."""
     torch.manual_seed(0)
     gallery = torch.nn.functional.normalize(torch.randn(100_000, 512), dim=1)
-    mine = torch.randperm(100_000)[:10_000]
-    queries = torch.nn.functional.normalize(gallery[mine] + 0.01 * torch.randn(10_000, 512), dim=1)
+    rows = torch.randperm(100_000)[:10_000]
+    queries = torch.nn.functional.normalize(gallery[rows] + 0.01 * torch.randn(10_000, 512), dim=1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = evaluation.nearest(queries, gallery, 20)
     assert found.shape == (10_000, 20)
-    assert (found[:, 0] == mine.numpy()).all()
+    assert (found[:, 0] == rows.numpy()).all()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000  # KB
 
 
 def clouds(n, clips, seed):
-    """Three classes of Gaussian clouds, clips of a video close together: n×K×F, n."""
+    """Three classes of Gaussian clouds, in which clips of a video are close: features n×K×F, labels n."""
     rng = np.random.default_rng(seed)
     y = np.arange(n) % 3
     centre = np.eye(3, 6)[y] * 3
@@ -95,15 +95,15 @@ def test_a_linear_classifier_learns_clouds_and_not_noise(classifier):
     (train_x, train_y), (test_x, test_y) = clouds(90, 4, 0), clouds(60, 4, 1)
     result = evaluation.linear_probe(train_x, train_y, test_x, test_y, 0, classifier)
     assert result["top1"] > 85 and result["top5"] == 100
-    assert result["top1"] >= result["clip_top1"]  # clips averaged are better than one
+    assert result["top1"] >= result["clip_top1"]  # the average over clips is better than one clip
     noise = np.random.default_rng(0).standard_normal(train_x.shape).astype(np.float32)
     assert evaluation.linear_probe(noise, train_y, test_x, test_y, 0, classifier)["top1"] < 70
 
 
-def test_two_classes_have_margins_too():
+def test_an_svm_handles_two_classes():
     (train_x, train_y), (test_x, test_y) = clouds(90, 2, 0), clouds(60, 2, 1)
-    few, others = train_y < 2, test_y < 2
-    result = evaluation.linear_probe(train_x[few], train_y[few], test_x[others], test_y[others], 0, "svm")
+    few, test_few = train_y < 2, test_y < 2
+    result = evaluation.linear_probe(train_x[few], train_y[few], test_x[test_few], test_y[test_few], 0, "svm")
     assert result["top1"] > 85
 
 
@@ -114,13 +114,13 @@ def test_accuracies_average_scores_over_clips():
     assert result == {"top1": 50.0, "top5": 100.0, "clip_top1": 50.0}
 
 
-def test_more_labelled_videos_are_better():
+def test_few_shot_accuracy_grows_with_the_number_of_shots():
     (train_x, train_y), (test_x, test_y) = clouds(90, 2, 0), clouds(60, 2, 1)
     result = evaluation.few_shot(train_x, train_y, test_x, test_y, 0, shots=(1, 20), draws=5)
     assert result["20-shot top1"] > result["1-shot top1"] and result["1-shot std"] > 0
 
 
-def test_a_folder_without_parts_is_held_out_by_class(tmp_path):
+def test_a_folder_without_splits_is_split_within_each_class(tmp_path):
     for label in ("a", "b"):
         (tmp_path / label).mkdir()
         for i in range(10):
@@ -132,7 +132,7 @@ def test_a_folder_without_parts_is_held_out_by_class(tmp_path):
     assert next(evaluation.tables(cfg))[1].paths == test.paths
 
 
-def test_numbered_divisions(tmp_path):
+def test_all_numbered_divisions_or_one_of_them(tmp_path):
     (tmp_path / "meta").mkdir()
     (tmp_path / "audio").mkdir()
     rows = ["filename,fold,target,category,esc10,src_file,take"]
@@ -161,8 +161,8 @@ def test_files_without_a_class_are_an_error_that_counts_them():
         evaluation.labels_of(table, several=True)
 
 
-def test_where_videos_have_several_classes_a_match_shares_one():
-    """Every picture finds the next video's sound; the videos 0, 1 and 1, 2 share a class, 2 and 0 none."""
+def test_with_several_classes_a_match_shares_one():
+    """Every picture finds the sound of the next video. Videos 0, 1 and videos 1, 2 share a class."""
     eye = np.eye(3, dtype=np.float32)[:, None]  # 3×1×D
     found = evaluation.Features(np.arange(3), embeddings={"video": eye, "audio": eye[[2, 0, 1]]})
     labels = np.array([[1, 0, 0, 1], [1, 1, 0, 0], [0, 1, 1, 0]], np.uint8)
@@ -174,7 +174,7 @@ def test_where_videos_have_several_classes_a_match_shares_one():
     assert not any("class" in name for name in evaluation.cross_modal(found, labels, ks=(1,)))
 
 
-def test_features_are_kept_as_they_are(tmp_path):
+def test_saved_features_are_loaded_unchanged(tmp_path):
     found = evaluation.Features(
         np.array([0, 2]),
         {"video": unit(4, 3).reshape(2, 2, 3)},
@@ -193,7 +193,7 @@ def test_features_are_kept_as_they_are(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["f.npz"]
 
 
-def test_unit_length_at_video_level():
+def test_video_level_embeddings_have_unit_length():
     found = evaluation.Features(
         np.arange(3), {}, {"audio": np.random.default_rng(0).standard_normal((3, 4, 5)).astype(np.float32)}
     )
@@ -203,19 +203,18 @@ def test_unit_length_at_video_level():
 # ----------------------------------------------------------------------------------------------------- chance
 
 
-def test_chance_is_that_of_all_orders():
-    """Of a gallery of six: the share of its orders with a match among the first k, for 0, 1, 2 and 6
-    matches."""
+def test_chance_is_the_mean_over_all_orders():
+    """In a gallery of six: the share of orders with a match among the first k, for 0, 1, 2, 6 matches."""
     matching, ks = [0, 1, 2, 6], (1, 2, 5, 6)
     result = evaluation.chance(matching, 6, (*ks, 7))
     assert list(result) == [f"R@{k}" for k in ks]
     for k in ks:
-        firsts = list(itertools.combinations(range(6), k))  # the videos below m match
+        firsts = list(itertools.combinations(range(6), k))  # the m videos 0 … m − 1 match
         shares = [np.mean([min(first) < m for first in firsts]) for m in matching]
         assert result[f"R@{k}"] == pytest.approx(100 * np.mean(shares))
 
 
-def test_chance_is_what_random_features_get():
+def test_random_features_reach_chance():
     rng, n = np.random.default_rng(0), 400
     labels = rng.integers(7, size=n)
     found = evaluation.nearest(unit(n, 8), unit(n, 8, seed=1), 20)
@@ -245,15 +244,14 @@ def test_matching_counts_videos_that_share_a_class():
 
 
 def average_precision(truth, score):
-    """The mean, over the videos of the class, of the share of the class among those ranked as high or
-    higher."""
+    """The mean over the videos of the class: the share of the class among those ranked as high or higher."""
     ranked = sorted(range(len(score)), key=lambda i: -score[i])
     places = [place for place, i in enumerate(ranked, 1) if truth[i]]
     return np.mean([n / place for n, place in enumerate(places, 1)])
 
 
 def area_under_roc(truth, score):
-    """How often a video of the class has a higher score than one of another."""
+    """How often a video of the class has a higher score than a video without it."""
     pairs = [
         (score[i], score[j])
         for i in range(len(score))
@@ -263,10 +261,10 @@ def area_under_roc(truth, score):
     return np.mean([(a > b) + (a == b) / 2 for a, b in pairs])
 
 
-def test_precisions_are_those_of_the_definition():
+def test_precisions_agree_with_the_definition():
     rng = np.random.default_rng(0)
     scores, labels = rng.standard_normal((25, 3, 4)), (rng.random((25, 6)) < 0.4).astype(np.uint8)
-    labels[:, 2], labels[:, 5] = 0, 1  # nobody has it, everybody has it: neither can be ranked
+    labels[:, 2], labels[:, 5] = 0, 1  # no video has class 2, all have class 5: neither can be ranked
     classes = np.array([0, 2, 4, 5])
     result = evaluation.precisions(scores, labels, classes)
     video = scores.mean(1)
@@ -281,8 +279,7 @@ def test_precisions_are_those_of_the_definition():
 
 @pytest.mark.parametrize("classifier", ["linear", "svm"])
 def test_a_linear_classifier_learns_several_classes_a_video(classifier):
-    """Two of four directions are switched on in each video; one class is in no training video, another in
-    all."""
+    """Each video has two of four classes. A fifth is in every video, a sixth in no training video."""
 
     def videos(n, seed):
         rng = np.random.default_rng(seed)
@@ -302,7 +299,7 @@ def test_a_linear_classifier_learns_several_classes_a_video(classifier):
     assert 30 < evaluation.linear_probe(train_x, train_y, noise, test_y, 0, classifier)["AUC"] < 70
 
 
-# ----------------------------------------------------------------------- who is judged, of all that there are
+# ------------------------------------------------------------------------------- the files that are evaluated
 
 TINY = (
     "video.size=32 video.frames=2 audio.seconds=0.5 audio.rate_hz=16000 audio.mels=16 model.width=4 "
@@ -313,7 +310,7 @@ TINY = (
 
 @pytest.fixture(scope="module")
 def half_mute(tmp_path_factory):
-    """train/ and test/ of two classes, 4 and 2 videos each, of which every other one has no sound."""
+    """train/ and test/ with 4 and 2 videos of each of two classes. Every other video has no sound."""
     root = tmp_path_factory.mktemp("half")
     for part, n in (("train", 4), ("test", 2)):
         for label, hz in (("low", 300), ("high", 3000)):
@@ -324,13 +321,13 @@ def half_mute(tmp_path_factory):
 
 
 def evaluate(script, root, out, *more, name="folder"):
-    """What an evaluation of an untrained network writes: {name of the JSON: content}."""
+    """The JSON files of an evaluation of an untrained network: {name: content}."""
     argv = ["--ckpt", "random", "--data", name, "--root", str(root), "--out", str(out), *TINY, *more]
     script.main(script.command_line(argv))
     return {path.stem.rpartition(f"-{name}")[0]: json.loads(path.read_text()) for path in out.glob("*.json")}
 
 
-def test_a_mute_video_counts_by_its_picture(half_mute, tmp_path, capsys):
+def test_a_mute_video_is_evaluated_by_its_picture(half_mute, tmp_path, capsys):
     results = evaluate(
         eval_linear, half_mute, tmp_path, "--mode", "fewshot", "--save", str(tmp_path / "f.npz")
     )
@@ -341,16 +338,18 @@ def test_a_mute_video_counts_by_its_picture(half_mute, tmp_path, capsys):
     assert [line[:8] for line in shown] == [
         "video label 8 of 8 4 of 4".split(), "audio label 4 of 8 2 of 4".split()
     ]  # fmt: skip
-    with np.load(tmp_path / "f.npz") as saved:  # all videos; what a video lacks is not a number
+    with np.load(tmp_path / "f.npz") as saved:  # all videos; a missing modality is NaN
         assert saved["index"].tolist() == [0, 1, 2, 3] and len(saved["labels"]) == len(saved["paths"]) == 4
         assert np.isfinite(saved["features_video"]).all()
         heard = np.isfinite(saved["embeddings_audio"]).all((1, 2))
         assert heard.tolist() == [path.endswith("1.mp4") for path in saved["paths"]]
 
 
-def official(name, root):
-    """UCF101 or HMDB51 of two classes: 4 training and 2 test videos each, every other one mute, and the lists
-    of the first division as they are published. HMDB51 has one more video each that the division leaves out.
+def write_official_lists(name, root):
+    """Write UCF101 or HMDB51 with two classes, 4 training and 2 test videos each, and the published lists of
+    the first division.
+
+    Every other video is mute. HMDB51 has one more video of each class, which the division leaves out.
     """
     folder = root / {"ucf101": "UCF-101", "hmdb51": "hmdb51_org"}[name]
     train, test = [], []
@@ -373,10 +372,8 @@ def official(name, root):
 
 
 @pytest.mark.parametrize("name", ["ucf101", "hmdb51"])
-def test_official_lists_are_judged_by_picture_on_all_and_by_sound_on_those_that_have_it(
-    name, tmp_path, capsys
-):
-    official(name, tmp_path / "in")
+def test_official_lists_use_every_picture_and_every_sound_that_there_is(name, tmp_path, capsys):
+    write_official_lists(name, tmp_path / "in")
     results = evaluate(eval_linear, tmp_path / "in", tmp_path / "a", "--mode", "fewshot", name=name)
     counts = ("train_videos", "train_files", "videos", "files", "skipped")
     assert [results["fewshot-video"][key] for key in counts] == [8, 8, 4, 4, 0]
@@ -390,7 +387,7 @@ def test_official_lists_are_judged_by_picture_on_all_and_by_sound_on_those_that_
     assert "audio: 2 of 4 files, 4 videos to find" in capsys.readouterr().out
 
 
-def test_what_is_kept_and_shown_names_the_part_of_a_file(tmp_path, capsys):
+def test_saved_features_and_pages_name_the_part_of_a_file(tmp_path, capsys):
     rows = ["path,label,split,start,end"]
     for label, hz in (("low", 300), ("high", 3000)):
         write_media(tmp_path / f"in/{label}.mp4", np.arange(150) / 25, tone(hz, 6, 16000), 16000, size=32)
@@ -406,7 +403,7 @@ def test_what_is_kept_and_shown_names_the_part_of_a_file(tmp_path, capsys):
     assert shown.name == "low.mp4 [1.0-2.0 s]" and 1 <= shown.time_s < 2
 
 
-def test_each_way_of_retrieval_takes_all_files_that_it_can(half_mute, tmp_path, capsys):
+def test_each_retrieval_task_uses_all_files_that_it_can(half_mute, tmp_path, capsys):
     results = evaluate(eval_retrieval, half_mute, tmp_path)
     counts = ("videos", "files", "gallery_videos", "gallery_files", "skipped")
     assert [results["retrieval-video"][key] for key in counts] == [4, 4, 8, 8, 0]
@@ -419,11 +416,11 @@ def test_each_way_of_retrieval_takes_all_files_that_it_can(half_mute, tmp_path, 
         == results["retrieval-cross"]["chance class R@1"]
         == 50
     )
-    said = capsys.readouterr().out
-    assert "audio: 2 of 4 files, 4 videos to find" in said and said.count("chance") == 4
+    output = capsys.readouterr().out
+    assert "audio: 2 of 4 files, 4 videos to find" in output and output.count("chance") == 4
 
 
-def test_where_no_file_has_sound_the_picture_is_judged_alone(half_mute, tmp_path, capsys):
+def test_without_any_sound_only_the_picture_is_evaluated(half_mute, tmp_path, capsys):
     for path in half_mute.rglob("[02].mp4"):
         link = tmp_path / "mute" / path.relative_to(half_mute)
         link.parent.mkdir(parents=True, exist_ok=True)
@@ -433,12 +430,12 @@ def test_where_no_file_has_sound_the_picture_is_judged_alone(half_mute, tmp_path
     assert "not judged by audio: " in capsys.readouterr().out
     results = evaluate(eval_retrieval, tmp_path / "mute", tmp_path / "out")
     assert results.keys() == {"fewshot-video", "retrieval-video"}
-    with pytest.raises(MediaError, match="no sound"):  # where it is asked for
+    with pytest.raises(MediaError, match="no sound"):  # an explicit --modality audio is an error
         evaluate(eval_linear, tmp_path / "mute", tmp_path / "out", "--modality", "audio")
 
 
 def test_several_classes_a_file_are_scored_by_precision(half_mute, tmp_path, capsys):
-    """AudioSet's layout: each file has the class of its pitch, and some another one."""
+    """In the layout of AudioSet. Each file has the class of its pitch, and some have another one."""
     root = tmp_path / "audioset"
     (root / "balanced_train_segments").mkdir(parents=True)
     names = {"/m/1": "low", "/m/2": "high", "/m/3": "third"}

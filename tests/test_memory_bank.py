@@ -1,5 +1,4 @@
-"""The bank against plain loops and sets: what it holds, whom it draws, and that its running sums stay
-right."""
+"""The memory bank against plain loops and sets: its memories, its draws, and its running sums."""
 
 import itertools
 import math
@@ -45,12 +44,12 @@ def test_a_fresh_bank_is_random_on_the_sphere_and_the_same_for_a_seed():
             memory, getattr(other, modality)
         )
     mean, std = bank.agreement_mean_std()
-    # the two banks know nothing of each other
+    # the memories of the two modalities are independent
     assert abs(mean) < 0.05 and std == pytest.approx(1 / 16**0.5, rel=0.15)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
-def test_update_moves_the_memories_once_an_instance(momentum):
+def test_update_moves_the_memory_of_an_instance_once(momentum):
     bank = MemoryBank(12, 6, momentum, 0)
     expected = {name: getattr(bank, name).double().numpy().copy() for name in ("video", "audio")}
     _, video, audio = batch(12, 6, 6, 1)
@@ -77,7 +76,9 @@ def test_the_bank_stays_float32_and_out_of_the_graph_with_bf16_embeddings():
 
 
 @pytest.mark.parametrize("dtype, rounding", [("float16", 2**-11), ("bfloat16", 2**-8)])
-def test_a_half_precision_bank_follows_the_float32_one_and_knows_its_own_agreement(dtype, rounding, tmp_path):
+def test_a_half_precision_bank_follows_the_float32_one_and_tracks_its_own_agreement(
+    dtype, rounding, tmp_path
+):
     whole, bank = MemoryBank(60, 8, 0.5, 0), MemoryBank(60, 8, 0.5, 0, dtype)
     assert (
         bank.video.dtype == bank.audio.dtype == getattr(torch, dtype)
@@ -88,10 +89,8 @@ def test_a_half_precision_bank_follows_the_float32_one_and_knows_its_own_agreeme
         index, video, audio = batch(60, 32, 8, seed)
         for each in (whole, bank):
             each.update(index, video, F.normalize(video + 0.5 * audio, dim=1))
-    for name in (
-        "video",
-        "audio",
-    ):  # half of an error stays after each update: at most two roundings, a little more after normalising
+    # each update halves the error: at most two roundings remain, and a little more after normalising
+    for name in ("video", "audio"):
         error = (getattr(bank, name).float() - getattr(whole, name)).abs().max()
         assert 0 < error < 4 * rounding
     stored = (bank.video.double() * bank.audio.double()).sum(1)
@@ -110,7 +109,7 @@ def test_a_half_precision_bank_follows_the_float32_one_and_knows_its_own_agreeme
 def test_running_mean_and_std_equal_the_full_ones_after_many_updates():
     bank = MemoryBank(60, 8, 0.5, 0)
     for seed in range(400):
-        index, video, audio = batch(60, 32, 8, seed)  # two of 32 out of 60 are almost always the same
+        index, video, audio = batch(60, 32, 8, seed)  # some instance is almost always in the batch twice
         bank.update(index, video, F.normalize(video + 0.5 * audio, dim=1) if seed % 2 else audio)
     full = [
         float(v @ a) for v, a in zip(bank.video.double().numpy(), bank.audio.double().numpy(), strict=True)
@@ -125,7 +124,7 @@ def test_running_mean_and_std_equal_the_full_ones_after_many_updates():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_candidates_are_the_batch_and_the_drawn_each_instance_valid_once(seed):
+def test_candidates_are_the_batch_and_the_drawn_negatives_each_instance_valid_once(seed):
     bank = MemoryBank(40, 4, 0.5, 0)
     index, _, _ = batch(40, 16, 4, seed)
     c = bank.candidates(index, 30, seed)
@@ -166,7 +165,7 @@ def test_negatives_are_drawn_uniformly():
     assert (counts - 1000).abs().max() < 5 * 30  # five standard deviations: √(10000 · 0.1 · 0.9) = 30
 
 
-def test_a_step_never_passes_over_the_whole_bank():
+def test_a_step_never_reads_the_whole_bank():
     bank, touched = MemoryBank(5000, 4, 0.5, 0), set()
     whole = {x.untyped_storage().data_ptr() for x in (bank.video, bank.audio, bank.agreement)}
 
@@ -186,19 +185,19 @@ def test_a_step_never_passes_over_the_whole_bank():
 
 
 @pytest.mark.parametrize("num_instances", [1, 2, 50])
-@pytest.mark.parametrize("apart", [1, -1])
-def test_a_collapsed_bank_stays_finite(num_instances, apart):
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_collapsed_bank_stays_finite(num_instances, sign):
     bank = MemoryBank(num_instances, 8, 0.0, 0)
     one = F.normalize(torch.arange(1.0, 9.0), dim=0)
     for _ in range(3):
-        collapse(bank, one, apart * one)
-        bank.update(torch.tensor([0]), one[None], apart * one[None])  # a batch of one
+        collapse(bank, one, sign * one)
+        bank.update(torch.tensor([0]), one[None], sign * one[None])  # a batch of one
     mean, std = bank.agreement_mean_std()
-    assert all_finite(bank) and mean.item() == pytest.approx(apart, abs=1e-6) and 0 <= std.item() < 1e-6
+    assert all_finite(bank) and mean.item() == pytest.approx(sign, abs=1e-6) and 0 <= std.item() < 1e-6
     health = bank.health()
-    expected = 1.0 if num_instances > 1 else 0.0  # a single instance has no other to be like
+    expected = 1.0 if num_instances > 1 else 0.0  # a single instance has no other
     assert health["cosine_video"] == pytest.approx(expected, abs=1e-5)
-    assert health["agreement_mean"] == pytest.approx(apart, abs=1e-6)
+    assert health["agreement_mean"] == pytest.approx(sign, abs=1e-6)
 
 
 def test_rounding_never_makes_the_variance_negative():
@@ -209,7 +208,7 @@ def test_rounding_never_makes_the_variance_negative():
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf"), "opposite"])
-def test_an_embedding_that_cannot_be_normalised_leaves_the_memory(broken):
+def test_an_embedding_that_cannot_be_normalised_leaves_the_memory_unchanged(broken):
     bank = MemoryBank(6, 4, 0.5, 0)
     index, (video, audio) = torch.tensor([1, 4]), F.normalize(torch.ones(2, 2, 4), dim=2)
     before = bank.video.clone()
@@ -238,7 +237,7 @@ def test_health_is_the_mean_cosine_of_two_instances():
     assert all(isinstance(value, float) for value in health.values())
 
 
-def test_a_bank_read_from_its_state_goes_on_with_the_same_bits(tmp_path):
+def test_a_bank_loaded_from_its_state_continues_identically(tmp_path):
     bank, other = MemoryBank(40, 8, 0.5, 0), MemoryBank(40, 8, 0.5, 1)
     for seed in range(5):
         bank.update(*batch(40, 16, 8, seed))
@@ -256,12 +255,12 @@ def test_a_bank_read_from_its_state_goes_on_with_the_same_bits(tmp_path):
 def test_a_step_on_cuda_draws_the_same_and_never_waits_for_the_device():
     host, bank = MemoryBank(300, 8, 0.5, 0), MemoryBank(300, 8, 0.5, 0).cuda()
     index, video, audio = batch(300, 64, 8, 0)
-    there = [x.cuda() for x in (index, video, audio)]
-    bank.update(*there)
+    on_device = [x.cuda() for x in (index, video, audio)]
+    bank.update(*on_device)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        bank.update(*there)
-        c = bank.candidates(there[0], 128, 5)
+        bank.update(*on_device)
+        c = bank.candidates(on_device[0], 128, 5)
         bank.agreement_mean_std()
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -281,7 +280,7 @@ def neighbourhoods(bank, contrast, draws, instance=3, modality="audio"):
 
 
 def test_positives_are_drawn_by_similarity_from_the_nearest_and_negatives_from_the_rest():
-    """Chi-square of many first draws against exp(sim/τ), and nothing that must not be drawn."""
+    """χ² of many first draws against exp(sim/τ). No other instances are drawn."""
     bank = MemoryBank(12, 4, 0.5, seed=0)
     contrast = config.Contrast(n_pos=1, k_pos=4, tau_p=0.5, negatives=1, tau_n=0.5)
     draws = 4000
@@ -298,7 +297,7 @@ def test_positives_are_drawn_by_similarity_from_the_nearest_and_negatives_from_t
         assert chi_square < 30  # 3 and 6 degrees of freedom: p < 1e-4
 
 
-def test_neighbours_are_drawn_without_replacement_and_are_apart():
+def test_positives_and_negatives_are_drawn_without_replacement_and_do_not_overlap():
     bank = MemoryBank(40, 8, 0.5, seed=1)
     positives, negatives = neighbourhoods(bank, config.Contrast(n_pos=3, k_pos=6, negatives=20), 200)
     assert positives.shape == (200, 3) and negatives.shape == (200, 20)
@@ -316,13 +315,12 @@ def test_uniform_negatives_are_uniform_and_harder_ones_are_nearer():
     counts = torch.bincount(uniform.flatten(), minlength=60)
     drawn = counts[counts > 0].double()
     assert len(drawn) == 60 - 4 - 1
-    assert (
-        (drawn - drawn.mean()) ** 2 / drawn.mean()
-    ).sum() < 110  # chi-square, 54 degrees of freedom: p < 1e-4
+    chi_square = ((drawn - drawn.mean()) ** 2 / drawn.mean()).sum()
+    assert chi_square < 110  # 54 degrees of freedom: p < 1e-4
     assert similarity[hard].mean() > similarity[uniform].mean() + 0.1
 
 
-def test_a_row_draws_the_same_wherever_it_stands():
+def test_a_row_draws_the_same_at_any_place_in_the_batch():
     bank = MemoryBank(40, 8, 0.5, seed=1)
     contrast = config.Contrast(n_pos=2, k_pos=6, negatives=10)
     together = bank.neighbourhood("video", torch.tensor([3, 5]), contrast, [11, 12])
@@ -331,8 +329,8 @@ def test_a_row_draws_the_same_wherever_it_stands():
 
 
 @pytest.mark.parametrize("tau_n", [math.inf, 0.5])
-def test_what_the_decoding_processes_draw_ahead_is_what_is_drawn(tau_n):
-    """Of a training step's places, each with its own seed; what they give is stacked by the loader."""
+def test_neighbours_drawn_ahead_in_decoding_processes_are_the_same(tau_n):
+    """Each place in the batch of a training step has its own seed. The loader stacks the draws."""
     bank, contrast = (
         MemoryBank(40, 8, 0.5, seed=1),
         config.Contrast(n_pos=2, k_pos=6, negatives=10, tau_n=tau_n),
@@ -350,7 +348,7 @@ def test_what_the_decoding_processes_draw_ahead_is_what_is_drawn(tau_n):
         )
         now = bank.neighbourhood(modality, index, contrast, seeds)
         assert all(torch.equal(x, y) for x, y in zip(ahead, now, strict=True))
-    assert clips.neighbours((5, 0, 0)) == {}  # no training step
+    assert clips.neighbours((5, 0, 0)) == {}  # not the draw of a training step
 
 
 def test_seeds_differ_by_seed_modality_step_and_place_and_never_by_process():
@@ -373,13 +371,13 @@ def test_no_extra_positives_and_a_small_bank():
         neighbourhoods(bank, config.Contrast(k_pos=7), 1)
 
 
-def test_the_numbers_that_are_left():
+def test_skip_leaves_out_the_excluded_numbers():
     excluded = torch.tensor([[7, 0, 3], [2, 1, 0], [9, 8, 4]])
     left = _skip(torch.arange(7).repeat(3, 1), excluded)
     assert left.tolist() == [[i for i in range(10) if i not in row] for row in excluded.tolist()]
 
 
-def test_a_half_precision_bank_has_neighbours_too():
+def test_neighbours_in_a_half_precision_bank():
     bank = MemoryBank(40, 8, 0.5, 1, "bfloat16")
     contrast = config.Contrast(n_pos=4, k_pos=4, negatives=10, tau_n=0.5)
     positives, negatives = neighbourhoods(bank, contrast, 20)
@@ -411,8 +409,8 @@ def test_a_sample_is_uniform_and_without_repeats():
 
 
 @pytest.mark.parametrize("tau_n", [math.inf, 0.5])
-def test_out_of_a_sample_the_law_is_that_of_a_bank_of_the_sample(tau_n):
-    """Counts of positives and negatives against loops over random subsets of the others, in float64."""
+def test_neighbours_out_of_a_sample_follow_the_law_of_the_sampled_bank(tau_n):
+    """Counts of positives and negatives against loops over all subsets of the others, in float64."""
     bank, itself, draws = MemoryBank(9, 4, 0.5, seed=0), 3, 6000
     contrast = config.Contrast(n_pos=1, k_pos=2, tau_p=0.5, negatives=2, tau_n=tau_n, sample=6)
     counts, right = torch.zeros(2, 9), torch.zeros(2, 9, dtype=torch.double)
@@ -427,7 +425,7 @@ def test_out_of_a_sample_the_law_is_that_of_a_bank_of_the_sample(tau_n):
         counts[1, far[0]] += 1
     similarity = (bank.audio.double() @ bank.audio[itself].double()).tolist()
     others = [i for i in range(9) if i != itself]
-    subsets = list(itertools.combinations(others, 5))  # sample − 1 of the others, each as likely
+    subsets = list(itertools.combinations(others, 5))  # sample − 1 of the others, all equally likely
     for subset in subsets:
         ranked = sorted(subset, key=lambda i: -similarity[i])
         nearest, rest = ranked[:2], ranked[2:]
@@ -446,7 +444,7 @@ def test_out_of_a_sample_the_law_is_that_of_a_bank_of_the_sample(tau_n):
         assert chi_square < 35  # at most 7 degrees of freedom: p < 2e-5
 
 
-def test_a_sample_of_all_is_the_bank_in_another_order():
+def test_a_sample_of_all_instances_has_the_neighbours_of_the_bank():
     bank = MemoryBank(30, 8, 0.5, seed=1)
     contrast = config.Contrast(n_pos=3, k_pos=3, negatives=100, sample=30)
     index = torch.tensor([3, 17])
@@ -459,8 +457,8 @@ def test_a_sample_of_all_is_the_bank_in_another_order():
     assert torch.equal(memories[0], bank.video[near]) and torch.equal(memories[1], bank.video[far])
 
 
-def test_the_cost_of_a_sample_does_not_depend_on_the_bank():
-    """What is read and multiplied: the sample's rows, whatever N."""
+def test_the_cost_of_a_sample_does_not_depend_on_the_size_of_the_bank():
+    """Only the rows of the sample are read and multiplied, for any N."""
     contrast = config.Contrast(n_pos=1, k_pos=2, negatives=4, sample=20)
     for n in (50, 500):
         bank, read = MemoryBank(n, 4, 0.5, seed=0), []

@@ -1,6 +1,4 @@
-"""What a check finds in files of known faults, and that prepared files show and sound the same at the same
-times.
-"""
+"""A check finds known faults, and prepared files have the same frames and sound at the same times."""
 
 import csv
 import json
@@ -30,7 +28,7 @@ FRAMES_S = np.arange(40) / 20
 
 @pytest.fixture
 def ffmpeg():
-    """ffmpeg's path."""
+    """The path of ffmpeg."""
     if path := shutil.which("ffmpeg"):
         return path
     return pytest.importorskip(
@@ -40,7 +38,7 @@ def ffmpeg():
 
 @pytest.fixture
 def folder(media_file, tmp_path):
-    """One usable video, and one of each fault."""
+    """A usable video, a mute one, a silent one and a broken file."""
     media_file("in/a/good.mp4", frame_s=FRAMES_S, wave=tone(440, 2, 24000, channels=2), rate_hz=24000)
     media_file("in/a/mute.mp4", frame_s=FRAMES_S)
     media_file("in/b/silent.mp4", frame_s=FRAMES_S, wave=np.zeros((1, 48000), np.float32))
@@ -63,14 +61,14 @@ def rows(path):
         return {row["path"]: row for row in csv.DictReader(file)}
 
 
-def left_over(root):
+def partial_files(root):
     return [path for path in root.rglob("*") if path.name.endswith(prepare.PART)]
 
 
 # check
 
 
-def test_every_file_gets_a_row_that_says_what_it_is(folder, tmp_path, capsys):
+def test_a_check_writes_one_row_per_file(folder, tmp_path, capsys):
     assert (
         run("check", "--data", "folder", "--root", folder, "--workers", 2, "--out", tmp_path / "out.csv") == 0
     )
@@ -94,7 +92,7 @@ def test_every_file_gets_a_row_that_says_what_it_is(folder, tmp_path, capsys):
     assert "usable, but silent   e.g. b/silent.mp4" in text and "no sound   e.g. a/mute.mp4" in text
 
 
-def test_a_modality_asks_for_less(folder, tmp_path):
+def test_a_check_of_one_modality_ignores_the_other(folder, tmp_path):
     assert (
         run(
             "check",
@@ -142,7 +140,7 @@ def test_an_interrupted_check_goes_on_from_its_rows(folder, tmp_path, cut):
     (tmp_path / "out.csv").write_text(whole[:-cut])
     for path in table(folder).paths:
         if path != last:
-            (folder / path).write_bytes(b"")  # a file that is read again is seen to be empty
+            (folder / path).write_bytes(b"")  # a file that is read again would be found empty
     assert run(*arguments) == 0
     assert (tmp_path / "out.csv").read_text() == whole
 
@@ -165,7 +163,7 @@ def crash_on_mute(root, path, *_):
     return {"usable": "yes", "reason": "", "seconds": "1.0"}
 
 
-def test_a_check_leaves_other_files_alone(folder, tmp_path, capsys):
+def test_a_check_does_not_overwrite_other_files(folder, tmp_path, capsys):
     out = tmp_path / "out.csv"
     for content in (
         "path,label\na/good.mp4,dog",
@@ -176,7 +174,7 @@ def test_a_check_leaves_other_files_alone(folder, tmp_path, capsys):
         assert out.read_text() == content and "--out" in capsys.readouterr().err
 
 
-def test_wrong_arguments_end_with_2_and_one_line(folder, tmp_path, capsys):
+def test_wrong_arguments_end_with_exit_code_2_and_one_line(folder, tmp_path, capsys):
     assert run("check", "--data", "nothing", "--root", folder) == 2
     assert run("check", "--data", "folder", "--root", folder, "data.wrokers=2") == 2
     assert capsys.readouterr().err.endswith("unknown setting data.wrokers; did you mean data.workers?\n")
@@ -198,9 +196,11 @@ OFFSETS_S = [(0.0, 0.0), (0.0, 0.7), (0.4, 0.0)]  # when picture and sound begin
         *((name, OFFSETS_S[0]) for name in CONSTANT),
     ],
 )
-def test_prepared_files_show_and_sound_the_same_at_the_same_times(name, from_s, media_file, ffmpeg, tmp_path):
+def test_prepared_files_have_the_same_frames_and_sound_at_the_same_times(
+    name, from_s, media_file, ffmpeg, tmp_path
+):
     picture_from_s, sound_from_s = from_s
-    steps = [0.04] * 49 if name in CONSTANT else [0.05, 0.02, 0.08] * 13  # s from frame to frame
+    steps = [0.04] * 49 if name in CONSTANT else [0.05, 0.02, 0.08] * 13  # time between frames, s
     codecs = CONSTANT.get(name, ("libx264", "aac"))
     frame_s = picture_from_s + np.cumsum([0, *steps])
     wave = chirps([1.3 - sound_from_s], 2.5 - sound_from_s, 48000, channels=2)
@@ -214,12 +214,11 @@ def test_prepared_files_show_and_sound_the_same_at_the_same_times(name, from_s, 
         before.frames(before.reader.whole()[0] + 0.01)
     )
     heard = [chirp_time(media.sound(1.0, 24000, 24000), 24000) for media in (before, after)]
-    assert heard[0] == pytest.approx(0.3, abs=0.03) and heard[1] == pytest.approx(
-        heard[0], abs=1e-3
-    )  # Matroska's clock: 1 ms
+    assert heard[0] == pytest.approx(0.3, abs=0.03)
+    assert heard[1] == pytest.approx(heard[0], abs=1e-3)  # Matroska rounds times to 1 ms
 
 
-def test_what_follows_a_gap_keeps_its_time(media_file, ffmpeg, tmp_path):
+def test_sound_after_a_gap_keeps_its_time(media_file, ffmpeg, tmp_path):
     path, rate_hz = tmp_path / "in/gap.mkv", 48000
     path.parent.mkdir()
     with av.open(str(path), "w") as file:
@@ -241,7 +240,7 @@ def test_what_follows_a_gap_keeps_its_time(media_file, ffmpeg, tmp_path):
     assert np.abs(after.sound(0.6, 12000, 24000)).max() < 1e-3
 
 
-def test_prepared_files_are_as_small_and_as_easy_to_enter_as_asked(media_file, ffmpeg, tmp_path):
+def test_prepared_files_have_the_requested_size_rate_and_key_frames(media_file, ffmpeg, tmp_path):
     path = media_file("in/x.mp4", frame_s=FRAMES_S, wave=tone(440, 2, 44100, channels=2), rate_hz=44100)
     arguments = "--short-side", 33, "--keyint", 6, "--audio-rate", 16000, "--workers", 1
     assert run("prepare", path.parent, tmp_path / "out", *arguments) == 0
@@ -278,7 +277,7 @@ def test_an_interrupted_preparation_goes_on(folder, ffmpeg, tmp_path, capsys):
     (out / "a" / "mute.mp4").write_bytes(b"there")
     (out / "prepare.json").write_text(json.dumps(prepare.Small()._asdict()))
     assert run("prepare", folder, out, "--workers", 2) == 0
-    assert not left_over(out) and (out / "a/mute.mp4").read_bytes() == b"there"
+    assert not partial_files(out) and (out / "a/mute.mp4").read_bytes() == b"there"
     assert [path for path, row in rows(out / "failures.csv").items() if "Invalid data" in row["reason"]] == [
         "b/broken.mp4"
     ]
@@ -292,7 +291,7 @@ def test_an_interrupted_preparation_goes_on(folder, ffmpeg, tmp_path, capsys):
     assert "prepared 1 files (1 without sound)" in text and "3 were there before" in text
 
 
-def test_no_usable_file_ends_with_1(tmp_path, ffmpeg):
+def test_no_usable_file_ends_with_exit_code_1(tmp_path, ffmpeg):
     (tmp_path / "in").mkdir()
     (tmp_path / "in/broken.mp4").write_bytes(b"no video at all")
     assert run("prepare", tmp_path / "in", tmp_path / "out") == 1
@@ -325,25 +324,25 @@ def test_two_files_that_would_become_one_are_not_mixed_up(media_file, ffmpeg, tm
     )
 
 
-def test_a_folder_holds_files_of_one_kind(folder, ffmpeg, tmp_path, capsys):
+def test_a_prepared_folder_keeps_its_settings(folder, ffmpeg, tmp_path, capsys):
     assert run("prepare", folder, tmp_path / "out") == 0
     assert run("prepare", folder, tmp_path / "out", "--short-side", 64) == 2
     assert '"short_side": 128' in capsys.readouterr().err
 
 
-def test_source_and_copy_lie_apart(folder, tmp_path):
+def test_source_and_destination_must_not_overlap(folder, tmp_path):
     for src, dst in ((folder, folder), (folder, folder / "small"), (folder / "a", folder)):
         assert run("prepare", src, dst) == 2
     assert sorted(os.listdir(folder)) == ["a", "b"]
 
 
-# an ffmpeg that does what a test asks for
+# with a script in place of ffmpeg
 
 
 @pytest.fixture
 def fake_ffmpeg(tmp_path, monkeypatch):
-    """A function of a shell script that stands for ffmpeg: $out is the file that it is to write. The trial
-    run succeeds.
+    """A function that installs a shell script in place of ffmpeg. $out is the file that it has to write. The
+    trial run before the first file succeeds.
     """
     (tmp_path / "bin").mkdir()
 
@@ -356,8 +355,8 @@ def fake_ffmpeg(tmp_path, monkeypatch):
     return install
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_an_interruption_ends_every_process_and_leaves_nothing_half(how, folder, fake_ffmpeg, tmp_path):
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_ends_every_process_and_leaves_no_partial_file(signum, folder, fake_ffmpeg, tmp_path):
     fake_ffmpeg(f'echo half > "$out"\necho $$ >> {tmp_path}/pids\nexec sleep 600')
     command = [sys.executable, "-m", "avid", "prepare", str(folder), str(tmp_path / "out"), "--workers", "2"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -365,15 +364,15 @@ def test_an_interruption_ends_every_process_and_leaves_nothing_half(how, folder,
     while len(pids) < 2 and process.poll() is None and time.monotonic() < give_up:
         time.sleep(0.05)
         pids = (tmp_path / "pids").read_text().split() if (tmp_path / "pids").exists() else []
-    assert len(pids) == 2 and len(left_over(tmp_path / "out")) == 2
-    process.send_signal(how)
+    assert len(pids) == 2 and len(partial_files(tmp_path / "out")) == 2
+    process.send_signal(signum)
     message = process.communicate(timeout=60)[1]
-    assert process.returncode == (130 if how == signal.SIGINT else 143)
-    assert how != signal.SIGINT or message.endswith("interrupted; the same command goes on\n")
+    assert process.returncode == (130 if signum == signal.SIGINT else 143)
+    assert signum != signal.SIGINT or message.endswith("interrupted; the same command goes on\n")
     for pid in map(int, pids):
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
-    assert not left_over(tmp_path / "out") and not list((tmp_path / "out").rglob("*.mp4"))
+    assert not partial_files(tmp_path / "out") and not list((tmp_path / "out").rglob("*.mp4"))
 
 
 def test_a_full_disk_ends_the_preparation_with_one_line(folder, fake_ffmpeg, tmp_path, capsys):
@@ -392,7 +391,7 @@ def test_an_ffmpeg_that_cannot_encode_is_found_before_the_first_file(folder, tmp
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     assert run("prepare", folder, tmp_path / "out") == 2
-    assert "Unknown encoder libx264" in capsys.readouterr().err and not left_over(tmp_path / "out")
+    assert "Unknown encoder libx264" in capsys.readouterr().err and not partial_files(tmp_path / "out")
 
 
 def test_without_ffmpeg_one_line_says_how_to_get_it(folder, tmp_path, monkeypatch, capsys):
@@ -406,7 +405,7 @@ def test_without_ffmpeg_one_line_says_how_to_get_it(folder, tmp_path, monkeypatc
     )
 
 
-def test_help_answers_without_the_heavy_imports():
+def test_help_needs_no_heavy_imports():
     code = (
         "import sys, avid.tools.prepare as p\ntry: p.main(['check', '--help'])\n"
         "finally: assert not {'torch', 'decord', 'av'} & set(sys.modules)"
@@ -415,7 +414,7 @@ def test_help_answers_without_the_heavy_imports():
     assert done.returncode == 0 and "--modality" in done.stdout, done.stderr
 
 
-def test_two_clips_of_one_file_are_two_rows_and_go_on(media_file, tmp_path, capsys):
+def test_two_parts_of_one_file_have_two_rows_and_are_resumed(media_file, tmp_path, capsys):
     media_file("x.mp4", frame_s=FRAMES_S, wave=tone(440, 2, 24000), rate_hz=24000)
     (tmp_path / "manifest.csv").write_text("path,start,end\nx.mp4,0,0.75\nx.mp4,1,1.5\n")
     command = ("check", "--data", "manifest", "--root", tmp_path, "--out", tmp_path / "out.csv")
@@ -428,7 +427,7 @@ def test_two_clips_of_one_file_are_two_rows_and_go_on(media_file, tmp_path, caps
     assert run(*command) == 0 and "2 of them were read before" in capsys.readouterr().out
 
 
-def test_a_check_says_who_reads_the_frames_and_why(media_file, tmp_path):
+def test_a_check_names_the_reader_of_the_frames_and_the_reason(media_file, tmp_path):
     for name in ("x.mp4", "x.mkv"):
         media_file(f"in/{name}", frame_s=FRAMES_S, wave=tone(440, 2, 24000), rate_hz=24000)
     assert run("check", "--data", "folder", "--root", tmp_path / "in", "--out", tmp_path / "out.csv") == 0
@@ -436,7 +435,7 @@ def test_a_check_says_who_reads_the_frames_and_why(media_file, tmp_path):
     assert found == {"x.mp4": "decord", "x.mkv": "PyAV: h264 in matroska,webm"}
 
 
-def test_another_folder_has_another_csv(media_file, tmp_path, monkeypatch):
+def test_each_folder_has_its_own_csv(media_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in ("a/videos", "b/videos"):
         media_file(f"{folder}/x.mp4", frame_s=FRAMES_S, wave=tone(440, 2, 24000), rate_hz=24000)
@@ -444,8 +443,8 @@ def test_another_folder_has_another_csv(media_file, tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("check-folder-videos-*-all-both.csv"))) == 2
 
 
-def test_a_file_is_judged_as_training_would(media_file, tmp_path, monkeypatch):
-    """Clips at its beginning and its end, within data.timeout_s."""
+def test_a_check_reads_a_file_as_training_does(media_file, tmp_path, monkeypatch):
+    """It reads one clip at the beginning and one at the end, within data.timeout_s."""
     media_file("x.mp4", frame_s=FRAMES_S, wave=tone(440, 2, 24000), rate_hz=24000)
     file = str(tmp_path), "x.mp4", 0.0, np.inf, ("video", "audio")
     assert prepare.examine(*file, config.load("toy"))["usable"] == "yes"

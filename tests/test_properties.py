@@ -1,4 +1,4 @@
-"""Statements that hold for any input: plans, lists, rankings, the bank, the order of draws."""
+"""Properties that hold for any input: temporal plans, lists, rankings, memory bank, order of draws."""
 
 import math
 import string
@@ -13,9 +13,9 @@ from avid import config, data, datasets, evaluation, memory_bank, temporal_tasks
 from avid.temporal_tasks import UNKNOWN
 
 
-def holds(examples):
-    """The same examples in every run, and no clock: a slow machine is no error."""
-    fixture = HealthCheck.function_scoped_fixture  # a folder whose files every example writes anew
+def property_settings(examples):
+    """The same examples in every run, and no deadline: a slow machine is no error."""
+    fixture = HealthCheck.function_scoped_fixture  # every example writes its own files
     return settings(
         max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=[fixture]
     )
@@ -26,7 +26,7 @@ seeds = st.integers(0, 2**32 - 1)
 # ------------------------------------------------------------------------------------------------------ plans
 
 
-@holds(300)
+@property_settings(300)
 @given(
     first_s=st.floats(0, 1e4),
     room_s=st.floats(1e-3, 1e4),
@@ -36,11 +36,11 @@ seeds = st.integers(0, 2**32 - 1)
     reverse=st.booleans(),
     seed=seeds,
 )
-def test_a_plan_stays_inside_and_its_labels_are_right(
+def test_a_plan_stays_inside_the_video_and_its_labels_are_right(
     first_s, room_s, length_s, speeds, moments, reverse, seed
 ):
     last_s = first_s + room_s
-    room_s = last_s - first_s  # as it was rounded
+    room_s = last_s - first_s  # after rounding
     assume(room_s > 0)
     temporal = config.Temporal(moments=moments, speeds=speeds, reverse=reverse)
     clips, labels = temporal_tasks.plan(first_s, last_s, length_s, temporal, np.random.default_rng(seed))
@@ -68,14 +68,14 @@ def test_a_plan_stays_inside_and_its_labels_are_right(
             assert shared <= slack and (a < b) == (labels["order"] == 0)
 
 
-@holds(100)
+@property_settings(100)
 @given(
     first_s=st.floats(0, 1e4),
     room_s=st.floats(1e-3, 1e4),
     length_s=st.floats(0.05, 100),
     clips=st.integers(1, 20),
 )
-def test_clips_of_an_evaluation_run_from_the_beginning_to_the_end(first_s, room_s, length_s, clips):
+def test_evaluation_clips_cover_a_video_from_beginning_to_end(first_s, room_s, length_s, clips):
     last_s, slack = first_s + room_s, 1e-9 * (first_s + room_s)
     starts_s = np.array([clip.start_s for clip in temporal_tasks.evenly(first_s, last_s, length_s, clips)])
     assert len(starts_s) == clips and (np.diff(starts_s) >= 0).all()
@@ -95,7 +95,7 @@ names = words.filter(lambda word: not word.startswith(".") and word[1:2] != ":")
 
 @st.composite
 def tables(draw):
-    """Rows of a manifest: unlike paths, a class, a split, the part to use."""
+    """Rows of a manifest: distinct paths, a class, a split, the part to use."""
     paths = draw(
         st.lists(
             st.lists(names, min_size=1, max_size=3).map(lambda parts: "/".join(parts) + ".mp4"),
@@ -117,7 +117,7 @@ def quoted(text):
     return '"' + text.replace('"', '""') + '"'
 
 
-@holds(60)
+@property_settings(60)
 @given(
     rows=tables(),
     newline=st.sampled_from(("\n", "\r\n")),
@@ -144,7 +144,7 @@ def test_any_well_formed_manifest_is_read_as_it_was_written(tmp_path_factory, ro
     (root / "manifest.csv").unlink()
 
 
-PLACES = {
+LIST_FILES = {
     "manifest": "manifest.csv",
     "kinetics400": "train.csv",
     "vggsound": "vggsound.csv",
@@ -153,7 +153,7 @@ PLACES = {
     "hmdb51": "testTrainMulti_7030_splits/wave_test_split1.txt",
     "esc50": "meta/esc50.csv",
 }
-HEADS = {
+FIRST_LINES = {
     "manifest": "path,label,split,start,end",
     "kinetics400": "label,youtube_id,time_start,time_end,split",
     "vggsound": "abc,3,dog,train",
@@ -189,31 +189,31 @@ fields = st.sampled_from(
         "a" * 300,
     ]
 )
-almost = st.lists(
+nearly_valid = st.lists(
     st.lists(fields, min_size=1, max_size=6).map(",".join) | st.text(max_size=30), max_size=5
 ).map("\n".join)
 
 
-@holds(250)
+@property_settings(250)
 @given(
-    name=st.sampled_from(sorted(PLACES)),
+    name=st.sampled_from(sorted(LIST_FILES)),
     head=st.booleans(),
-    content=st.binary(max_size=200) | almost.map(lambda text: text.encode("utf-8", "replace")),
+    content=st.binary(max_size=200) | nearly_valid.map(lambda text: text.encode("utf-8", "replace")),
 )
 def test_any_bytes_as_a_list_give_a_table_or_an_error_that_says_why(tmp_path_factory, name, head, content):
     root = tmp_path_factory.getbasetemp() / f"bytes-{name}"
-    path = root / PLACES[name]
+    path = root / LIST_FILES[name]
     path.parent.mkdir(parents=True, exist_ok=True)
     (root / "a.mp4").touch()
     (root / "class_labels_indices.csv").write_text("index,mid,display_name\n0,/m/0,dog\n")
     (root / "ucfTrainTestlist").mkdir(exist_ok=True)
     (root / "ucfTrainTestlist" / "testlist01.txt").write_text("x/b.avi\n")
-    path.write_bytes((HEADS[name] + "\n").encode() * head + content)
+    path.write_bytes((FIRST_LINES[name] + "\n").encode() * head + content)
     try:
         table = datasets.load(config.Data(name=name, root=str(root)), "train")
     except datasets.DataError as error:
-        said, *layout = str(error).split("\n")
-        assert str(root) in said and len(said) < 1200
+        message, *layout = str(error).split("\n")
+        assert str(root) in message and len(message) < 1200
         assert not layout or layout[0].startswith("expected, with root")
     else:
         assert len(table) == len(table.labels) == len(table.start_s) == len(set(table.paths)) > 0
@@ -225,7 +225,7 @@ def test_any_bytes_as_a_list_give_a_table_or_an_error_that_says_why(tmp_path_fac
 
 @st.composite
 def galleries(draw):
-    """Unit queries and gallery, some rows of which are the same; and how the search is cut up."""
+    """Unit vectors as queries and gallery, some with ties, and (k, rows, columns) of the search."""
     rng = np.random.default_rng(draw(seeds))
     dim, q, g = draw(st.integers(1, 6)), draw(st.integers(1, 12)), draw(st.integers(2, 30))
     x = rng.standard_normal((q + g, dim)).astype(np.float32)
@@ -235,9 +235,9 @@ def galleries(draw):
     return x[:q], x[q:], draw(st.integers(1, g)), draw(st.integers(1, q + 3)), draw(st.integers(1, g + 3))
 
 
-@holds(120)
+@property_settings(120)
 @given(case=galleries(), among_themselves=st.booleans())
-def test_the_nearest_are_those_of_a_full_sort_however_the_search_is_cut_up(case, among_themselves):
+def test_the_nearest_are_those_of_a_full_sort_for_any_block_sizes(case, among_themselves):
     queries, gallery, k, rows, columns = case
     exclude = None
     if among_themselves:
@@ -251,14 +251,15 @@ def test_the_nearest_are_those_of_a_full_sort_however_the_search_is_cut_up(case,
     assert found.shape == (len(queries), k)
     assert all(len(set(row)) == k for row in found.tolist())
     best = -np.sort(-similarity, 1)[:, :k]
-    np.testing.assert_allclose(np.take_along_axis(similarity, found, 1), best, atol=1e-6)  # of equals, any
+    # ties come in any order
+    np.testing.assert_allclose(np.take_along_axis(similarity, found, 1), best, atol=1e-6)
 
 
-@holds(60)
+@property_settings(60)
 @given(
     seed=seeds, q=st.integers(1, 20), g=st.integers(1, 20), classes=st.integers(1, 4), several=st.booleans()
 )
-def test_recall_grows_with_k_and_is_that_of_loops(seed, q, g, classes, several):
+def test_recall_grows_with_k_and_agrees_with_loops(seed, q, g, classes, several):
     rng = np.random.default_rng(seed)
     found = np.stack([rng.permutation(g) for _ in range(q)])
     if several:
@@ -277,7 +278,7 @@ def test_recall_grows_with_k_and_is_that_of_loops(seed, q, g, classes, several):
         assert result[f"R@{k}"] == pytest.approx(100 * hits / q)
 
 
-@holds(60)
+@property_settings(60)
 @given(seed=seeds, n=st.integers(1, 20), clips=st.integers(1, 4), classes=st.integers(2, 9))
 def test_accuracies_do_not_depend_on_the_order_of_videos_or_classes(seed, n, clips, classes):
     rng = np.random.default_rng(seed)
@@ -308,27 +309,27 @@ def updates(draw):
     n, dim, batch = draw(st.integers(2, 12)), draw(st.integers(1, 8)), draw(st.integers(1, 10))
     momentum = draw(st.sampled_from((0.0, 0.3, 0.5, 0.9, 1.0)))
     index = draw(st.lists(st.integers(0, n - 1), min_size=batch, max_size=batch))
-    spoilt = draw(
+    factors = draw(
         st.lists(
             st.sampled_from((1.0, 1.0, 1.0, np.nan, np.inf, -np.inf, 0.0, 1e-30, 1e30)),
             min_size=batch,
             max_size=batch,
         )
     )
-    return n, dim, momentum, torch.tensor(index), torch.tensor(spoilt), draw(seeds)
+    return n, dim, momentum, torch.tensor(index), torch.tensor(factors), draw(seeds)
 
 
-@holds(150)
+@property_settings(150)
 @given(case=updates())
-def test_a_bank_stays_on_the_sphere_and_its_sums_are_those_of_its_memories(case):
-    n, dim, momentum, index, spoilt, seed = case
+def test_a_bank_stays_on_the_sphere_and_its_sums_agree_with_its_memories(case):
+    n, dim, momentum, index, factors, seed = case
     bank = memory_bank.MemoryBank(n, dim, momentum, seed)
     generator = torch.Generator().manual_seed(seed)
     video, audio = (
         torch.nn.functional.normalize(torch.randn(len(index), dim, generator=generator), dim=1)
         for _ in range(2)
     )
-    video = video * spoilt[:, None].float()
+    video = video * factors[:, None].float()
     before = bank.video.clone(), bank.audio.clone()
     bank.update(index, video, audio)
     for memory in (bank.video, bank.audio):
@@ -339,7 +340,7 @@ def test_a_bank_stays_on_the_sphere_and_its_sums_are_those_of_its_memories(case)
     assert mean.item() == pytest.approx(agreement.mean().item(), abs=1e-6)
     assert std.item() == pytest.approx(agreement.std(correction=0).item(), abs=1e-3) and std >= 0
     first = {i: row for row, i in reversed(list(enumerate(index.tolist())))}
-    for i in range(n):  # an instance moves once, towards its first row, where that leads anywhere
+    for i in range(n):  # an instance moves once, to its first row, if the result can be normalised
         for memory, old, new in ((bank.video, before[0], video), (bank.audio, before[1], audio)):
             moved = momentum * old[i] + (1 - momentum) * new[first[i]] if i in first else old[i]
             length = moved.norm()
@@ -349,9 +350,9 @@ def test_a_bank_stays_on_the_sphere_and_its_sums_are_those_of_its_memories(case)
                 assert torch.equal(memory[i], old[i])
 
 
-@holds(60)
+@property_settings(60)
 @given(case=updates())
-def test_the_order_of_rows_does_not_matter_to_a_bank(case):
+def test_a_bank_does_not_depend_on_the_order_of_rows(case):
     n, dim, momentum, index, _, seed = case
     index = index.unique()
     generator = torch.Generator().manual_seed(seed)
@@ -369,7 +370,7 @@ def test_the_order_of_rows_does_not_matter_to_a_bank(case):
 # ------------------------------------------------------------------------------------------------------ draws
 
 
-@holds(100)
+@property_settings(100)
 @given(
     per_rank=st.integers(1, 4),
     world=st.sampled_from((1, 2, 3, 4)),
@@ -382,7 +383,7 @@ def test_the_order_of_rows_does_not_matter_to_a_bank(case):
 def test_draws_are_the_same_for_any_number_of_ranks_and_from_any_step(
     per_rank, world, more, how, seed, first_step, steps
 ):
-    batch, n = per_rank * 12, per_rank * 12 + more  # 12: any of these numbers of ranks shares it
+    batch, n = per_rank * 12, per_rank * 12 + more  # 12 can be shared by 1 to 4 ranks
     end = first_step + steps
     whole = list(data.BatchSampler(n, batch, how, seed, 0, end))
     shares = [
