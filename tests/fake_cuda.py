@@ -1,12 +1,11 @@
-"""train.main on tensors that have a CUDA device, dtype, shape and strides, and no data: the whole step of a
-GPU, without one.
+"""Runs a GPU's training step without a GPU: train.main on tensors that have a CUDA device, dtype, shape and
+strides, but no data.
 
     python tests/fake_cuda.py [--world 8] [--instances 232067] CFG key=value …   what a step asks for
     python tests/fake_cuda.py --cases FILE.json                                  many, a line of JSON each
 
-In: settings, and how many processes (of which this one is rank 0; nothing is sent). Out: a Step. A mismatch
-of devices or dtypes raises as it does on a GPU. What is not known here is the speed, and what the numbers
-are.
+In: settings and the number of processes (this one is rank 0; nothing is sent to the others). Out: a Step. A
+mismatch of devices or dtypes raises as it does on a GPU. Speed and values cannot be tested this way.
 """
 
 import argparse
@@ -36,7 +35,7 @@ import train
 from avid import config, data, distributed, run
 
 DEVICE, MODE = torch.device("cuda", 0), FakeTensorMode()
-# operations that the device has nothing to do for, besides views
+# operations, besides views, that take no work on the device
 FREE = (
     "aten.empty",
     "aten.new_empty",
@@ -48,25 +47,25 @@ FREE = (
 )
 
 
-# operations whose shapes torch works out without a look at the dtypes, which must be one
+# operations whose inputs must have one dtype; torch computes their shapes without checking it
 ONE_DTYPE = {f"aten.{name}" for name in "mm bmm addmm baddbmm mv dot convolution index_put_ lerp_".split()}
 
 
 @dataclasses.dataclass
 class Step:
-    """What the last of the steps asked of the device."""
+    """What the last step asked of the device."""
 
-    waits: list = dataclasses.field(default_factory=list)  # where the host would wait for it, and for what
-    # name → how often
+    waits: list = dataclasses.field(default_factory=list)  # where the host would wait for it, and why
+    # name → count
     operations: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    # of tensors on the device
+    # name → count, of tensors on the device
     collectives: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    ddp: dict = dataclasses.field(default_factory=dict)  # what DistributedDataParallel was given
-    output: dict = dataclasses.field(default_factory=dict)  # name → dtype of what the network gives
+    ddp: dict = dataclasses.field(default_factory=dict)  # arguments of DistributedDataParallel
+    output: dict = dataclasses.field(default_factory=dict)  # name → dtype of a network's output
 
 
 class Watch(TorchDispatchMode):
-    """Counts operations on the device while `counting`, and notes what the host would wait for."""
+    """Counts operations on the device while `counting`, and notes where the host would wait."""
 
     def __init__(self):
         super().__init__()
@@ -82,7 +81,7 @@ class Watch(TorchDispatchMode):
             results = WITHOUT_META.get(name.rpartition(".")[0], function)(*arguments, **options)
         except Exception as error:
             if "DataDependent" in type(error).__name__ or "DynamicOutput" in type(error).__name__:
-                self.step.waits.append(f"{name} at {place()}")
+                self.step.waits.append(f"{name} at {project_line()}")
             raise
         made = [x for x in tree_leaves(results) if isinstance(x, torch.Tensor)]
         if not self.counting or not any(x.is_cuda for x in given + made):
@@ -96,14 +95,16 @@ class Watch(TorchDispatchMode):
             target = made[0]
             asynchronous = options.get("non_blocking") or arguments[2:3] == (True,)
             if not source.is_cuda and target.is_cuda and source.dim() and id(source) not in self.pinned:
-                self.step.waits.append(f"copy of {tuple(source.shape)} from pageable memory at {place()}")
+                self.step.waits.append(
+                    f"copy of {tuple(source.shape)} from pageable memory at {project_line()}"
+                )
             elif source.is_cuda != target.is_cuda and not asynchronous:
-                self.step.waits.append(f"copy of {tuple(source.shape)} at {place()}")
+                self.step.waits.append(f"copy of {tuple(source.shape)} at {project_line()}")
         return results
 
 
-def place():
-    """The line of the project that asked for what is going on."""
+def project_line():
+    """The innermost line of the project on the call stack."""
     for frame in reversed(traceback.extract_stack(limit=80)):
         path = Path(frame.filename)
         if path.is_relative_to(ROOT) and "site-packages" not in path.parts and path != Path(__file__):
@@ -143,7 +144,7 @@ def elemt(x, weight, bias, mean, invstd, eps):
     return torch.empty_like(x)
 
 
-WITHOUT_META = {  # CUDA kernels of which torch knows no shapes
+WITHOUT_META = {  # CUDA kernels whose output shapes torch does not know
     "aten.batch_norm_stats": channels,
     "aten.batch_norm_gather_stats": gather_stats,
     "aten.batch_norm_elemt": elemt,
@@ -154,8 +155,7 @@ WITHOUT_META = {  # CUDA kernels of which torch knows no shapes
 
 @torch.no_grad()
 def backward(loss, *_, **__):
-    """loss.backward(): autograd's own engine asks the CUDA driver for a context, so its nodes are called here
-    one by one."""
+    """In place of loss.backward(): autograd's engine needs a CUDA context, so its nodes are called here."""
     assert loss.dtype == torch.float32 and loss.device == DEVICE and not loss.dim(), loss
     needed, known, todo = collections.Counter(), {loss.grad_fn}, [loss.grad_fn]
     while todo:
@@ -169,14 +169,14 @@ def backward(loss, *_, **__):
     ready = [(-loss.grad_fn._sequence_nr(), 0, loss.grad_fn)]
     with mock.patch.object(
         torch._C, "_current_graph_task_id", lambda: 1
-    ):  # of torch.utils.checkpoint: one backward
+    ):  # torch.utils.checkpoint asks which backward it is
         while ready:
             node = heapq.heappop(ready)[2]
             given = gradients.pop(node, {})
             if hasattr(node, "variable"):  # a leaf
                 (gradient,) = given.values()
                 assert gradient.dtype == node.variable.dtype and gradient.device == node.variable.device
-                # of its strides, as autograd's contract is
+                # with the parameter's strides, as autograd gives it
                 node.variable.grad = torch.empty_like(node.variable)
                 continue
             given = [given.get(i) for i in range(len(node._input_metadata))]
@@ -185,7 +185,7 @@ def backward(loss, *_, **__):
                 results = [None] * len(targets)
             elif isinstance(
                 node, torch.autograd.function.BackwardCFunction
-            ):  # None for what is no tensor, too
+            ):  # returns None for arguments that are no tensors
                 results = [x for x in node.apply(*given) if x is not None]
                 targets = [target for target in targets if target[0] is not None]
             else:
@@ -195,7 +195,7 @@ def backward(loss, *_, **__):
                 if following is None:
                     continue
                 if gradient is not None:
-                    like = following._input_metadata[i]  # what was broadcast is summed, as by the engine
+                    like = following._input_metadata[i]  # broadcast dimensions are summed
                     gradient = gradient if gradient.shape == like.shape else gradient.sum_to_size(like.shape)
                     gradient = gradient if gradient.dtype == like.dtype else gradient.to(like.dtype)
                     before = gradients[following].get(i)
@@ -206,10 +206,10 @@ def backward(loss, *_, **__):
 
 
 @torch.no_grad()
-def moved(module, move, recurse=True):
-    """Module._apply, which cannot move fake parameters in place: new ones."""
+def apply_to_copies(module, move, recurse=True):
+    """In place of Module._apply, which cannot move fake parameters: makes new parameters."""
     for child in module.children():
-        moved(child, move)
+        apply_to_copies(child, move)
     for name, x in module._parameters.items():
         module._parameters[name] = x if x is None else torch.nn.Parameter(move(x), x.requires_grad)
     for name, x in module._buffers.items():
@@ -218,14 +218,14 @@ def moved(module, move, recurse=True):
 
 
 @contextlib.contextmanager
-def pretended(watch, world):
-    """Within, there is a GPU, and `world` processes, as far as the project and torch's Python ask."""
+def fake_gpu(watch, world):
+    """A context in which the project and torch's Python code find a GPU and `world` processes."""
     generator, from_numpy, exponential = torch.Generator, torch.from_numpy, torch.Tensor.exponential_
 
     def pin_memory(x):
         pinned = x.clone()
         watch.pinned.add(id(pinned))
-        watch.kept.append(pinned)  # an id is one tensor's as long as that is there
+        watch.kept.append(pinned)  # an id is unique only while its tensor exists
         return pinned
 
     def ddp(module, devices, **given):
@@ -244,7 +244,7 @@ def pretended(watch, world):
         mock.patch.object(torch.Tensor, "exponential_", lambda x, *a, generator=None: exponential(x, *a)),
         mock.patch.object(torch.Tensor, "pin_memory", pin_memory),
         mock.patch.object(torch.Tensor, "backward", backward),
-        mock.patch.object(torch.nn.Module, "_apply", moved),
+        mock.patch.object(torch.nn.Module, "_apply", apply_to_copies),
         mock.patch(
             "torch.utils._foreach_utils._foreach_supported_types",
             [torch.Tensor, torch.nn.Parameter, FakeTensor],
@@ -252,7 +252,7 @@ def pretended(watch, world):
         mock.patch.object(distributed, "start", lambda: distributed.World(0, world, DEVICE)),
         mock.patch.object(distributed, "any_rank", lambda *flags: [bool(flag) for flag in flags]),  # by Gloo
         mock.patch.object(distributed, "DistributedDataParallel", ddp),
-        # what is read two steps later has no data; nor has what is saved
+        # logged numbers and checkpoints would need data
         mock.patch.object(run.LaggedNumbers, "due", lambda lagged, everything=False: ()),
         mock.patch.multiple(
             run.Folder,
@@ -275,17 +275,17 @@ def pretended(watch, world):
 
 
 def run_step(cfg, world=1, instances=400, steps=2, within=None):
-    """Step: the last of `steps` steps of train.main; the first in a process makes constants, for which the
-    host waits.
+    """Run `steps` steps of train.main and return the Step of the last one. The first step of a process makes
+    constants, for which the host waits.
 
-    within(watch, output): called in its middle.
+    within(watch, output): called in the middle of the last step.
     """
     watch = Watch()
     table = type("Table", (), {"__len__": lambda self: instances, "paths": range(instances)})()
     batches = list(benchmark.batches(cfg, cfg.optim.batch_size // world, steps, instances, pin=False))
     optimizers, plain_adam, objective = [], torch.optim.Adam, train.Objective.__call__
 
-    def handed_out(*_, **__):
+    def fake_loader(*_, **__):
         for number, batch in enumerate(batches):
             batch = {k: MODE.from_tensor(x) if torch.is_tensor(x) else x for k, x in batch.items()}
             watch.kept.append(batch)
@@ -298,7 +298,7 @@ def run_step(cfg, world=1, instances=400, steps=2, within=None):
         optimizers.append(plain_adam(parameters, **given))
         return optimizers[0]
 
-    def seen(self, output, batch, index, step):
+    def record_dtypes(self, output, batch, index, step):
         named = {**output._asdict(), **output.temporal}
         watch.step.output = {name: str(x.dtype) for name, x in named.items() if torch.is_tensor(x)}
         if within and step == steps - 1:
@@ -307,11 +307,11 @@ def run_step(cfg, world=1, instances=400, steps=2, within=None):
 
     cfg = dataclasses.replace(cfg, log=dataclasses.replace(cfg.log, check_epochs=0))
     with (
-        pretended(watch, world),
+        fake_gpu(watch, world),
         mock.patch.object(train, "videos", lambda *_: (table, None)),
-        mock.patch.object(data, "loader", handed_out),
+        mock.patch.object(data, "loader", fake_loader),
         mock.patch.object(torch.optim, "Adam", adam),
-        mock.patch.object(train.Objective, "__call__", seen),
+        mock.patch.object(train.Objective, "__call__", record_dtypes),
         contextlib.suppress(StopIteration),  # there are no more batches
         MODE,
         watch,
@@ -328,8 +328,8 @@ def run_step(cfg, world=1, instances=400, steps=2, within=None):
     return watch.step
 
 
-def written(step):
-    """A Step as JSON can hold it."""
+def to_json(step):
+    """A Step as a dict for JSON."""
     return {
         "waits": step.waits,
         "operations": sum(step.operations.values()),
@@ -351,12 +351,12 @@ def main():
     arguments = parser.parse_intermixed_args()
     if not arguments.cases:
         step = run_step(config.load(arguments.cfg, arguments.overrides), arguments.world, arguments.instances)
-        print(json.dumps(written(step), indent=2))
+        print(json.dumps(to_json(step), indent=2))
         print(step.operations.most_common(25), dict(step.collectives), step.ddp)
         return
     for number, (name, world, overrides) in enumerate(json.loads(Path(arguments.cases).read_text())):
         try:
-            result = written(run_step(config.load(name, overrides), world, steps=1 if number else 2))
+            result = to_json(run_step(config.load(name, overrides), world, steps=1 if number else 2))
         except Exception:
             result = {"error": traceback.format_exc()}
         print("RESULT " + json.dumps(result), flush=True)

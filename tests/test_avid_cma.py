@@ -1,5 +1,5 @@
-"""AVID and AVID+CMA against their equations, written out in float64 with loops, and as a user trains with
-them.
+"""AVID and AVID+CMA: the losses against their equations in float64 with loops, and training runs as a user
+starts them.
 """
 
 import math
@@ -22,7 +22,7 @@ TAU = 0.3
 
 
 def memories(batch=5, positives=3, negatives=17, dim=6):
-    """x B×D live, positives B×P×D, negatives B×K×D."""
+    """Live embeddings x B×D, and memories: positives B×P×D, negatives B×K×D."""
     return (
         unit(batch, dim, seed=0).requires_grad_(),
         unit(batch, positives, dim, seed=1),
@@ -30,7 +30,7 @@ def memories(batch=5, positives=3, negatives=17, dim=6):
     )
 
 
-def test_instance_is_the_softmax_over_own_negatives():
+def test_instance_loss_is_the_softmax_over_own_negatives():
     x, positives, negatives = memories()
     loss = losses.instance(x, positives, negatives, TAU)
     for i, row in enumerate(x.detach().double()):
@@ -95,11 +95,13 @@ def test_own_negatives_are_uniform_and_never_the_sample_itself():
         assert counts[i] == 0
         others = counts[counts > 0]
         assert len(others) == 6 and others.min() > 1500 and others.max() < 1850  # 1667 each
-    assert (drawn[:, 0] != drawn[:, 2]).any(1).float().mean() > 0.9  # each row its own, of one instance too
+    assert (drawn[:, 0] != drawn[:, 2]).any(
+        1
+    ).float().mean() > 0.9  # each row has its own draw, even of the same instance
     assert torch.equal(bank.own_negatives(index, 5, 3), drawn[3])
 
 
-def test_own_negatives_leave_out_what_is_excluded():
+def test_own_negatives_leave_out_excluded_instances():
     bank = MemoryBank(8, 4, 0.5, 0)
     index, excluded = torch.tensor([0, 5]), torch.tensor([[3, 7], [0, 6]])
     drawn = torch.cat([bank.own_negatives(index, 50, seed, excluded) for seed in range(20)], 1)
@@ -111,7 +113,9 @@ def test_own_negatives_leave_out_what_is_excluded():
 
 @pytest.mark.parametrize("form", ["softmax", "nce"])
 def test_own_and_shared_candidates_are_equal_in_expectation(form):
-    """K drawn anew many times: the mean loss is the same, whether drawn for a sample alone or for all."""
+    """Over many draws of K negatives the mean loss is the same, whether they are drawn for one sample or for
+    all.
+    """
     bank, K, draws = MemoryBank(5000, 8, 0.5, 0), 32, 1500
     index, x = torch.tensor([11]), unit(1, 8, seed=5)
     own, shared = [], []
@@ -139,7 +143,7 @@ def test_own_and_shared_candidates_are_equal_in_expectation(form):
 
 @pytest.mark.parametrize("by", ["consensus", "union", "video", "audio"])
 def test_positives_are_the_most_similar_by_both_modalities(by, monkeypatch):
-    monkeypatch.setattr(avid_cma, "SIMILARITIES", 100)  # pieces of 4 queries
+    monkeypatch.setattr(avid_cma, "SIMILARITIES", 100)  # blocks of 4 queries
     bank, k = MemoryBank(25, 5, 0.5, 1), 4
     found = torch.zeros(25, k, dtype=torch.int32)
     avid_cma.find_positives(found, bank, by)
@@ -150,9 +154,9 @@ def test_positives_are_the_most_similar_by_both_modalities(by, monkeypatch):
         assert found[i].tolist() == sorted(sorted(alike, key=alike.get)[-k:])
 
 
-def test_what_is_alike_in_one_modality_only_is_no_consensus():
-    """Sample 1 looks like sample 0 and sounds like nothing; sample 2 is somewhat like it in both: it agrees,
-    and 1 does not.
+def test_consensus_needs_similarity_in_both_modalities():
+    """Sample 1 looks like sample 0 but sounds different. Sample 2 is somewhat similar to it in both
+    modalities. By consensus sample 2 agrees with sample 0, and sample 1 does not.
     """
     bank = MemoryBank(3, 3, 0.5, 0)
     somewhat = torch.tensor([0.8, 0.6, 0.0])
@@ -165,7 +169,7 @@ def test_what_is_alike_in_one_modality_only_is_no_consensus():
 
 
 class Step:
-    """What a step of training has at hand."""
+    """The bank, the loss terms and the embeddings of a training step."""
 
     def __init__(self, *settings, clips=4, moments=1, instances=20):
         self.cfg = config.load("toy", ["bank.candidates=own", "bank.num_negatives=9", *settings])
@@ -189,7 +193,7 @@ def test_xid_is_the_sum_of_both_directions_over_own_negatives():
 
 
 def test_the_partition_is_estimated_once():
-    """At the first step, from the first negatives [A]; then it stands, through a checkpoint too."""
+    """It is estimated at the first step from the first negatives [A] and then kept, also in a checkpoint."""
     step = Step("loss.form=nce")
     assert set(step.terms.state_dict()) == {"partition"}
     step.terms.xid(step.video, step.audio, step.index, step.local, 0, agreed=False)
@@ -203,7 +207,7 @@ def test_the_partition_is_estimated_once():
     assert other.estimated and other.partition.item() == first
 
 
-def test_agreement_begins_after_the_warm_up_and_is_found_anew_in_time():
+def test_agreement_begins_after_the_warm_up_and_is_refreshed_every_few_epochs():
     step = Step("weights.cma=1", "agreement.positives=3", "agreement.every_epochs=5")
     found = []
     for number in range(30):
@@ -230,14 +234,14 @@ def test_cma_draws_positives_from_agreement_and_negatives_from_the_rest():
             against = e[drawn[i]].sum()
             expected -= sum(math.log(e[p] / (e[p] + against)) for p in alike[i]) / 3
         assert loss[i].item() == pytest.approx(expected, rel=1e-4)
-    seen = step.bank.own_negatives(step.index, 9, step.cfg.seed + 4, alike)  # of xid, from then on
+    seen = step.bank.own_negatives(step.index, 9, step.cfg.seed + 4, alike)  # xid excludes the positives too
     excluded = step.terms.xid(step.video, step.audio, step.index, step.local, 4, agreed=True)
     plain = step.terms.xid(step.video, step.audio, step.index, step.local, 4, agreed=False)
     assert not any(set(a.tolist()) & set(n.tolist()) for a, n in zip(alike, seen, strict=True))
     assert not torch.equal(excluded, plain)
 
 
-# ------------------------------------------------------------------------------------------------- as trained
+# ---------------------------------------------------------------------------------------------- training runs
 
 
 SETTINGS = (
@@ -261,14 +265,14 @@ def pretrain(root, out, *settings):
 
 @pytest.fixture(scope="module")
 def first_stage(world):
-    """An AVID run: its folder."""
+    """The folder of an AVID run."""
     pretrain(world, world / "avid", *AVID)
     return world / "avid"
 
 
 def test_the_second_stage_begins_with_weights_bank_and_partition_of_the_first(world, first_stage, capfd):
-    """With a learning rate of (almost) nothing nothing but the agreement is new: two terms, the first stage's
-    Z̄ and weights.
+    """With a learning rate of almost zero only the agreement is new: weights, bank and Z̄ are those of the
+    first stage.
     """
     before = final(first_stage)
     init = (f"init={first_stage / 'last.pt'}", "optim.lr=1e-12", "bank.momentum=0.999999")
@@ -295,7 +299,7 @@ def test_a_second_stage_without_a_first_is_refused(world):
 
 
 def test_weights_alone_come_from_a_run_on_other_videos(world, first_stage):
-    """Its bank is of other instances: this one begins at random, and agreement after a warm-up."""
+    """The bank of that run holds other instances, so it is not taken over, and weights.cma is refused."""
     init, other = f"init={first_stage / 'last.pt'}", "toy.train=16"
     with pytest.raises(ConfigError, match=r"weights.cma needs a bank that has learned"):
         pretrain(world, world / "other", *AVID, "weights.cma=0.25", other, init)
@@ -307,7 +311,7 @@ def test_weights_alone_come_from_a_run_on_other_videos(world, first_stage):
 
 @pytest.mark.parametrize("form", ["softmax", "nce"])
 def test_a_stopped_run_goes_on_with_the_same_positives_and_partition(world, form, monkeypatch):
-    """Stopped between two searches, positives are those of the last one: the same bits as without."""
+    """Stopped between two searches for positives, a run ends in the same bits as an uninterrupted one."""
     settings = [*AVID[:1], f"loss.form={form}", "weights.cma=0.5", "loss.warmup_epochs=1", "optim.epochs=3"]
     whole = pretrain(world, world / f"whole-{form}", *settings)
     with monkeypatch.context() as patch:
@@ -327,7 +331,7 @@ def test_a_stopped_run_goes_on_with_the_same_positives_and_partition(world, form
         assert_same(whole[part], resumed[part])
 
 
-def test_own_candidates_need_what_fits_them():
+def test_settings_that_do_not_fit_together_are_refused():
     for settings, complaint in (
         (["loss.form=nce"], "wrong value for loss.form: nce; expected softmax"),
         (["bank.candidates=own", "loss.soft=0.5"], "wrong value for loss.soft: 0.5; expected 0"),
@@ -343,7 +347,7 @@ def test_own_candidates_need_what_fits_them():
         assert complaint in str(caught.value)
 
 
-def test_faulty_pairs_weigh_less_among_own_negatives_too(world):
-    """The weights of section 3 go with candidates of either kind."""
+def test_pair_weights_train_with_own_negatives(world):
+    """The pair weights of section 3 work with candidates of either kind."""
     pretrain(world, world / "weighted", "bank.candidates=own", "loss.w_min=0.25", "optim.epochs=1")
     assert all(math.isfinite(line["loss"]) for line in metrics(world / "weighted") if "loss" in line)

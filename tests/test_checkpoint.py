@@ -1,5 +1,6 @@
-"""Checkpoints are the old one or the new one, never a part; flipped bits are noticed; what is none is refused
-in one line."""
+"""A checkpoint is the old or the new one, never a part; flipped bits are noticed; any other file is refused
+in one line.
+"""
 
 import errno
 import hashlib
@@ -35,7 +36,7 @@ def complaint(path):
     return text
 
 
-def test_what_is_saved_is_loaded(tmp_path):
+def test_a_saved_checkpoint_loads_unchanged(tmp_path):
     path = tmp_path / "runs" / "new" / "last.pt"
     run.save_checkpoint(path, STATE)
     loaded = run.load_checkpoint(path)
@@ -46,7 +47,7 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["last.pt"]
 
 
-def test_it_loads_without_running_code(tmp_path):
+def test_a_checkpoint_loads_without_running_code(tmp_path):
     run.save_checkpoint(tmp_path / "last.pt", STATE)
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 7
 
@@ -72,14 +73,14 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch, at, fa
             f"cannot write {path}: No space left on device; make room on the disk"
         )
     assert path.read_bytes() == before
-    run.save_checkpoint(path, {"step": 9})  # the rest of the crash is in nobody's way
+    run.save_checkpoint(path, {"step": 9})  # the partial file of the crash does no harm
     assert run.load_checkpoint(path) == {"step": 9}
     assert run.previous(path).read_bytes() == before
     assert sorted(file.name for file in tmp_path.iterdir()) == ["last.previous.pt", "last.pt"]
 
 
 def test_a_full_disk_leaves_the_old_file_and_takes_no_room(tmp_path):
-    """/dev/full takes nothing: torch.save's own error hides the disk's."""
+    """/dev/full accepts no bytes, and torch.save's own error would hide the disk's."""
     path = tmp_path / "last.pt"
     run.save_checkpoint(path, STATE)
     before = path.read_bytes()
@@ -92,8 +93,8 @@ def test_a_full_disk_leaves_the_old_file_and_takes_no_room(tmp_path):
 
 
 @pytest.mark.parametrize("moment", range(4))
-def test_whatever_the_moment_of_a_kill_one_whole_checkpoint_is_found(tmp_path, monkeypatch, moment):
-    """A kill before the first, second, … change of the folder's names, and after the last."""
+def test_a_kill_at_any_moment_leaves_one_whole_checkpoint(tmp_path, monkeypatch, moment):
+    """A kill before the first, second, … rename in the folder, and after the last."""
     path = tmp_path / "last.pt"
     run.save_checkpoint(path, {"step": 1})
     run.save_checkpoint(path, {"step": 2})
@@ -127,7 +128,9 @@ def test_whatever_the_moment_of_a_kill_one_whole_checkpoint_is_found(tmp_path, m
 
 
 def children(count, work):
-    """Processes that do work(number); an exception in one of them is an exit code other than 0."""
+    """Fork `count` processes that call work(number); returns their ids. After an exception the exit code is
+    1.
+    """
     pids = []
     for number in range(count):
         if not (pid := os.fork()):
@@ -142,8 +145,9 @@ def children(count, work):
 
 
 def test_processes_that_write_the_same_file_take_turns(tmp_path):
-    """Evaluations of one checkpoint, side by side: whoever reads finds one of them whole, and no writer
-    fails."""
+    """As when several evaluations of one checkpoint run at once: a reader finds a whole file, and no writer
+    fails.
+    """
     path = tmp_path / "features.npz"
 
     def write(number):
@@ -167,14 +171,14 @@ def test_processes_that_write_the_same_file_take_turns(tmp_path):
     assert len(seen) > 1 and os.listdir(tmp_path) == ["features.npz"]
 
 
-def test_what_an_interrupted_writer_left_is_written_over(tmp_path):
+def test_the_partial_file_of_an_interrupted_writer_is_overwritten(tmp_path):
     (tmp_path / "a.json.part").write_text("half of something that was longer than what comes now")
     with files.replacing(tmp_path / "a.json") as file:
         file.write("{}")
     assert (tmp_path / "a.json").read_text() == "{}" and os.listdir(tmp_path) == ["a.json"]
 
 
-def test_a_lock_is_one_process_and_names_it(tmp_path):
+def test_a_lock_is_held_by_one_process_and_the_error_names_it(tmp_path):
     held = files.lock(tmp_path / "last.pt", "runs/a")
     codes = []
 
@@ -193,7 +197,7 @@ def test_a_lock_is_one_process_and_names_it(tmp_path):
     assert codes == [0, 0]
 
 
-def test_where_the_file_system_knows_no_locks_there_is_none(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_is_used_without_a_lock(tmp_path, monkeypatch):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -204,11 +208,11 @@ def test_where_the_file_system_knows_no_locks_there_is_none(tmp_path, monkeypatc
     assert (tmp_path / "a.json").read_text() == "{}"
 
 
-def test_a_missing_file(tmp_path):
+def test_a_missing_checkpoint_is_named(tmp_path):
     assert complaint(tmp_path / "none.pt") == f"no checkpoint {tmp_path / 'none.pt'}"
 
 
-def test_garbage(tmp_path):
+def test_garbage_is_refused(tmp_path):
     for name, content in {
         "empty": b"",
         "text": b"not a checkpoint\n" * 9,
@@ -220,7 +224,7 @@ def test_garbage(tmp_path):
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
-def test_a_truncated_file(tmp_path, share):
+def test_a_truncated_checkpoint_is_refused(tmp_path, share):
     run.save_checkpoint(tmp_path / "last.pt", STATE)
     content = (tmp_path / "last.pt").read_bytes()
     (tmp_path / "cut.pt").write_bytes(content[: int(len(content) * share)])
@@ -228,8 +232,9 @@ def test_a_truncated_file(tmp_path, share):
 
 
 def test_flipped_bits_are_noticed_wherever_they_are(tmp_path):
-    """… or are where nothing is kept, between the records. torch.load alone reads most of them as other
-    numbers."""
+    """Except between the records, where nothing is stored. torch.load alone would read most of them as other
+    numbers.
+    """
     state = {**STATE, "bank": torch.linspace(-1, 1, 5000)}
     path, bad = tmp_path / "last.pt", tmp_path / "bad.pt"
     run.save_checkpoint(path, state)
@@ -250,8 +255,8 @@ def test_flipped_bits_are_noticed_wherever_they_are(tmp_path):
     assert unnoticed < 100
 
 
-def test_flipped_bits_in_numbers_are_what_torch_does_not_notice(tmp_path):
-    """Else the check in load_checkpoint could go."""
+def test_torch_does_not_notice_flipped_bits_in_numbers(tmp_path):
+    """If it did, the check in load_checkpoint would not be needed."""
     torch.save({"bank": torch.zeros(5000)}, tmp_path / "last.pt")
     content = bytearray((tmp_path / "last.pt").read_bytes())
     content[len(content) // 2] ^= 64
@@ -268,12 +273,12 @@ def damage(path, how):
 
 
 @pytest.mark.parametrize("how", ["flipped", "cut", "empty"])
-def test_a_damaged_checkpoint_is_replaced_by_the_one_before(tmp_path, how):
+def test_a_damaged_checkpoint_is_replaced_by_the_previous_one(tmp_path, how):
     path, before = tmp_path / "last.pt", tmp_path / "last.previous.pt"
     for step in (1, 2):
         run.save_checkpoint(path, {"step": step, "bank": torch.zeros(1000)})
     damage(path, how)
-    state, remark = run.newest(path, owner=False)  # another process only reads
+    state, remark = run.newest(path, owner=False)  # without ownership it only reads
     assert state["step"] == 1 and path.exists()
     state, remark = run.newest(path)
     assert state["step"] == 1
@@ -281,11 +286,11 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(tmp_path, how):
         f"cannot read the checkpoint {path}: {DAMAGED}, it is now {tmp_path / 'last.damaged.pt'}; "
         f"going on from {before}"
     )
-    run.save_checkpoint(path, {"step": 2})  # never puts the damaged one in place of the whole one
+    run.save_checkpoint(path, {"step": 2})  # the damaged one does not replace the whole one
     assert run.load_checkpoint(before)["step"] == 1 and run.newest(path) == ({"step": 2}, "")
 
 
-def test_where_nothing_is_whole_nothing_begins_anew(tmp_path):
+def test_a_run_without_a_whole_checkpoint_does_not_start_over(tmp_path):
     path = tmp_path / "last.pt"
     assert run.newest(path) == (None, "")
     run.save_checkpoint(path, STATE)
@@ -300,19 +305,19 @@ def test_where_nothing_is_whole_nothing_begins_anew(tmp_path):
         CheckpointError, match=r"last.pt: it is damaged.*previous.pt: it is damaged.*or choose another --out"
     ):
         run.newest(path)
-    # nothing was touched
+    # both files are still there
     assert sorted(file.name for file in tmp_path.iterdir()) == ["last.previous.pt", "last.pt"]
 
 
-def test_what_cannot_be_read_is_not_taken_for_damaged(tmp_path):
-    """… as a folder, or a file without permission: the newest steps are in it."""
+def test_an_unreadable_checkpoint_is_not_treated_as_damaged(tmp_path):
+    """Such as a folder, or a file without read permission: it may hold the newest steps."""
     run.save_checkpoint(tmp_path / "last.previous.pt", STATE)
     (tmp_path / "last.pt").mkdir()
     with pytest.raises(CheckpointError, match="Is a directory"):
         run.newest(tmp_path / "last.pt")
 
 
-def test_a_disk_that_reports_damage(tmp_path, monkeypatch):
+def test_an_input_output_error_counts_as_damage(tmp_path, monkeypatch):
     path = tmp_path / "last.pt"
     for step in (1, 2):
         run.save_checkpoint(path, {"step": step})
@@ -328,7 +333,7 @@ def test_a_disk_that_reports_damage(tmp_path, monkeypatch):
     assert state == {"step": 1} and f"last.pt: {DAMAGED}" in remark
 
 
-def test_a_folder(tmp_path):
+def test_a_folder_is_refused(tmp_path):
     assert complaint(tmp_path).endswith(": Is a directory")
 
 
@@ -345,7 +350,7 @@ def test_code_in_a_file_is_not_run(tmp_path, monkeypatch, write):
     assert not (tmp_path / "ran").exists()
 
 
-def test_what_is_no_dict_is_no_checkpoint(tmp_path):
+def test_a_checkpoint_must_be_a_dict(tmp_path):
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
     assert (
         complaint(tmp_path / "tensor.pt")
@@ -353,8 +358,8 @@ def test_what_is_no_dict_is_no_checkpoint(tmp_path):
     )
 
 
-def test_the_hash_names_the_content(tmp_path):
-    content = os.urandom(3 << 20)  # more than a block
+def test_the_hash_depends_on_the_content(tmp_path):
+    content = os.urandom(3 << 20)  # more than one block
     (tmp_path / "a").write_bytes(content)
     assert files.file_hash(tmp_path / "a") == hashlib.sha256(content).hexdigest()[:12]
     (tmp_path / "b").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))

@@ -1,4 +1,4 @@
-"""Settings: what is given wins over what is packaged, and what is wrong is said in one line."""
+"""Settings: given values win over packaged ones, and a mistake is reported in one line."""
 
 import dataclasses
 import re
@@ -40,7 +40,7 @@ def test_packaged_configurations_load(name):
 
 
 def test_layers_win_in_order(tmp_path):
-    """Defaults, then a base, then a file, then overrides, the later one of two."""
+    """Defaults, then a base, then a file, then overrides; of two overrides the last one counts."""
     file = tmp_path / "mine.yaml"
     file.write_text("optim: {lr: 0.2, epochs: 7}\nseed: 5\n")
     base = {"optim": {"lr": 0.1, "batch_size": 3, "epochs": 6}}
@@ -77,7 +77,7 @@ def test_layers_win_in_order(tmp_path):
         ("audio={mels: 0}", 0),
     ],
 )
-def test_overrides_become_what_their_setting_is(override, value):
+def test_overrides_take_the_type_of_their_setting(override, value):
     key = "audio.mels" if override.startswith("audio") else override.partition("=")[0]
     found = get(config.load("xid", [override]), key)
     assert found == value
@@ -85,7 +85,7 @@ def test_overrides_become_what_their_setting_is(override, value):
 
 
 @pytest.mark.parametrize("name", PACKAGED)
-def test_saved_and_loaded_it_is_the_same(tmp_path, name):
+def test_a_saved_configuration_loads_unchanged(tmp_path, name):
     cfg = config.load(
         name,
         [
@@ -142,7 +142,7 @@ def test_flat_names_every_setting():
         ("zzz=1", None),
     ],
 )
-def test_a_wrong_key_names_the_nearest_right_one(wrong, right):
+def test_an_unknown_key_suggests_the_nearest_one(wrong, right):
     text = complaint(wrong)
     given = "dat" if wrong.startswith("dat.") else wrong.partition("=")[0]  # no such group
     assert text.startswith(f"unknown setting {given};")
@@ -172,7 +172,7 @@ def test_a_wrong_key_names_the_nearest_right_one(wrong, right):
         ("optim.epochs=99999999999999999999", "99999999999999999999", "a number below 2^63"),
     ],
 )
-def test_a_wrong_type(override, found, expected):
+def test_a_value_of_the_wrong_type_is_refused(override, found, expected):
     key = "video.frames" if override.startswith("video.frames") else override.partition("=")[0]
     assert complaint(override).startswith(f"wrong value for {key}: {found}; expected {expected}")
 
@@ -190,29 +190,29 @@ def test_a_wrong_type(override, found, expected):
     loss.w_min=-0.1 loss.soft=1.1 loss.kappa=0 weights.xid=-1 toy.train=0 toy.faulty=1.1 log.every_steps=0
     log.check_videos=0 log.checkpoint_minutes=-1""".split(),
 )
-def test_a_wrong_value(override):
+def test_a_value_that_is_not_allowed_is_refused(override):
     key = override.partition("=")[0]
     assert re.fullmatch(rf"wrong value for {key}: .+; expected .+", complaint(override))
 
 
 @pytest.mark.parametrize("override", ["data=3", "data=", "data=[1]", "optim=fast"])
-def test_a_group_is_no_setting(override):
+def test_a_group_is_not_a_setting(override):
     group = override.partition("=")[0]
     first = {"data": "data.name", "optim": "optim.epochs"}[group]
     assert complaint(override) == f"{group} is not a setting but a group of them, such as {first}"
 
 
 @pytest.mark.parametrize("override", ["lr", "=3", "", "optim.lr"])
-def test_what_is_not_key_and_value(override):
+def test_an_override_must_be_key_and_value(override):
     assert complaint(override) == f"{override} is no setting; write key=value, --help lists the keys"
 
 
 @pytest.mark.parametrize("override", ["seed=[", "optim.lr={a", "video.jitter=[1,2"])
-def test_an_override_that_is_no_yaml(override):
+def test_an_override_that_is_not_yaml_is_refused(override):
     assert complaint("seed=1", override).startswith(f"cannot read {override}: ")
 
 
-def test_an_interpolation_that_leads_nowhere():
+def test_an_interpolation_of_an_unknown_key_is_refused():
     assert complaint("data.root=${nowhere}").startswith("wrong value for data.root: ")
 
 
@@ -230,7 +230,7 @@ def test_an_interpolation_that_leads_nowhere():
         (b"3: 4\n", "unknown setting 3; --help lists them all"),
     ],
 )
-def test_a_broken_file(tmp_path, content, expected):
+def test_a_broken_file_is_refused(tmp_path, content, expected):
     file = tmp_path / "mine.yaml"
     file.write_bytes(content)
     assert complaint(name=file).startswith(expected.replace("FILE", str(file)))
@@ -249,8 +249,8 @@ def test_a_missing_file_names_the_packaged_ones(name):
 # ----------------------------------------------------------------------------------------- help, command line
 
 
-def test_every_setting_says_what_it_is():
-    """Numbers with their source, or for what is no matter of the method with their unit."""
+def test_every_setting_has_a_help_text():
+    """The help of a number names its source, or its unit where the number is not part of the method."""
     units = r"\b(s|Hz|pixels|videos|frames a second|share|minutes|steps|epochs|processes|everything random)\b"
     for key, (default, help) in SETTINGS.items():
         assert len(help) >= 5, key
@@ -277,7 +277,7 @@ def test_help_lists_every_setting_with_its_default(capsys):
         assert name in text
 
 
-def test_options_and_settings_in_any_order():
+def test_options_and_settings_come_in_any_order():
     cfg = cli.training("", ["seed=4", "--cfg", "toy", "optim.lr=1", "--out", "there", "optim.epochs=2"])
     assert (cfg.seed, cfg.optim.lr, cfg.out, cfg.optim.epochs) == (4, 1.0, "there", 2)
     arguments = cli.evaluation_parser("").parse_args(["seed=4", "--ckpt", "random", "eval.clips=3"])
@@ -296,7 +296,7 @@ def test_a_mistake_ends_the_program_with_one_line(capsys, arguments):
     assert re.fullmatch(r"error: .+\n", err)
 
 
-def test_train_answers_a_mistake_at_once():
+def test_train_reports_a_mistake_at_once():
     """Without importing torch, which takes seconds."""
     train = Path(__file__).parents[1] / "train.py"
     command = [sys.executable, "-X", "importtime", str(train), "optim.lrr=1"]
@@ -308,7 +308,7 @@ def test_train_answers_a_mistake_at_once():
 
 
 def test_train_takes_data_and_root_like_the_evaluations(tmp_path):
-    """They are the same as data.name and data.root; what is given as key=value has the last word."""
+    """They set data.name and data.root; key=value overrides them."""
     given = ["--data", "manifest", "--root", "my videos", "--out", str(tmp_path)]
     cfg = cli.training("", given)
     assert (cfg.data.name, cfg.data.root) == ("manifest", "my videos")
@@ -327,7 +327,7 @@ def test_train_takes_data_and_root_like_the_evaluations(tmp_path):
         ("--zzz", None),
     ],
 )
-def test_an_option_that_there_is_not_names_the_one_that_is_meant(capsys, option, meant):
+def test_an_unknown_option_suggests_the_nearest_one(capsys, option, meant):
     for parse in (cli.training, lambda _, argv: cli.evaluation(cli.evaluation_parser(""), argv)):
         if meant == "--ckpt" and parse is cli.training:
             continue
@@ -339,20 +339,20 @@ def test_an_option_that_there_is_not_names_the_one_that_is_meant(capsys, option,
 
 
 @pytest.mark.parametrize("script", ["eval_linear.py", "eval_retrieval.py"])
-def test_a_wrong_checkpoint_is_answered_at_once(script, tmp_path):
+def test_a_wrong_checkpoint_is_reported_at_once(script, tmp_path):
     """Without importing torch, which takes seconds."""
     command = [sys.executable, "-X", "importtime", str(Path(__file__).parents[1] / script)]
     missing = tmp_path / "nowhere" / "last.pt"
-    for path, said in (
+    for path, expected in (
         (missing, f"error: no checkpoint {missing}"),
         (tmp_path, f"error: cannot read the checkpoint {tmp_path}: Is a directory"),
     ):
         done = subprocess.run([*command, "--ckpt", str(path)], capture_output=True, text=True)
-        assert done.returncode == 2 and said in done.stderr.splitlines()
+        assert done.returncode == 2 and expected in done.stderr.splitlines()
         assert not re.search(r"\| +(torch|sklearn|matplotlib)\b", done.stderr)
 
 
-def test_help_of_an_evaluation_lists_what_it_uses(capsys):
+def test_the_help_of_an_evaluation_lists_the_settings_that_it_uses(capsys):
     with pytest.raises(SystemExit) as ended:
         cli.evaluation(cli.evaluation_parser("What it does."), ["-h"])
     text = capsys.readouterr().out

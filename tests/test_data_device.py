@@ -1,4 +1,4 @@
-"""What is done to batches on the device: flip, colour, masks, normalisation, each against plain numbers."""
+"""Batches on the device: flip, colour, masks and normalisation, each against plain numbers."""
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ def test_all_frames_of_a_clip_are_changed_alike():
     changed = augment(still, **{**off(), "flip": torch.tensor([True, False, True]), "jitter": strong})
     torch.testing.assert_close(changed, changed[:, :, :1].expand_as(changed))
     assert not torch.allclose(changed, still, atol=0.01)
-    for k in range(3):  # a clip of a batch is what it is alone
+    for k in range(3):  # a clip changes as it would alone
         alone = augment(still[k : k + 1], torch.tensor([k != 1]), strong[k : k + 1], torch.tensor([False]))
         torch.testing.assert_close(changed[k : k + 1], alone)
 
@@ -57,8 +57,9 @@ def test_values_stay_between_0_and_1():
 
 
 def test_brightness_contrast_and_saturation_in_plain_numbers():
-    """As torchvision has them: brightness scales, contrast blends with the mean grey, saturation with the
-    grey."""
+    """As in torchvision: brightness scales, contrast blends with the mean grey, saturation with each pixel's
+    grey.
+    """
     x = videos() * 0.5
     luma = (x * torch.tensor([0.299, 0.587, 0.114])[:, None, None, None]).sum(1, keepdim=True)
     mean = luma.mean((1, 2, 3, 4), keepdim=True)
@@ -73,7 +74,7 @@ def test_brightness_contrast_and_saturation_in_plain_numbers():
         torch.testing.assert_close(changed, expected.clamp(0, 1), atol=1e-5, rtol=0)
 
 
-def test_grey_takes_all_colour_away():
+def test_grey_removes_all_colour():
     grey = torch.tensor([True, False, False])
     changed = augment(videos(), **{**off(), "grey": grey})
     torch.testing.assert_close(
@@ -111,7 +112,7 @@ def test_masks_cover_their_share_of_columns_and_bins():
     assert torch.equal(masked[~zero], audio[~zero])
 
 
-def test_on_the_device_clips_stand_in_one_row_and_are_normalised():
+def test_the_clips_of_all_videos_become_one_batch_and_are_normalised():
     video = (
         torch.arange(256, dtype=torch.uint8)
         .repeat(2 * 2 * 3 * 2 * 3 * 4 // 32)[: 2 * 2 * 3 * 2 * 3 * 4]
@@ -143,7 +144,7 @@ def test_each_band_is_normalised_by_its_own_statistics():
     masked = {"audio": audio, "index": torch.arange(2), "mask": torch.tensor([[[0.0, 1.0, 0.0, 0.0]]] * 2)}
     assert not to_device(masked, torch.device("cpu"), settings)[
         "audio"
-    ].any()  # masked is each band's own mean
+    ].any()  # a masked value is the mean of its band
 
 
 def test_statistics_of_another_number_of_bands_are_refused():

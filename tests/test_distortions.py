@@ -1,5 +1,6 @@
-"""Distorted copies keep shape, type and times, follow the generator alone, and get worse with the
-strength."""
+"""Distorted copies keep shape, type and times, depend on the generator alone, and differ more with more
+strength.
+"""
 
 import numpy as np
 import pytest
@@ -24,8 +25,7 @@ def distort(name, clip, strength, seed=0, rate_hz=RATE_HZ):
 
 @pytest.fixture
 def video():
-    """uint8 3×8×S×S: a soft pattern that is another one in each frame, like no other part of itself; S is
-    odd."""
+    """uint8 3×8×S×S: a smooth random pattern, different in each frame; S is odd."""
     noise = torch.rand(8, 3, 9, 9, generator=torch.Generator().manual_seed(0))
     return (TF.resize(noise, [57, 57]) * 255).byte().transpose(0, 1).contiguous()
 
@@ -43,20 +43,20 @@ def wave():
 
 
 def delay(a, b):
-    """Samples by which b is behind a."""
+    """The number of samples by which b is later than a."""
     n = len(a) + len(b)
     match = np.fft.irfft(np.fft.rfft(b, n) * np.conj(np.fft.rfft(a, n)), n)
     return (int(match.argmax()) + n // 2) % n - n // 2
 
 
-def test_there_are_the_kinds_that_the_protocol_asks_for():
+def test_the_distortions_are_those_of_the_protocol():
     assert VIDEO == "crop blur h264 overlay flip rotation".split()
     assert AUDIO == "noise low_pass high_pass mp3 gain clipping".split()
     assert all(len(distortion.strengths) == 3 and distortion.unit for distortion in DISTORTIONS.values())
 
 
 @pytest.mark.parametrize("name, strength", EACH)
-def test_a_copy_has_the_form_of_its_original_and_follows_the_generator(name, strength, video, wave):
+def test_a_copy_has_the_shape_of_its_original_and_is_reproducible(name, strength, video, wave):
     clip = video if name in VIDEO else wave
     before = clip.clone()
     copy = distort(name, clip, strength)
@@ -66,7 +66,7 @@ def test_a_copy_has_the_form_of_its_original_and_follows_the_generator(name, str
 
 
 @pytest.mark.parametrize("name", ["crop", "overlay", "rotation", "noise"])
-def test_what_is_random_differs_from_draw_to_draw(name, video, wave):
+def test_random_distortions_differ_between_seeds(name, video, wave):
     clip, strength = video if name in VIDEO else wave, DISTORTIONS[name].strengths[1]
     assert any(
         not torch.equal(distort(name, clip, strength), distort(name, clip, strength, seed))
@@ -75,7 +75,7 @@ def test_what_is_random_differs_from_draw_to_draw(name, video, wave):
 
 
 @pytest.mark.parametrize("name", [name for name in DISTORTIONS if name not in ("crop", "flip")])
-def test_a_larger_strength_is_further_away(name, video, wave):
+def test_a_larger_strength_changes_the_clip_more(name, video, wave):
     clip = video if name in VIDEO else wave
     away = [
         (distort(name, clip, strength).float() - clip.float()).square().mean()
@@ -90,22 +90,22 @@ def test_a_larger_strength_is_further_away(name, video, wave):
 @pytest.mark.parametrize(
     "name, strength", [(name, s) for name, s in EACH if name in ("blur", "h264", "overlay") or s in (5, 15)]
 )
-def test_every_frame_stays_where_it_is(name, strength, video):
+def test_every_frame_keeps_its_time(name, strength, video):
     copy = distort(name, video, strength).float()
     away = (copy[:, :, None] - video[:, None].float()).square().mean((0, 3, 4))  # T×T
     assert away.argmin(1).tolist() == list(range(8))
 
 
-def test_compression_at_its_best_is_almost_the_original(video):
+def test_compression_at_best_quality_is_almost_the_original(video):
     red = torch.tensor([200, 30, 60], dtype=torch.uint8)[:, None, None, None].expand(video.shape)
     for clip in (
         video[:1].expand(3, -1, -1, -1),
         red,
-    ):  # no change of colour from pixel to pixel: it has half the resolution
+    ):  # no colour edges: H.264 halves the resolution of colour
         assert (distort("h264", clip, 0).float() - clip.float()).abs().mean() < 3
 
 
-def test_a_crop_shows_a_part_that_large_the_same_in_every_frame():
+def test_a_crop_has_the_given_size_in_every_frame():
     ramp = torch.arange(100.0).expand(3, 4, 100, 100).byte()  # the value is the column
     for side in DISTORTIONS["crop"].strengths:
         copy = distort("crop", ramp, side).float()
@@ -113,9 +113,9 @@ def test_a_crop_shows_a_part_that_large_the_same_in_every_frame():
         assert (copy == copy[:, :1]).all()
 
 
-def test_a_blur_is_as_wide_as_it_says():
+def test_a_blur_has_the_given_width():
     point = torch.zeros(3, 1, 101, 101, dtype=torch.uint8)
-    point[..., 50, :] = 255  # a line: it keeps its weight across
+    point[..., 50, :] = 255  # a line: the blur keeps its total weight
     for sigma in DISTORTIONS["blur"].strengths[1:]:
         across = distort("blur", point, sigma)[0, 0, :, 50].double()
         width = (across * (torch.arange(101) - 50) ** 2).sum() / across.sum()
@@ -123,7 +123,7 @@ def test_a_blur_is_as_wide_as_it_says():
 
 
 @pytest.mark.parametrize("area", DISTORTIONS["overlay"].strengths)
-def test_an_overlay_covers_what_it_says_the_same_in_every_frame(area):
+def test_an_overlay_covers_the_given_area_in_every_frame(area):
     grey = torch.full((3, 4, 112, 112), 127, dtype=torch.uint8)
     for seed in range(5):
         changed = (distort("overlay", grey, area, seed) != grey).any(0)  # T×S×S
@@ -137,7 +137,7 @@ def test_flips_mirror(video):
     assert torch.equal(distort("flip", video, 3), torch.rot90(video, 2, (-2, -1)))
 
 
-def test_a_rotation_turns_by_its_angle_either_way():
+def test_a_rotation_turns_by_its_angle_in_either_direction():
     line = torch.zeros(3, 1, 101, 101, dtype=torch.uint8)
     line[..., 50, 50:] = 255  # from the centre to the right
     seen = set()
@@ -163,13 +163,13 @@ def test_silence_stays_silent(name, strength):
 
 
 @pytest.mark.parametrize("snr_db", DISTORTIONS["noise"].strengths)
-def test_noise_has_the_ratio_it_says(snr_db, wave):
+def test_noise_has_the_given_signal_to_noise_ratio(snr_db, wave):
     added = distort("noise", wave, snr_db) - wave
     assert 10 * float((wave.square().sum() / added.square().sum()).log10()) == pytest.approx(snr_db, abs=0.01)
 
 
 @pytest.mark.parametrize("name, sign", [("low_pass", 1), ("high_pass", -1)])
-def test_filters_take_away_what_is_beyond_their_cutoff(name, sign):
+def test_filters_remove_what_is_beyond_their_cutoff(name, sign):
     hiss = torch.from_numpy(0.1 * np.random.default_rng(0).standard_normal(10 * RATE_HZ).astype("f4"))
     for cutoff_hz in DISTORTIONS[name].strengths:
         # a bin is 0.1 Hz
@@ -183,7 +183,7 @@ def test_filters_take_away_what_is_beyond_their_cutoff(name, sign):
 
 @pytest.mark.parametrize("rate_hz", MP3_RATES_HZ)
 @pytest.mark.parametrize("samples", [1, 1151, 24001])
-def test_a_codec_gives_back_every_sample_at_every_rate(rate_hz, samples):
+def test_mp3_returns_every_sample_at_every_rate(rate_hz, samples):
     wave = torch.from_numpy(chirps([0.0], 24001 / rate_hz, rate_hz)[0])[:samples]
     copy = distort("mp3", wave, 32, rate_hz=rate_hz)
     assert len(copy) == samples
@@ -196,14 +196,14 @@ def test_a_gain_is_in_decibels(wave):
 
 
 @pytest.mark.parametrize("share", DISTORTIONS["clipping"].strengths)
-def test_clipping_cuts_the_share_it_says_and_nothing_else(share, wave):
+def test_clipping_cuts_the_given_share_and_nothing_else(share, wave):
     copy = distort("clipping", wave, share)
     cut = copy != wave
     assert float(cut.float().mean()) == pytest.approx(share, abs=0.001)
     assert torch.allclose(copy[cut].abs(), copy.abs().max())
 
 
-def test_what_cannot_be_done_is_said(wave):
+def test_an_impossible_distortion_is_an_error(wave):
     with pytest.raises(ValueError, match="sample rate above 8000 Hz"):
         distort("low_pass", wave, 4000, rate_hz=8000)
     with pytest.raises(ValueError, match="MP3 has no sample rate of 96000 Hz"):

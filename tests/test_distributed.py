@@ -1,5 +1,4 @@
-"""One process or many: batch norm over ranks against torch's on the whole batch, signals, GPUs that are too
-few."""
+"""One process or many: batch norm over ranks against torch's on the whole batch, signals, too few GPUs."""
 
 import os
 import signal
@@ -15,13 +14,13 @@ from torch.testing._internal.distributed import fake_pg  # noqa: F401  registers
 from avid import distributed
 from avid.files import ConfigError
 
-# of the global batch; 2 and 3 ranks
+# shapes of the global batch, for 2 and 3 ranks
 SHAPES = {"linear": (6, 5), "sound": (6, 5, 4, 3), "video": (6, 5, 2, 4, 3)}
 FORMATS = {"sound": torch.channels_last, "video": torch.channels_last_3d}
 
 
 class Net(nn.Module):
-    """A batch norm between others, with and without scale and shift, in place of a network."""
+    """A small network of two batch norms, the second with or without scale and shift."""
 
     def __init__(self, kind, affine, momentum=0.1):
         super().__init__()
@@ -32,9 +31,8 @@ class Net(nn.Module):
         return self.second(self.first(x).tanh())
 
 
-def a_case(kind, affine, offset):
-    """A network in float64, a batch far from 0 where `offset` says so, and what the outputs are multiplied
-    by."""
+def make_case(kind, affine, offset):
+    """A network in float64, a batch around `offset`, and the factors of the outputs in the loss."""
     generator = torch.Generator().manual_seed(len(kind) + affine)
     net = Net(kind, affine).double().train()
     for x in net.parameters():
@@ -60,26 +58,26 @@ def results(net, x, weight, call=None):
 CASES = [(kind, affine, offset) for kind in SHAPES for affine in (True, False) for offset in (0.0, 1e6)]
 
 
-def one_rank(rank, world, folder):
-    """What every rank does; an assertion that fails ends it with an exit code."""
+def check_rank(rank, world, folder):
+    """Runs in every rank; a failed assertion ends it with an exit code."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     for kind, affine, offset in CASES:
-        net, x, weight = a_case(kind, affine, offset)
-        outputs, dx, grads, buffers = results(net, x, weight)  # torch's, of the whole batch
-        net, _, _ = a_case(kind, affine, offset)
+        net, x, weight = make_case(kind, affine, offset)
+        outputs, dx, grads, buffers = results(net, x, weight)  # torch's batch norm on the whole batch
+        net, _, _ = make_case(kind, affine, offset)
         names = list(net.state_dict())
         net = distributed.sync_batch_norm(net)
         assert isinstance(net.first, distributed.SyncBatchNorm) and list(net.state_dict()) == names
         own = results(net, x.chunk(world)[rank], weight.chunk(world)[rank])
-        # 1e6 takes six of sixteen digits; sums of squares would take twelve
+        # an offset of 1e6 costs six of sixteen digits; sums of squares would cost twelve
         close = {"rtol": 1e-11, "atol": 1e-11} if not offset else {"rtol": 1e-7, "atol": 1e-7}
-        for mine, whole in zip(own[0], outputs, strict=True):
-            torch.testing.assert_close(mine, whole.chunk(world)[rank], **close)
+        for local, whole in zip(own[0], outputs, strict=True):
+            torch.testing.assert_close(local, whole.chunk(world)[rank], **close)
         torch.testing.assert_close(own[1], dx.chunk(world)[rank], **close)
         torch.testing.assert_close({n: distributed.total(g) for n, g in own[2].items()}, grads, **close)
         torch.testing.assert_close(own[3], buffers, **close)
-        reference, _, _ = a_case(kind, affine, offset)
+        reference, _, _ = make_case(kind, affine, offset)
         reference.load_state_dict(net.state_dict())
         assert torch.equal(net.eval()(x), reference.eval()(x))  # evaluation is torch's own
     dist.destroy_process_group()
@@ -88,7 +86,7 @@ def one_rank(rank, world, folder):
 @pytest.mark.parametrize("world", [2, 3])
 def test_batch_norm_over_ranks_is_torchs_on_the_whole_batch(world, tmp_path):
     forked.serve()
-    ranks = [forked.context.Process(target=one_rank, args=(r, world, str(tmp_path))) for r in range(world)]
+    ranks = [forked.context.Process(target=check_rank, args=(r, world, str(tmp_path))) for r in range(world)]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -97,7 +95,7 @@ def test_batch_norm_over_ranks_is_torchs_on_the_whole_batch(world, tmp_path):
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
-def test_in_half_precision_the_statistics_are_float32(half):
+def test_statistics_are_float32_in_half_precision(half):
     """Values around 300, whose squares and sums these types cannot hold."""
     norm, reference = distributed.sync_batch_norm(nn.BatchNorm2d(5)), nn.BatchNorm2d(5)
     x = (300 + torch.randn(8, 5, 6, 6)).to(half).to(memory_format=torch.channels_last)
@@ -108,13 +106,13 @@ def test_in_half_precision_the_statistics_are_float32(half):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_compiled_it_is_one_graph_of_the_same_results(dtype):
-    """Of four processes, as far as this one goes: the others send nothing."""
+def test_compiled_batch_norm_is_one_graph_with_the_same_results(dtype):
+    """As rank 0 of four processes; the others are fake and send nothing."""
     dist.init_process_group("fake", rank=0, world_size=4, store=dist.HashStore())
     try:
         found = []
         for compiled in (False, True):
-            net, x, weight = a_case("video", True, 0.0)
+            net, x, weight = make_case("video", True, 0.0)
             net = distributed.sync_batch_norm(net).to(dtype if dtype == torch.float64 else torch.float32)
             call = torch.compile(net, fullgraph=True, backend="aot_eager") if compiled else net
             found.append(results(net, x.to(dtype), weight.to(dtype), call))
@@ -127,7 +125,7 @@ def test_compiled_it_is_one_graph_of_the_same_results(dtype):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("half", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_kernels_written_out_are_those_of_cuda(half):
+def test_the_written_out_kernels_equal_those_of_cuda(half):
     x, dy = torch.randn(2, 6, 5, 2, 4, 3, device="cuda").to(half).to(memory_format=torch.channels_last_3d)
     weight, bias = torch.rand(2, 5, device="cuda")
     found = []
@@ -146,9 +144,8 @@ def test_the_kernels_written_out_are_those_of_cuda(half):
 # ---------------------------------------------------------------------------------------------------- signals
 
 
-def signalled(numbers, gap_s):
-    """How a process ends that gets these signals: its exit code as a shell says it; 0 where it goes on to its
-    end."""
+def status_after(numbers, gap_s):
+    """The exit status of a process that receives these signals; 0 if it runs to its end."""
     child = os.fork()
     if not child:
         try:
@@ -165,21 +162,21 @@ def signalled(numbers, gap_s):
 
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_ends_at_once_when_it_comes_later(first, second):
-    assert signalled([first, second], 0.3) == second  # ended by the signal itself
+def test_a_second_signal_ends_the_process_once_the_grace_period_is_over(first, second):
+    assert status_after([first, second], 0.3) == second  # ended by the signal itself
     for gap_s in (0.0, 0.003, 0.03):
-        assert signalled([first, second], gap_s) == 0
-    assert signalled([first, *[second] * 50], 0.0) == 0
+        assert status_after([first, second], gap_s) == 0
+    assert status_after([first, *[second] * 50], 0.0) == 0
 
 
-def test_where_all_is_saved_the_first_signal_ends_it_and_the_second_does_not_disturb():
+def test_with_everything_saved_the_first_signal_exits_and_the_second_is_ignored():
     stop = distributed.StopSignal()
     try:
         with pytest.raises(SystemExit) as left, stop.at_once():
             try:
                 signal.raise_signal(signal.SIGTERM)
             finally:
-                signal.raise_signal(signal.SIGTERM)  # torchrun's, while files are closed
+                signal.raise_signal(signal.SIGTERM)  # as from torchrun, while files are closed
         assert left.value.code == 128 + signal.SIGTERM
     finally:
         stop.release()
@@ -208,5 +205,5 @@ def test_each_process_has_its_own_gpu_from_the_start(monkeypatch):
     assert distributed.start().device == torch.device("cuda", 3) and chosen == [torch.device("cuda", 3)]
 
 
-def test_votes_are_told_apart():
+def test_any_rank_answers_each_flag_on_its_own():
     assert distributed.any_rank(True, False, "SIGTERM", "") == [True, False, True, False]

@@ -1,4 +1,4 @@
-"""Pictures: what each shows is there, and can be read at the width of a page."""
+"""Figures: each shows what it should and can be read at the width of a page."""
 
 import json
 
@@ -17,20 +17,20 @@ TASKS = ("speed_video", "speed_audio", "direction_video", "order_video", "order_
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures that are written, still open to be looked at; dpi of each."""
+    """A list of (figure, dpi), one for each figure that was written."""
     seen = []
     write = figures.write
 
-    def look(figure, path, dpi=110):
+    def record(figure, path, dpi=110):
         figure.canvas.draw()
         seen.append((figure, dpi))
         write(figure, path, dpi)
 
-    monkeypatch.setattr(figures, "write", look)
+    monkeypatch.setattr(figures, "write", record)
     return seen
 
 
-def log(path, steps, terms=("xid",), tasks=()):
+def write_log(path, steps, terms=("xid",), tasks=()):
     """A metrics.jsonl of a run with a check every fifth step."""
     lines = []
     for step in range(1, steps + 1):
@@ -58,7 +58,7 @@ def panels(figure):
     return {axis.get_title(): axis for axis in figure.axes if axis.axison}
 
 
-def names(axis):
+def line_labels(axis):
     return [line.get_label() for line in axis.get_lines()]
 
 
@@ -66,9 +66,9 @@ def names(axis):
 
 
 @pytest.mark.parametrize("tasks", [(), TASKS])
-def test_curves_are_two_rows_that_a_page_can_show(tasks, tmp_path, drawn):
+def test_curves_are_two_rows_that_fit_a_page(tasks, tmp_path, drawn):
     terms = ("xid", "contrast_vv", *tasks) if tasks else ("xid",)
-    figures.curves(log(tmp_path / "m.jsonl", 10, terms, tasks), tmp_path / "curves.png")
+    figures.curves(write_log(tmp_path / "m.jsonl", 10, terms, tasks), tmp_path / "curves.png")
     ((figure, dpi),) = drawn
     shown = panels(figure)
     assert len(shown) == (8 if tasks else 6)
@@ -77,12 +77,12 @@ def test_curves_are_two_rows_that_a_page_can_show(tasks, tmp_path, drawn):
     width, height = Image.open(tmp_path / "curves.png").size
     assert width == pytest.approx(dpi * figures.WIDTH, abs=1) and width / height > 1.2
     sizes = [text.get_fontsize() for axis in shown.values() for text in (axis.title, *axis.get_xticklabels())]
-    assert min(sizes) * 900 / 72 / figures.WIDTH > 8  # pixels where the page shows 900 of them
+    assert min(sizes) * 900 / 72 / figures.WIDTH > 8  # in pixels of a page that is 900 wide
 
 
 def test_no_legend_lies_on_a_panel_or_on_another_legend(tmp_path, drawn):
     terms = ("xid", "contrast_vv", "contrast_va", "contrast_av", "contrast_aa", *TASKS)
-    figures.curves(log(tmp_path / "m.jsonl", 10, terms, TASKS), tmp_path / "curves.png")
+    figures.curves(write_log(tmp_path / "m.jsonl", 10, terms, TASKS), tmp_path / "curves.png")
     ((figure, _),) = drawn
     shown = panels(figure)
     legends = [axis.get_legend().get_window_extent() for axis in shown.values() if axis.get_legend()]
@@ -94,26 +94,28 @@ def test_no_legend_lies_on_a_panel_or_on_another_legend(tmp_path, drawn):
 
 
 def test_a_loss_that_is_the_only_term_is_drawn_once(tmp_path, drawn):
-    figures.curves(log(tmp_path / "one.jsonl", 10), tmp_path / "one.png")
-    figures.curves(log(tmp_path / "two.jsonl", 10, ("xid", "speed_video"), TASKS[:1]), tmp_path / "two.png")
+    figures.curves(write_log(tmp_path / "one.jsonl", 10), tmp_path / "one.png")
+    figures.curves(
+        write_log(tmp_path / "two.jsonl", 10, ("xid", "speed_video"), TASKS[:1]), tmp_path / "two.png"
+    )
     # weights.xid=0.5
     (tmp_path / "half.jsonl").write_text('{"step": 1, "epoch": 1, "loss": 1.5, "xid": 3.0}\n')
     figures.curves(tmp_path / "half.jsonl", tmp_path / "half.png")
-    one, two, half = (names(panels(figure)["loss"]) for figure, _ in drawn)
+    one, two, half = (line_labels(panels(figure)["loss"]) for figure, _ in drawn)
     assert one == ["xid"] and two == ["loss", "speed_video", "xid"] and half == ["loss", "xid"]
 
 
 def test_few_points_are_marked_and_many_are_not(tmp_path, drawn):
-    figures.curves(log(tmp_path / "few.jsonl", 5), tmp_path / "few.png")
-    figures.curves(log(tmp_path / "many.jsonl", 100), tmp_path / "many.png")
+    figures.curves(write_log(tmp_path / "few.jsonl", 5), tmp_path / "few.png")
+    figures.curves(write_log(tmp_path / "many.jsonl", 100), tmp_path / "many.png")
     few, many = (panels(figure) for figure, _ in drawn)
     assert {line.get_marker() for axis in few.values() for line in axis.get_lines()} == {"o"}
     assert many["loss"].get_lines()[0].get_marker() == "None"
-    assert many["bank"].get_lines()[0].get_marker() == "o"  # one a check
+    assert many["bank"].get_lines()[0].get_marker() == "o"  # one point for each check
 
 
 def test_one_quantity_has_one_colour_in_both_modalities(tmp_path, drawn):
-    figures.curves(log(tmp_path / "m.jsonl", 5, ("xid", *TASKS), TASKS), tmp_path / "curves.png")
+    figures.curves(write_log(tmp_path / "m.jsonl", 5, ("xid", *TASKS), TASKS), tmp_path / "curves.png")
     ((figure, _),) = drawn
     lines = {line.get_label(): line for line in panels(figure)["held-out temporal tasks, %"].get_lines()}
     assert lines.keys() == set(TASKS)
@@ -155,7 +157,7 @@ def test_confusion_matrices_have_a_title_labels_and_chance(tmp_path, drawn):
     assert ticks == [["1×", "4×"], ["before", "overlapping", "after"], ["forward", "backward"]]
 
 
-def test_a_single_confusion_matrix_is_called_one(tmp_path, drawn):
+def test_a_single_confusion_matrix_has_a_title_in_the_singular(tmp_path, drawn):
     figures.confusions({"speed_video": np.eye(2, dtype=int)}, TEMPORAL, tmp_path / "temporal.png")
     assert drawn[0][0].get_suptitle().startswith("confusion matrix")
 
@@ -182,7 +184,7 @@ def test_green_and_red_only_where_both_have_a_class(query, found, colour):
     assert figures.frame_colour(np.array(query), np.array(found)) == colour
 
 
-def test_a_contact_sheet_frames_what_was_found(tmp_path, drawn):
+def test_a_contact_sheet_frames_results_by_their_class(tmp_path, drawn):
     rows = [
         "path,label,split",
         "a.mp4,dog,",

@@ -1,4 +1,4 @@
-"""Files that nobody looked at: decoders that die or hang, damage, silence. None costs more than itself."""
+"""Unchecked files: decoders that die or hang, damaged files, silence. A bad file costs no other file."""
 
 import csv
 import dataclasses
@@ -38,21 +38,21 @@ CFG = dataclasses.replace(files.CONFIG, data=config.Data(timeout_s=TIMEOUT_S))
 
 
 @pytest.fixture(autouse=True)
-def soon(monkeypatch):
-    """torch looks after its processes every 5 s; here ten times a second."""
+def frequent_checks(monkeypatch):
+    """torch checks its processes every 5 s; here ten times a second."""
     from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter as Iterator
 
     monkeypatch.setattr(Iterator._try_get_data, "__defaults__", (0.1,))
 
 
 @pytest.fixture(autouse=True)
-def none_left():
+def no_process_left():
     yield
     assert not multiprocessing.active_children()
 
 
 class Deadly(Media):
-    """Ends its process by the name of the file; `once.mp4` only the first time."""
+    """Kills its process when it opens `dies.mp4`, and `once.mp4` only the first time."""
 
     def __init__(self, path, *arguments):
         once = Path(path).with_suffix(".died")
@@ -64,7 +64,7 @@ class Deadly(Media):
 
 
 class Refusing(Media):
-    """Refuses the same files in words."""
+    """Raises an error for `dies.mp4` and `hangs.mp4` instead."""
 
     def __init__(self, path, *arguments):
         if reason := {"dies.mp4": DIED, "hangs.mp4": HUNG}.get(Path(path).name):
@@ -74,7 +74,7 @@ class Refusing(Media):
 
 @pytest.fixture(scope="module")
 def deadly(tmp_path_factory):
-    """Six files that can be used, and two: `dies`, `hangs` (a pipe into which nobody writes)."""
+    """Six usable files, and `dies.mp4` and `hangs.mp4` (a pipe that nobody writes to)."""
     root = tmp_path_factory.mktemp("deadly")
     for k in range(6):
         good(root / f"{k}.mp4", seconds=1.0, wave=tone(300 + 100 * k, 1.0, 16000))
@@ -95,7 +95,7 @@ def batches(table, training, workers):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_a_decoder_that_dies_and_one_that_hangs_cost_their_files_alone(deadly, training, monkeypatch, capfd):
-    """Batches are the same bits as if the two files had been refused in words, and no process is left."""
+    """Batches are bit for bit as if both files had raised an error, and no process is left."""
     monkeypatch.setattr(data, "Media", Refusing)
     expected = list(batches(deadly, training, workers=0))
     monkeypatch.setattr(data, "Media", Deadly)
@@ -123,7 +123,7 @@ def test_a_decoder_that_dies_once_costs_nothing(tmp_path, monkeypatch):
     assert all(same(one, other) for one, other in zip(found, expected, strict=True))
 
 
-WAYS = {  # of a process to die, without pytest's report of it, and what is said of it
+WAYS = {  # how a process dies, without pytest's report of it, and the reason given
     "abort": (lambda: (faulthandler.disable(), os.abort()), "SIGABRT"),
     "bus": (lambda: (faulthandler.disable(), os.kill(os.getpid(), signal.SIGBUS)), "SIGBUS"),
     "exit": (lambda: os._exit(0), "exit code 0"),
@@ -133,7 +133,7 @@ WAYS = {  # of a process to die, without pytest's report of it, and what is said
 
 
 def test_every_way_to_die_is_named(tmp_path, monkeypatch):
-    """All in one batch, and twice in each of the next: the batches after them are whole."""
+    """All in one batch, twice; the batches after them are whole."""
     for name in ("a", *WAYS):
         good(tmp_path / f"{name}.mp4", seconds=1.0)
 
@@ -151,7 +151,7 @@ def test_every_way_to_die_is_named(tmp_path, monkeypatch):
     assert [batch.get("index", torch.tensor([])).tolist() for batch in found] == [[0], [0], [0], []]
 
 
-def test_whoever_leaves_early_does_not_wait_for_a_decoder_that_hangs(deadly):
+def test_a_loop_that_leaves_early_does_not_wait_for_a_decoder_that_hangs(deadly):
     found = iter(
         data.loader(
             Clips(deadly, dataclasses.replace(CFG, data=config.Data()), False), 1, batch_sampler=[[0], [7]]
@@ -165,7 +165,7 @@ def test_whoever_leaves_early_does_not_wait_for_a_decoder_that_hangs(deadly):
     assert process.exitcode is not None
 
 
-def test_a_dead_process_does_not_interrupt_what_else_is_done(deadly, monkeypatch):
+def test_a_dead_process_does_not_interrupt_the_main_process(deadly, monkeypatch):
     """torch would raise an exception at once, in a step or while a checkpoint is written."""
     monkeypatch.setattr(data, "Media", Deadly)
     found = iter(data.loader(Clips(deadly, CFG, False), 1, batch_sampler=[[0], [6], [1]]))
@@ -179,7 +179,7 @@ def test_a_dead_process_does_not_interrupt_what_else_is_done(deadly, monkeypatch
 
 
 def test_an_error_in_the_main_process_ends_the_program(deadly):
-    """Its decoding processes do not listen to SIGTERM, with which Python would end them."""
+    """Its decoding processes ignore SIGTERM, which Python would end them with."""
     code = (
         "import sys; sys.path[:0] = sys.argv[1:3]; import files\n"
         "from avid import data; from pathlib import Path\n"
@@ -205,7 +205,7 @@ def test_processes_that_die_between_files_end_the_run_in_one_line(deadly, monkey
 
 @pytest.mark.parametrize("error", [ValueError, RuntimeError, OSError])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_mistake_of_the_code_is_raised_not_skipped(deadly, monkeypatch, error, workers):
+def test_an_error_in_the_code_is_raised_and_not_skipped(deadly, monkeypatch, error, workers):
     def wrong(self, index, rng):
         raise error("a mistake")
 
@@ -250,7 +250,7 @@ def deadly_examine(root, path, *more):
 def test_a_check_names_the_files_that_its_decoders_die_or_hang_on(deadly, tmp_path, monkeypatch):
     outcomes = processes.outcomes
     monkeypatch.setattr(processes, "outcomes", lambda function, *more: outcomes(deadly_examine, *more))
-    monkeypatch.setattr(prepare, "CHECK_LIMIT_S", 20.0)  # with the imports of a process
+    monkeypatch.setattr(prepare, "CHECK_LIMIT_S", 20.0)  # includes the imports of a process
     assert prepare.check(deadly, data.MODALITIES, tmp_path / "check.csv", workers=3) == 6
     rows = {row["path"]: row for row in csv.DictReader(open(tmp_path / "check.csv"))}
     assert Counter(row["usable"] for row in rows.values()) == {"yes": 6, "no": 2}
@@ -258,7 +258,7 @@ def test_a_check_names_the_files_that_its_decoders_die_or_hang_on(deadly, tmp_pa
     assert rows["hangs.mp4"]["reason"] == "takes the decoder too long: more than 20 s"
 
 
-# ------------------------------------------------------------------------------------------- named at the end
+# ---------------------------------------------------------------------------------- the list of skipped files
 
 
 def test_every_skipped_file_is_in_the_list_at_the_end(tmp_path, capsys):
@@ -268,7 +268,7 @@ def test_every_skipped_file_is_in_the_list_at_the_end(tmp_path, capsys):
     bad.count([(1, "no sound")], used=5)
     bad.write(tmp_path / "skipped.csv")
     written = capsys.readouterr().out
-    assert written.isascii() and len(written.splitlines()) == 4  # a line a file, and one that names the list
+    assert written.isascii() and len(written.splitlines()) == 4  # one for each file, one for the list
     with open(tmp_path / "skipped.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
         assert list(csv.reader(file)) == [
             ["path", "reason"],
@@ -288,7 +288,7 @@ def test_without_bad_files_there_is_no_list(tmp_path, capsys):
 
 
 def test_damaged_files_are_used_or_refused(tmp_path):
-    """A few of those that tests/long/files.py reads."""
+    """A few of the files that tests/long/files.py reads."""
     whole, folder = tmp_path / "whole", tmp_path / "mutants"
     folder.mkdir()
     sources = files.originals(whole, names=("a.mp4", "c.mkv", "e.avi", "f.ts"))
@@ -298,7 +298,7 @@ def test_damaged_files_are_used_or_refused(tmp_path):
     for training in (False, True):
         outcomes, wrong, _ = files.read(files.table_of(folder, names), training, data.MODALITIES, 1)
         assert not wrong
-        found = Counter(files.name_of(outcome) for outcome in outcomes.values())
+        found = Counter(files.outcome_kind(outcome) for outcome in outcomes.values())
         assert found["used"] > 10
         assert found["skipped"] > 10
         for index, name in enumerate(names):
@@ -314,9 +314,9 @@ def test_a_file_that_looks_like_an_address_is_a_file(tmp_path, monkeypatch):
     assert Media("http:localhost/a.mp4", ("audio",)).last_s == pytest.approx(1.0, abs=0.1)
 
 
-# ------------------------------------------------------------------------------------- nothing to see or hear
+# --------------------------------------------------------------------------------- constant picture and sound
 
-NOTHING = {  # pictures and sounds of ffmpeg that do not change
+CONSTANT = {  # ffmpeg sources of constant picture and sound
     "black": ("color=black:s=64x64:r=25", "anullsrc"),
     "white": ("color=white:s=64x64:r=25", "aevalsrc=1"),
     "still": ("testsrc2=s=64x64:r=25,trim=end_frame=1,loop=-1:1,setpts=N/25/TB", "sine=440"),
@@ -324,14 +324,14 @@ NOTHING = {  # pictures and sounds of ffmpeg that do not change
 }
 
 
-@pytest.mark.parametrize("kinds", [("black",), tuple(NOTHING)])
+@pytest.mark.parametrize("kinds", [("black",), tuple(CONSTANT)])
 def test_silence_black_frames_and_constant_sound_give_finite_numbers(tmp_path, kinds):
-    """Of networks before and after training on nothing else, at each batch size that the statistics see."""
+    """Before and after training on nothing else, in training mode and in evaluation mode."""
     imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
     root = tmp_path / "videos"
     root.mkdir()
     for kind in kinds:
-        picture, sound = NOTHING[kind]
+        picture, sound = CONSTANT[kind]
         inputs = ["-f", "lavfi", "-t", "2", "-i", picture, "-f", "lavfi", "-t", "2", "-i", sound]
         command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *inputs, "-ac", "1", "-pix_fmt", "yuv420p"]
         subprocess.run([*command, root / f"{kind}0.mp4"], check=True)
@@ -367,6 +367,6 @@ def test_silence_black_frames_and_constant_sound_give_finite_numbers(tmp_path, k
     left_out = [line["step"] for line in lines if "not_finite" in line]
     assert not left_out or kinds == (
         "black",
-    )  # where all clips of a batch are one, batch norm divides by nothing
+    )  # if all clips of a batch are equal, batch norm divides by zero
     assert sorted(left_out + [line["step"] for line in lines if "loss" in line]) == list(range(1, 7))
     assert_finite_features()

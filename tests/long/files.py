@@ -1,4 +1,4 @@
-"""Damaged media files, each read for training and for evaluation: none may cost more than itself.
+"""Reads damaged media files for training and for evaluation: a bad file must not cost any other file.
 
     python tests/long/files.py --mutants 500 --seed 0 [--keep FOLDER]
 
@@ -23,7 +23,7 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
-os.environ.setdefault("SVT_LOG", "0")  # the encoder of AV1 talks much
+os.environ.setdefault("SVT_LOG", "0")  # the encoder of AV1 prints a lot
 
 import numpy as np
 import torch
@@ -176,7 +176,7 @@ def write_mutants(folder, sources, count, rng):
     (folder / "loop.mp4").symlink_to("loop.mp4")
     (folder / "locked.mp4").write_bytes(whole)
     (folder / "locked.mp4").chmod(0)
-    os.mkfifo(folder / "pipe.mp4")  # nobody writes: to open it is to wait for ever
+    os.mkfifo(folder / "pipe.mp4")  # nobody writes to it: opening it would wait for ever
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(os.path.relpath(folder / "socket.mp4"))
     special = ["empty.mp4", "folder.mp4", "dangling.mp4", "loop.mp4", "pipe.mp4", "socket.mp4"]
@@ -220,7 +220,7 @@ class Timed(data.Clips):
 
 
 def complaint(batch, modalities, clips):
-    """What is wrong with a batch of one: "" is nothing."""
+    """What is wrong with a batch of one file; "" if nothing is."""
     for name, shape in (("video", VIDEO), ("audio", AUDIO)):
         if name in modalities and "index" in batch:
             if batch[name].shape != (1, clips, *shape):
@@ -236,7 +236,7 @@ def complaint(batch, modalities, clips):
 
 
 def read(table, training, modalities, workers, cfg=CONFIG):
-    """Every file of a table: ({index: its outcome, used or a reason}, complaints, seconds a file)."""
+    """Read every file of a table: ({index: "used" or a reason}, complaints, seconds of each file)."""
     clips = Timed(table, cfg, training, modalities)
     keys = [[(index, (3, 0, index))] if training else [index] for index in range(len(table))]
     outcomes, wrong = {}, []
@@ -249,7 +249,7 @@ def read(table, training, modalities, workers, cfg=CONFIG):
     return outcomes, wrong, clips.seconds
 
 
-def name_of(outcome):
+def outcome_kind(outcome):
     """used, skipped, died or hung."""
     if outcome.startswith("its decoder died"):
         return "died"
@@ -296,7 +296,7 @@ def main():
                 print(f"{title}: {len(names)} files in {time.perf_counter() - begin:.0f} s", flush=True)
                 wrong += complaints
                 for index, outcome in outcomes.items():
-                    counts[kinds[names[index]]][name_of(outcome)] += 1
+                    counts[kinds[names[index]]][outcome_kind(outcome)] += 1
                     reasons[outcome] += outcome != "used"
                     slowest.append((seconds[index].item(), ascii(names[index])[1:-1], title))
         print(f"\n{'':24}{'used':>9}{'skipped':>9}{'died':>9}{'hung':>9}")
