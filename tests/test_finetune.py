@@ -1,5 +1,6 @@
-"""Fine-tuning on a toy world that is written within a second. Run as a script it fine-tunes, for the tests
-that need processes."""
+"""Fine-tuning on a toy world that is written within a second. Tests that need processes of their own run this
+file as a script, which fine-tunes.
+"""
 
 import dataclasses
 import json
@@ -48,7 +49,7 @@ def script(root, out, *overrides):
     distributed.end()
 
 
-def process(root, out, *overrides, ranks=1):
+def start_process(root, out, *overrides, ranks=1):
     launcher = (
         ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     )
@@ -61,7 +62,7 @@ def process(root, out, *overrides, ranks=1):
 
 def saved(out, modality="video"):
     state = torch.load(out / f"finetune-{modality}-toy-train.pt", weights_only=True)
-    state.pop("metrics_bytes")  # the log names speeds
+    state.pop("metrics_bytes")  # the log holds speeds
     return state
 
 
@@ -79,8 +80,8 @@ def assert_same(a, b):
 
 
 @pytest.fixture(autouse=True)
-def as_found():
-    """One thread, as in the processes, and signal handlers as they were."""
+def restored_settings():
+    """One thread, as in the processes; threads and signal handlers are restored afterwards."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -92,7 +93,7 @@ def as_found():
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """An uninterrupted run: the toy's folder, the run's, what it returned, the subject."""
+    """An uninterrupted run: (folder of the toy, run folder, result, subject)."""
     torch.set_num_threads(1)
     root, out = tmp_path_factory.mktemp("world"), tmp_path_factory.mktemp("whole")
     subject = subject_of()
@@ -103,7 +104,7 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize("modality", data.MODALITIES)
-def test_it_learns_the_training_videos(whole, modality, tmp_path):
+def test_fine_tuning_learns_the_training_videos(whole, modality, tmp_path):
     root = whole[0]
     clips = "video.crop_area=[0.9,1]", "video.jitter=[0,0,0,0]", "video.flip=0"
     settings = "finetune.lr=1e-2", "finetune.epochs=25", "finetune.dropout=0", "finetune.milestones=[0.8]"
@@ -116,7 +117,7 @@ def test_it_learns_the_training_videos(whole, modality, tmp_path):
 
 
 def test_the_warm_up_moves_the_linear_layer_alone(whole, tmp_path):
-    """… of the encoder only the statistics of batch norm follow the data."""
+    """In the encoder only the batch-norm statistics change."""
     subject = subject_of("finetune.epochs=1", "finetune.warmup_epochs=3", "log.checkpoint_minutes=0")
     states = {}
 
@@ -154,7 +155,7 @@ def test_the_learning_rate_falls_at_the_milestones(whole, tmp_path):
             lambda path, state: rates.append(state["optimizer"]["param_groups"][0]["lr"]),
         )
         finetune.finetune(subject, *tables_of(subject, whole[0]), "video", tmp_path)
-    assert rates == pytest.approx([1e-3] * 4 + [1e-4] * 2 + [1e-5] * 4)  # 2 steps an epoch, the warm-up first
+    assert rates == pytest.approx([1e-3] * 4 + [1e-4] * 2 + [1e-5] * 4)  # 2 steps an epoch; warm-up first
 
 
 def test_dropout_is_a_function_of_seed_and_step():
@@ -173,17 +174,17 @@ def test_a_finished_run_is_only_tested(whole):
 
 
 def test_clips_are_plain_whatever_the_checkpoint_was_trained_with(whole, tmp_path):
-    """Of a network that learned speeds, directions and orders the same clips are taken as of any other."""
+    """A network that learned temporal tasks is fine-tuned on the same clips as any other."""
     root, out, result, _ = whole
     subject = subject_of("temporal={moments: 2, speeds: [1, 2], reverse: true}")
     assert finetune.finetune(subject, *tables_of(subject, root), "video", tmp_path) == result
     assert_same(saved(tmp_path), saved(out))
 
 
-def test_killed_and_resumed_it_ends_in_the_same_bits(whole, tmp_path):
+def test_a_killed_run_resumes_to_the_same_bits(whole, tmp_path):
     root, out, result, subject = whole
     file = tmp_path / "finetune-video-toy-train.pt"
-    running = process(root, tmp_path, "log.checkpoint_minutes=0")
+    running = start_process(root, tmp_path, "log.checkpoint_minutes=0")
     deadline, versions = time.monotonic() + 120, set()
     while len(versions) < 4:  # about the end of the warm-up
         assert running.poll() is None and time.monotonic() < deadline, running.stdout.read()
@@ -197,12 +198,12 @@ def test_killed_and_resumed_it_ends_in_the_same_bits(whole, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_step_saves_and_leaves(whole, number, tmp_path, capsys):
+def test_after_a_signal_the_run_finishes_the_step_saves_and_exits(whole, number, tmp_path, capsys):
     root, out, result, subject = whole
     tables = tables_of(subject, root)
     count, steps = data.BadFiles.count, []
 
-    def signalled(*arguments):  # within the fifth step, the first of the whole network
+    def signalled(*arguments):  # in the fifth step, the first that trains the whole network
         steps.append(1)
         if len(steps) == 5:
             signal.raise_signal(number)
@@ -218,15 +219,15 @@ def test_a_signal_ends_the_step_saves_and_leaves(whole, number, tmp_path, capsys
     assert_same(saved(tmp_path), saved(out))
 
 
-def test_two_processes_are_one(whole, tmp_path):
-    """… a bad file included, which only one of them may have drawn."""
+def test_two_processes_equal_one(whole, tmp_path):
+    """Also with a bad file, which may be drawn by one of them only."""
     root = shutil.copytree(whole[0], tmp_path / "world")
     subject = subject_of("finetune.lr=1e-4")
     train, test = tables_of(subject, root)
     (train.root / train.paths[3]).write_text("no video")
     result = finetune.finetune(subject, train, test, "video", tmp_path / "1")
     assert result["skipped"] == 1
-    running = process(root, tmp_path / "2", "finetune.lr=1e-4", ranks=2)
+    running = start_process(root, tmp_path / "2", "finetune.lr=1e-4", ranks=2)
     text = running.communicate(timeout=300)[0]
     assert running.returncode == 0, f"the processes say: {text[-3000:]}"
     assert json.loads((tmp_path / "2" / "result.json").read_text()) == result
@@ -239,7 +240,7 @@ def test_two_processes_are_one(whole, tmp_path):
 
 
 def test_bad_files_are_named_replaced_and_counted(whole, tmp_path, capsys):
-    """… and still counted when the run is finished and only tested again."""
+    """They are still counted when a finished run is only tested again."""
     root, _, _, subject = whole
     train, test = (dataclasses.replace(t, paths=list(t.paths)) for t in tables_of(subject, root))
     for table in (train, test):
@@ -252,7 +253,7 @@ def test_bad_files_are_named_replaced_and_counted(whole, tmp_path, capsys):
     assert finetune.finetune(dataclasses.replace(subject, cfg=cfg), train, test, "video", tmp_path) == first
 
 
-def test_too_many_bad_files_end_it(whole, tmp_path):
+def test_too_many_bad_files_end_the_run(whole, tmp_path):
     root, _, _, subject = whole
     train, test = tables_of(subject, root)
     (train.root / "broken.mp4").write_text("no video")
@@ -261,7 +262,7 @@ def test_too_many_bad_files_end_it(whole, tmp_path):
         finetune.finetune(subject, train, test, "video", tmp_path)
 
 
-def test_what_cannot_be_used_is_said_before_training(whole, tmp_path):
+def test_unusable_data_and_settings_are_refused(whole, tmp_path):
     root, out, _, subject = whole
     train, test = tables_of(subject, root)
     nothing = dataclasses.replace(test, labels=np.full(len(test), -1))
@@ -279,7 +280,7 @@ def test_what_cannot_be_used_is_said_before_training(whole, tmp_path):
         finetune.finetune(subject_of("finetune.lr=1e38"), train, test, "video", tmp_path)
 
 
-def test_it_leaves_a_log_beside_the_checkpoint(whole):
+def test_the_log_lies_beside_the_checkpoint(whole):
     _, out, _, _ = whole
     lines = [json.loads(line) for line in (out / "finetune-video-toy-train.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [4, 8, 12]  # log.every_steps=4
@@ -287,7 +288,7 @@ def test_it_leaves_a_log_beside_the_checkpoint(whole):
 
 
 def test_a_step_that_is_not_finite_moves_nothing_and_is_named(whole, tmp_path, monkeypatch):
-    """… the statistics of batch norm included: the third of the warm-up's four steps."""
+    """Not even the batch-norm statistics. It is the third of the warm-up's four steps."""
     root, _, _, subject = whole
     states, loss = {}, finetune.F.cross_entropy
 
@@ -308,13 +309,13 @@ def test_a_step_that_is_not_finite_moves_nothing_and_is_named(whole, tmp_path, m
     assert named["step"] == 3 and len(named["files"]) == 10
 
 
-def test_two_at_once_of_one_checkpoint_are_one_too_many(whole, tmp_path):
-    """Another process's is refused, and named; another checkpoint's is not."""
+def test_a_second_run_of_the_same_fine_tuning_is_refused(whole, tmp_path):
+    """The error names the other process. Fine-tuning the other modality meanwhile is allowed."""
     root, _, _, subject = whole
     path = tmp_path / "finetune-video-toy-train.pt"
     child = os.fork()
     if not child:
-        held = run.files.lock(path, path)  # as long as it is open
+        held = run.files.lock(path, path)  # as long as the file is open
         time.sleep(100 if held else 0)
     try:
         while (
@@ -330,11 +331,13 @@ def test_two_at_once_of_one_checkpoint_are_one_too_many(whole, tmp_path):
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    finetune.finetune(subject, *tables_of(subject, root), "video", tmp_path)  # the kernel has let go
+    finetune.finetune(
+        subject, *tables_of(subject, root), "video", tmp_path
+    )  # the kernel has released the lock
 
 
-def test_the_network_goes_to_the_device_of_its_process_and_nowhere_else(tmp_path, monkeypatch):
-    """Of many processes each has a GPU of its own: to begin with, and where batch norm is calibrated."""
+def test_the_network_stays_on_the_device_of_its_process(tmp_path, monkeypatch):
+    """Each process has its own GPU, from the start and while batch norm is calibrated."""
     world = distributed.World(3, 4, torch.device("meta"))
     monkeypatch.setattr(distributed, "start", lambda: world)
     arguments = ["--ckpt", "random", "--out", str(tmp_path), *TINY]

@@ -1,5 +1,6 @@
-"""Fingerprinting: copies that are no copies are found, others differ, and only what is distorted is looked at
-again."""
+"""Fingerprinting: undistorted copies are found, distorted ones differ, and only the distorted modality is
+read again.
+"""
 
 import json
 import subprocess
@@ -39,7 +40,7 @@ def world(tmp_path_factory):
     return subject, table
 
 
-def only(monkeypatch, **strengths):
+def limit_protocol(monkeypatch, **strengths):
     """The protocol reduced to these strengths."""
     kinds = {name: PROTOCOL[name]._replace(strengths=(strength,)) for name, strength in strengths.items()}
     monkeypatch.setattr(fingerprint, "PROTOCOL", kinds)
@@ -51,7 +52,7 @@ def measure(world, modalities=data.MODALITIES):
 
 def test_a_copy_without_distortion_is_its_original(world, monkeypatch):
     subject, table = world
-    only(monkeypatch, **IDENTITIES)
+    limit_protocol(monkeypatch, **IDENTITIES)
     result = measure(world)
     found = {key: value for key, value in result.items() if "R@" in key and not key.startswith("chance")}
     assert len(found) == len(IDENTITIES) * 3 * 2 * 2 and set(found.values()) == {100.0}
@@ -63,7 +64,7 @@ def test_a_copy_without_distortion_is_its_original(world, monkeypatch):
 
 
 @pytest.mark.parametrize("name, strength", EACH)
-def test_a_copy_differs_from_its_original_in_nothing_but_content(world, name, strength):
+def test_a_copy_differs_from_its_original_only_in_content(world, name, strength):
     subject, table = world
     for modality in data.MODALITIES if name == "speed" else (PROTOCOL[name].modality,):
         original = data.Clips(table, subject.cfg, training=False, modalities=(modality,))[0]
@@ -74,7 +75,8 @@ def test_a_copy_differs_from_its_original_in_nothing_but_content(world, name, st
             and copy[modality].dtype == original[modality].dtype
         )
         assert all(
-            not torch.equal(mine, its) for mine, its in zip(copy[modality], original[modality], strict=True)
+            not torch.equal(clip, clean)
+            for clip, clean in zip(copy[modality], original[modality], strict=True)
         )
         assert torch.equal(copy[modality], again[modality])
 
@@ -88,27 +90,27 @@ def test_only_the_distorted_modality_is_read_again(world, monkeypatch):
         for modality in data.MODALITIES:
             evaluation.features_of(*world, modality)  # kept: the gallery is not read again
 
-        def not_asked_for(*_):
+        def must_not_be_called(*_):
             raise AssertionError
 
-        def of_copies(network, clips, *more, extract=evaluation.extract):
+        def extract_copies(network, clips, *more, extract=evaluation.extract):
             assert isinstance(clips, Copies)
             return extract(network, clips, *more)
 
         with monkeypatch.context() as patch:
-            only(patch, **{name: strength})
-            patch.setattr(data.Clips, other, not_asked_for)
-            patch.setattr(Copies, other, not_asked_for)
-            patch.setattr(evaluation, "extract", of_copies)
+            limit_protocol(patch, **{name: strength})
+            patch.setattr(data.Clips, other, must_not_be_called)
+            patch.setattr(Copies, other, must_not_be_called)
+            patch.setattr(evaluation, "extract", extract_copies)
             measured = measure(world)
         kept = "audio" if distorted == "video" else "video"
         assert measured[f"{name} {strength} {kept} instance R@1"] == 100
 
 
 def test_an_interrupted_measurement_goes_on_where_it_stopped(world, monkeypatch):
-    only(monkeypatch, rotation=7, gain=3)
+    limit_protocol(monkeypatch, rotation=7, gain=3)
     for modality in data.MODALITIES:
-        evaluation.features_of(*world, modality)  # kept: of what follows, only copies are read
+        evaluation.features_of(*world, modality)  # kept: from here on only copies are read
     extract, asked = evaluation.extract, []
 
     def interrupted(network, copies, *more):
@@ -124,12 +126,12 @@ def test_an_interrupted_measurement_goes_on_where_it_stopped(world, monkeypatch)
     assert asked == [("video",), ("audio",), ("audio",)] and measure(world) == result
 
 
-def test_joint_features_are_both_of_equal_weight(world, monkeypatch):
-    """Against cosines computed the long way, with one modality distorted and with both."""
+def test_joint_features_weigh_both_modalities_equally(world, monkeypatch):
+    """Against cosines computed directly, with one modality distorted and with both."""
     subject, table = world
     clean = {m: evaluation.features_of(subject, table, m).video_level("features", m) for m in data.MODALITIES}
     for name, strength in (("noise", 0), ("speed", 2.0)):
-        only(monkeypatch, **{name: strength})
+        limit_protocol(monkeypatch, **{name: strength})
         query = dict(clean)
         for modality in data.MODALITIES if name == "speed" else ("audio",):
             query[modality] = fingerprint.copy_features(subject, table, modality, name, strength)
@@ -138,7 +140,7 @@ def test_joint_features_are_both_of_equal_weight(world, monkeypatch):
         assert measure(world)[f"{name} {strength:g} joint instance R@1"] == pytest.approx(r1)
 
 
-def test_a_copy_is_distorted_alike_in_all_its_clips_and_by_the_seed(world, monkeypatch):
+def test_all_clips_of_a_copy_are_distorted_alike_and_by_the_seed(world, monkeypatch):
     subject, table = world
     grey = torch.full((3, 4, 32, 32), 127, dtype=torch.uint8)
     monkeypatch.setattr(data.Clips, "picture", lambda *_: grey)
@@ -150,8 +152,9 @@ def test_a_copy_is_distorted_alike_in_all_its_clips_and_by_the_seed(world, monke
 
 
 def test_a_faster_copy_runs_through_the_whole_original(tmp_path):
-    """Frames twice as far apart, sounds as much closer together; its first clip begins and its last ends with
-    the original's."""
+    """At twice the speed, frames are twice as far apart and sounds half as far; the first clip begins and the
+    last ends with the original.
+    """
     wave = chirps([0.75], 4, 16000)
     write_media(tmp_path / "a.mp4", np.arange(100) / 25, wave, 16000)
     table = datasets.load(config.Data(name="folder", root=str(tmp_path)), "all")
@@ -177,7 +180,7 @@ def test_a_faster_copy_runs_through_the_whole_original(tmp_path):
         assert (heard[0] + heard[-1]) / 200 == pytest.approx(0.78 / speed, abs=0.03)
 
 
-def test_what_cannot_be_read_is_left_out_and_counted(world, tmp_path, monkeypatch):
+def test_unreadable_files_and_copies_are_left_out_and_counted(world, tmp_path, monkeypatch):
     subject, table = world
     for path in table.paths:
         (tmp_path / Path(path).name).symlink_to((table.root / path).resolve())
@@ -193,7 +196,7 @@ def test_what_cannot_be_read_is_left_out_and_counted(world, tmp_path, monkeypatc
             raise MediaError("torn")
         return picture(self, media, clip, rng)
 
-    only(monkeypatch, rotation=0, gain=0)
+    limit_protocol(monkeypatch, rotation=0, gain=0)
     monkeypatch.setattr(Copies, "picture", once)
     result = measure((subject, table))
     assert (result["videos"], result["gallery_videos"], result["skipped"], result["unread_copies"]) == (
@@ -216,12 +219,12 @@ def test_sounds_alone_have_no_joint_features(world, tmp_path):
     assert (tmp_path / "audio.png").stat().st_size > 10_000
 
 
-def test_a_sample_rate_without_its_distortions_is_said_beforehand():
+def test_a_sample_rate_without_mp3_is_refused_before_the_measurement():
     with pytest.raises(config.ConfigError, match=r"audio\.rate_hz=10000: MP3 has no sample rate"):
         fingerprint.check(config.Audio(rate_hz=10000))
 
 
-def test_the_script_writes_every_number_the_same_each_time(world, tmp_path):
+def test_the_script_writes_every_number_reproducibly(world, tmp_path):
     command = [
         sys.executable,
         str(ROOT / "eval_retrieval.py"),

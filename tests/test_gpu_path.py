@@ -1,6 +1,8 @@
-"""The step of a GPU, without one: no mismatch of devices or dtypes, and the host never waits for the device.
+"""A GPU's training step, tested without one: devices and dtypes match, and the host never waits for the
+device.
 
-fake_cuda.py, in a process of its own, runs train.main on tensors without data; here is what must come out.
+fake_cuda.py runs train.main on tensors without data in a process of its own; these tests check what it
+reports.
 """
 
 import itertools
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 
 FAKE = Path(__file__).with_name("fake_cuda.py")
-# as little of the networks as may be: what a step asks of the device is a matter of its kinds of layers
+# small networks: what a step asks of the device depends only on the kinds of layers
 TINY = (
     "model.depth=1 model.width=8 optim.batch_size=16 video.size=32 video.frames=4 loss.warmup_epochs=0"
 ).split()
@@ -32,11 +34,11 @@ CASES = {
     "each sample's own candidates": ("xid", 8, ["bank.candidates=own", "loss.form=nce"]),
     "agreement": ("xid", 1, ["bank.candidates=own", "loss.form=nce", "weights.cma=0.25", "init=x.pt"]),
     "harder negatives": ("temporal", 8, ["contrast.tau_n=0.5"]),
-    "activations computed again": ("robust_temporal", 8, ["optim.checkpoint_activations=true"]),
+    "recomputed activations": ("robust_temporal", 8, ["optim.checkpoint_activations=true"]),
     "a batch in parts": ("robust_temporal", 8, ["optim.accumulate=2"]),
     "statistics of each rank": ("robust", 8, ["optim.sync_bn=false"]),
     "batch norm in the heads": ("robust", 8, ["model.head_norm=batch"]),
-    "clipped": ("robust", 1, ["optim.clip_grad=1"]),
+    "clipped gradients": ("robust", 1, ["optim.clip_grad=1"]),
     "r2plus1d_18": ("robust", 8, TORCHVISION),
     "r3d_18": ("robust", 1, [*TORCHVISION, "model.video=r3d_18"]),
     "s3d": ("robust", 8, [*TORCHVISION, "model.video=s3d", "video.frames=16", "video.size=64"]),
@@ -44,7 +46,7 @@ CASES = {
 
 
 def results_of(*arguments):
-    """What a process of Python's prints as RESULT, a line of JSON each."""
+    """The JSON of every RESULT line that a Python process prints."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800, env=environment)
@@ -77,14 +79,15 @@ def test_embeddings_and_features_are_float32_whatever_the_network_computes_in(st
         assert dtype == (f"torch.{amp}" if half else "torch.float32"), what
 
 
-def test_buffers_that_are_equal_are_not_sent(steps):
+def test_equal_buffers_are_not_broadcast(steps):
     assert steps["robust, 8 processes, bf16"]["broadcast_buffers"] is False
     assert steps["statistics of each rank"]["broadcast_buffers"] is True
 
 
 def test_collectives_of_a_step_do_not_depend_on_the_number_of_terms(steps):
-    """Batch norm's two a layer, the instances, their embeddings, the terms; with tasks, the counts of all of
-    them."""
+    """Two for each batch norm, then one each for instances, embeddings and terms; with tasks, one for their
+    counts.
+    """
     robust, both = (
         steps[f"{cfg}, 8 processes, bf16"]["collectives"] for cfg in ("robust", "robust_temporal")
     )
@@ -94,12 +97,12 @@ def test_collectives_of_a_step_do_not_depend_on_the_number_of_terms(steps):
 
 WAITS = {
     "a number is read": "output.video.sum().item()",
-    "a number is asked for": "bool(output.video.sum() > 0)",
-    "a mask says how many": "output.video[output.video[:, 0] > 0]",
+    "a condition is evaluated": "bool(output.video.sum() > 0)",
+    "a boolean mask": "output.video[output.video[:, 0] > 0]",
     "a number from the host": "torch.tensor(1.0, device=output.video.device)",
-    "a number from the host in its place": "output.video.detach().sum(1)[-1] = 0",
+    "a number from the host, assigned in place": "output.video.detach().sum(1)[-1] = 0",
     "pageable memory": "torch.zeros(300).to(output.video.device, non_blocking=True)",
-    "a copy that is waited for": "torch.zeros(3).pin_memory().to(output.video.device)",
+    "a blocking copy": "torch.zeros(3).pin_memory().to(output.video.device)",
     "a copy to the host": "output.video.detach().cpu()",
     "a copy over another": "torch.zeros_like(output.video).copy_(torch.zeros(output.video.shape))",
 }
@@ -109,9 +112,9 @@ MISMATCHES = {
 }
 FINE = {
     "pinned memory": "torch.zeros(3).pin_memory().to(output.video.device, non_blocking=True)",
-    "a number of Python's": "torch.where(output.video > 0, output.video, 0.0)",
+    "a Python number": "torch.where(output.video > 0, output.video, 0.0)",
     "a row that is filled": "output.video.detach().clone()[-1] = 0",
-    "a copy to the host that is not waited for": "output.video.detach().to('cpu', non_blocking=True)",
+    "a copy to the host that does not block": "output.video.detach().to('cpu', non_blocking=True)",
 }
 WITHIN = """
 import json, sys
@@ -132,8 +135,8 @@ fake_cuda.run_step(config.load("robust", json.loads(sys.argv[2])), within=within
 """
 
 
-def test_what_would_wait_or_fail_on_a_gpu_is_seen_here():
-    """Else the tests above would say nothing."""
+def test_the_fake_gpu_reports_waits_and_mismatches():
+    """Otherwise the tests above would prove nothing."""
     codes = WAITS | MISMATCHES | FINE
     given = [str(FAKE.parent), json.dumps(TINY), json.dumps([*codes.values()])]
     results = dict(zip(codes, results_of("-c", WITHIN, *given), strict=True))

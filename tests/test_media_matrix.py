@@ -1,7 +1,7 @@
-"""Files that other people's tools wrote: a clip's picture belongs to its sound, streamed and in memory.
+"""Files written by other tools: a clip's picture belongs to its sound, streamed and in memory.
 
-A small part of tests/long/media_matrix.py, whose table is in docs/reliability.md; and real files that carry
-their truth.
+A small part of tests/long/media_matrix.py, whose table is in docs/reliability.md, and real files with known
+content.
 """
 
 import shutil
@@ -18,7 +18,7 @@ import media_matrix
 from avid.media import Media, MediaError, MediaInMemory
 from avid.tools import prepare
 
-CASES = [  # container, codec of the picture, of the sound, what was done to it, who has to read it
+CASES = [  # container, video codec, audio codec, condition, expected reader of the frames
     ("mp4", "libx264", "aac", "whole", "decord"),
     ("mp4", "libx264", "aac", "cut by copy", "PyAV"),
     ("mp4", "libx264", "aac", "open groups of 400", "PyAV"),
@@ -38,26 +38,26 @@ CASES = [  # container, codec of the picture, of the sound, what was done to it,
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The folder of the source that all files are made of."""
+    """The folder of the source that all files are encoded from."""
     folder = tmp_path_factory.mktemp("matrix")
     media_matrix.write_source(folder)
     return folder
 
 
-@pytest.mark.parametrize("ending, codec, sound, condition, way", CASES)
-def test_pictures_belong_to_their_sound(folder, ending, codec, sound, condition, way):
+@pytest.mark.parametrize("ending, codec, sound, condition, reader", CASES)
+def test_pictures_belong_to_their_sound(folder, ending, codec, sound, condition, reader):
     if ending:
         file = media_matrix.make(folder, f"{condition} {codec}.{ending}", codec, sound, condition)
     else:
         file = media_matrix.make_sound(folder, condition, "whole")
     if file is None or isinstance(file, str):
         pytest.skip(f"this ffmpeg cannot make {codec} in {ending}: {file}")
-    verdict = media_matrix.judge(file, clips=4)
-    assert not verdict.reason and verdict.right and verdict.way == way, verdict
+    verdict = media_matrix.measure_file(file, clips=4)
+    assert not verdict.reason and verdict.right and verdict.reader == reader, verdict
 
 
-def test_times_that_cannot_be_are_refused_with_a_reason(folder):
-    """A cut writes wrong numbers into Ogg, from which the picture's times are told."""
+def test_impossible_time_stamps_are_refused_with_a_reason(folder):
+    """A cut by copy writes wrong numbers into Ogg, and the picture's times are computed from them."""
     name = "cut by copy libtheora.ogv"
     file = media_matrix.make(folder, name, "libtheora", "libvorbis", "cut by copy")
     with pytest.raises(MediaError, match="time stamps are impossible"):
@@ -71,13 +71,13 @@ def test_prepared_files_that_were_cut_by_copy_keep_their_sound(folder, tmp_path,
     shutil.copy(file.path, tmp_path / "in")
     assert prepare.prepare(tmp_path / "in", tmp_path / "out", prepare.Small(), 1) == 1
     prepared = media_matrix.File(tmp_path / "out/cut by copy.mp4", file.frames)
-    before, after = (media_matrix.judge(one, clips=6) for one in (file, prepared))
+    before, after = (media_matrix.measure_file(one, clips=6) for one in (file, prepared))
     assert before.right and not before.reason and after.right and not after.reason, (before, after)
-    assert after.way == "decord"
+    assert after.reader == "decord"
 
 
-def test_a_real_wmv_with_close_key_frames(real_media):
-    """Its frames show their numbers; decord alone gives others for every second clip."""
+def test_frames_of_a_real_wmv_with_close_key_frames_are_right(real_media):
+    """Its frames show their numbers; decord alone reads wrong ones for every second clip."""
     with Media(real_media / "keys_every_12.wmv", ("video",)) as media:
         for at_s in np.random.default_rng(0).uniform(0, media.last_s - 1, 8):
             times = media.reader.first_s + at_s + np.arange(4) / 8
@@ -85,9 +85,9 @@ def test_a_real_wmv_with_close_key_frames(real_media):
             np.testing.assert_allclose(np.array(found) / 25, times - media.reader.first_s, atol=0.06)
 
 
-def test_a_real_cut_by_copy(real_media):
-    """Its frames, numbered by 16 blocks, are those of the sine's frequency, 500 + 400·t Hz; the same in
-    memory.
+def test_pictures_belong_to_their_sound_in_a_real_cut_by_copy(real_media):
+    """Frames show their number in 16 blocks, and the sound is a sine of 500 + 400·t Hz: both tell the same
+    time, also in memory.
     """
     path = real_media / "cut_by_copy.mp4"
     whole = MediaInMemory(path)
@@ -105,5 +105,7 @@ def test_a_real_cut_by_copy(real_media):
 def test_a_real_pause_of_the_picture_does_not_shift_what_follows(real_media):
     with Media(real_media / "gap.avi") as media:
         assert media.last_s == pytest.approx(20.0, abs=0.1)
-        still, later = media.frames([6.5, 9.5]), media.frames([10.5, 12.0])
-    assert np.abs(still[0].astype(int) - still[1]).mean() < 2 < np.abs(later[0].astype(int) - later[1]).mean()
+        still, moving = media.frames([6.5, 9.5]), media.frames([10.5, 12.0])
+    assert (
+        np.abs(still[0].astype(int) - still[1]).mean() < 2 < np.abs(moving[0].astype(int) - moving[1]).mean()
+    )

@@ -21,7 +21,7 @@ TASKS = {"speed_video": 4, "direction_audio": 2, "order_video": 3, "order_cross"
 
 
 def network(tasks=(), seed=0, **model):
-    # torchvision's have one size
+    # torchvision's networks have one size
     small = SMALL if model.get("video", "avid") == "avid" else {"embedding": 16}
     torch.manual_seed(seed)
     return models.AudioVisual(config.Model(**{**small, **model}), tasks)
@@ -45,8 +45,8 @@ def released():
 
 
 def test_names_and_shapes_are_those_of_the_released_checkpoints(released):
-    mine = {f"module.{name}": tuple(tensor.shape) for name, tensor in released.state_dict().items()}
-    assert mine == RELEASED
+    shapes = {f"module.{name}": tuple(tensor.shape) for name, tensor in released.state_dict().items()}
+    assert shapes == RELEASED
 
 
 def test_a_released_checkpoint_loads(released):
@@ -72,7 +72,7 @@ def test_released_names_and_own_names_give_the_same_features():
         assert torch.equal(x, y)
 
 
-def test_an_own_checkpoint_loads():
+def test_a_checkpoint_of_this_project_loads():
     one, other = network(seed=1), network(seed=2)
     models.load(other, {"network": one.state_dict()}, "last.pt")
     assert all(
@@ -80,7 +80,7 @@ def test_an_own_checkpoint_loads():
     )
 
 
-def test_what_does_not_fit_is_named():
+def test_tensors_that_do_not_fit_are_named():
     state = network().state_dict()
     before = {name: tensor.clone() for name, tensor in state.items()}
     into = network(seed=0)
@@ -126,7 +126,7 @@ def test_the_video_network_halves_time_and_space_as_described(released):
     assert (embedding.shape, features.shape) == ((1, 128), (1, 512))
 
 
-def test_the_audio_network_halves_five_times_but_the_last_block(released):
+def test_every_part_of_the_audio_network_but_the_last_halves_its_input(released):
     shapes = []
     hooks = [
         getattr(released.audio_model, name).register_forward_hook(
@@ -167,7 +167,7 @@ def test_a_block_adds_its_input():
 
 @pytest.mark.parametrize("width", [4, 16])
 @pytest.mark.parametrize("depth", [1, 3])
-def test_width_and_depth(width, depth):
+def test_width_and_depth_set_the_size_of_the_networks(width, depth):
     model = network(width=width, depth=depth, embedding=10)
     assert len(model.video_model.conv3x) == depth
     output = model(*clips())
@@ -212,7 +212,7 @@ def test_a_size_that_a_backbone_does_not_take_is_an_error(modality, backbone):
                 models.check(model)
 
 
-def test_the_audio_network_beside_a_torchvision_one_has_the_width_of_both():
+def test_the_audio_network_has_the_width_of_the_torchvision_network_beside_it():
     model = config.Model(video="r3d_18")
     models.check(model)
     assert model.width == 64
@@ -221,8 +221,8 @@ def test_the_audio_network_beside_a_torchvision_one_has_the_width_of_both():
     assert [network.dim for network in both] == [512, 512]
 
 
-def test_a_checkpoint_of_the_time_when_sizes_were_ignored_still_loads():
-    """Then torchvision's networks took any width and depth, and the audio network had that width."""
+def test_a_checkpoint_from_when_sizes_were_ignored_still_loads():
+    """Then torchvision's networks accepted any width and depth, and the audio network had that width."""
     one, other = (network(seed=seed, video="r3d_18", width=8, depth=1) for seed in (1, 2))
     assert (one.video_model.dim, one.audio_model.dim) == (512, 64)
     models.load(other, {"network": one.state_dict()}, "last.pt")
@@ -249,8 +249,8 @@ def test_embeddings_have_unit_length_under_autocast():
         torch.testing.assert_close(embedding.norm(dim=1), torch.ones(4), atol=1e-5, rtol=0)
 
 
-def test_batch_norm_in_the_heads_takes_the_common_direction_away():
-    """Embeddings of an untrained network without it all point the same way."""
+def test_batch_norm_in_the_heads_removes_the_common_direction():
+    """Without it, the embeddings of an untrained network all point in nearly the same direction."""
 
     def mean_cosine(head_norm):
         v = network(head_norm=head_norm).train()(*clips(batch=16)).video.detach()
@@ -260,21 +260,21 @@ def test_batch_norm_in_the_heads_takes_the_common_direction_away():
     assert abs(mean_cosine("batch")) < 0.2
 
 
-def test_batch_norm_stands_behind_each_layer_the_last_one_without_scale_and_shift():
+def test_batch_norm_follows_each_layer_and_the_last_has_no_scale_and_shift():
     names = [name for name, _ in network(head_norm="batch").video_proj.named_parameters()]
     assert names == [
         f"projection.{at}.{what}" for at, what in ((0, "weight"), (1, "weight"), (1, "bias"))
     ] + [f"projection.{at}.{what}" for at, what in ((3, "weight"), (4, "weight"), (4, "bias"), (6, "weight"))]
 
 
-def test_one_clip_does_not_depend_on_the_others_when_evaluated():
+def test_in_evaluation_a_clip_does_not_depend_on_the_others():
     model, (video, audio) = network(head_norm="batch").eval(), clips()
     together, alone = model(video, audio), model(video[2:3], audio[2:3])
     torch.testing.assert_close(together.video[2:3], alone.video, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(together.audio[2:3], alone.audio, atol=1e-5, rtol=1e-4)
 
 
-def test_encode_is_each_half_of_forward():
+def test_encode_equals_forward_of_one_modality():
     model, (video, audio) = network().eval(), clips()
     output = model(video, audio)
     for modality, x, embedding, features in (
@@ -321,7 +321,7 @@ def test_the_seed_decides_the_network():
 
 
 def step(forward, inputs, parameters):
-    """Forward and backward: (loss, bytes that forward kept for backward, the parameters aside)."""
+    """Forward and backward: (loss, bytes that forward kept for backward, without the parameters)."""
     kept, own = {}, {parameter.untyped_storage().data_ptr() for parameter in parameters}
 
     def keep(x):
@@ -365,7 +365,7 @@ def test_checkpointed_activations_give_the_same_step_from_less_memory(modality, 
 
 
 @pytest.mark.parametrize("modality", ["video", "audio"])
-def test_a_compiled_network_checkpoints_its_activations_alike(modality):
+def test_checkpointed_activations_give_the_same_step_when_compiled(modality):
     plain, checkpointed = (network(width=4).train() for _ in range(2))
     models.checkpoint_activations(checkpointed)
     one, other = (getattr(model, f"{modality}_model") for model in (plain, checkpointed))

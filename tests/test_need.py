@@ -1,4 +1,4 @@
-"""data.need=any: files with a picture or a sound alone take part, and what needs both is masked for them."""
+"""data.need=any: files with only picture or only sound take part; terms that need both leave them out."""
 
 import json
 import shutil
@@ -65,15 +65,17 @@ def batch_of(cfg, root):
     return data.collate([clips[i, (3, 0, i)] for i in range(len(clips))])
 
 
-def test_files_say_what_they_hold_and_lend_each_other_what_they_lack(videos):
+def test_a_batch_marks_what_each_file_holds_and_fills_in_what_it_lacks(videos):
     batch = batch_of(settings(videos), videos)
     assert batch["failures"] == []
     assert batch["held"].tolist() == [*[list(BOTH)] * 3, *[list(MUTE)] * 3, *[list(SOUND)] * 2]
-    assert torch.equal(batch["audio"][3:6], batch["audio"][:3])  # the mute ones: of those with sound, in turn
+    assert torch.equal(
+        batch["audio"][3:6], batch["audio"][:3]
+    )  # mute files take sound from the others in turn
     assert torch.equal(batch["video"][6:], batch["video"][:2])
 
 
-def test_what_no_file_of_the_batch_holds_is_none_and_its_output_zero(videos, tmp_path):
+def test_a_modality_that_no_file_of_the_batch_holds_is_none_and_its_output_zero(videos, tmp_path):
     for i in range(5):
         shutil.copy(videos / "sound0.wav", tmp_path / f"{i}.wav")
     cfg = settings(tmp_path)
@@ -84,21 +86,19 @@ def test_what_no_file_of_the_batch_holds_is_none_and_its_output_zero(videos, tmp
     assert output.video_features.shape == (10, 32) and not output.video.any() and output.audio.any(1).all()
 
 
-def test_by_default_a_file_that_lacks_something_is_not_used(videos):
+def test_by_default_a_file_that_lacks_a_modality_is_not_used(videos):
     item = data.training_clips(
         datasets.load(config.Data("folder", str(videos)), "train"), settings(videos, "data.need=both")
     )[3, (3, 0, 3)]
     assert [reason for _, reason in item["failures"]][:1] == ["no sound"] and "held" not in item
 
 
-def test_what_is_lent_changes_no_term(videos):
-    """The terms and their gradients are the same whatever stands where a file has nothing."""
+def test_filled_in_clips_change_no_term(videos):
+    """Terms and gradients are the same whatever fills in for a missing modality."""
     cfg = settings(videos, "loss.soft=0.5", "loss.w_min=0.25")
     batch = data.to_device(batch_of(cfg, videos), torch.device("cpu"), cfg.audio)
     torch.manual_seed(0)
-    network = models.AudioVisual(
-        cfg.model, temporal_tasks.classes(cfg)
-    ).eval()  # clips do not meet in batch norm
+    network = models.AudioVisual(cfg.model, temporal_tasks.classes(cfg)).eval()  # no statistics across clips
     found = []
     for _ in range(2):
         bank = PartialBank(8, 16, 0.5, seed=0)
@@ -118,10 +118,10 @@ def test_what_is_lent_changes_no_term(videos):
 
 
 def terms_gradients_bank(cfg, items, rank=0, world=1):
-    """Of a step of this rank, whose batch is of these items."""
+    """(terms, gradients, bank) of a step of this rank on a batch of these items."""
     batch = data.to_device(data.collate(items), torch.device("cpu"), cfg.audio)
     torch.manual_seed(0)
-    network = models.AudioVisual(cfg.model, temporal_tasks.classes(cfg)).eval()  # no clips meet in batch norm
+    network = models.AudioVisual(cfg.model, temporal_tasks.classes(cfg)).eval()  # no statistics across clips
     bank = PartialBank(8, 16, 0.5, seed=0)
     objective = train.Objective(cfg, bank, SimpleNamespace(rank=rank, size=world), epoch_steps=1)
     output, index = network(batch["video"], batch["audio"]), distributed.gather(batch["index"])
@@ -131,13 +131,13 @@ def terms_gradients_bank(cfg, items, rank=0, world=1):
     return terms, [torch.zeros(()) if p.grad is None else p.grad for p in network.parameters()], bank
 
 
-def one_rank(rank, world, root, folder):
-    """What every rank does; an assertion that fails ends it with an exit code."""
+def check_rank(rank, world, root, folder):
+    """Runs in every rank; a failed assertion ends it with an exit code."""
     torch.set_num_threads(1)
     cfg = settings(root, "loss.soft=0.5", "loss.w_min=0.25")
     clips = data.training_clips(datasets.load(cfg.data, "train"), cfg)
-    order = [0, 1, 2, 6, 3, 4, 5, 7]  # the last four, the second rank's: no file with both
-    items = [clips[i, (data.OF_A_STEP, 3, place)] for place, i in enumerate(order)]
+    order = [0, 1, 2, 6, 3, 4, 5, 7]  # the last four are the second rank's: no file with both
+    items = [clips[i, (data.OF_A_STEP, 3, position)] for position, i in enumerate(order)]
     terms, gradients, bank = terms_gradients_bank(cfg, [dict(item) for item in items])
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     own = items[rank * len(items) // world : (rank + 1) * len(items) // world]
@@ -146,17 +146,17 @@ def one_rank(rank, world, root, folder):
     close = {"rtol": 1e-4, "atol": 1e-5}
     assert len(terms) == len(vars(cfg.weights)) - 1 and all(term > 0 for term in terms.values())
     torch.testing.assert_close(means, {name: term.detach() for name, term in terms.items()}, **close)
-    for mine, whole in zip(own_gradients, gradients, strict=True):
+    for local, whole in zip(own_gradients, gradients, strict=True):
         torch.testing.assert_close(
-            distributed.total(mine.expand_as(whole).contiguous()) / world, whole, **close
+            distributed.total(local.expand_as(whole).contiguous()) / world, whole, **close
         )
     torch.testing.assert_close(dict(own_bank.named_buffers()), dict(bank.named_buffers()), **close)
     dist.destroy_process_group()
 
 
-def test_two_ranks_make_the_step_of_one_though_the_second_has_no_pair(videos, tmp_path):
+def test_two_ranks_equal_one_even_if_the_second_has_no_pair(videos, tmp_path):
     """The mean over the ranks, which DDP takes, of each term and gradient is that of the whole batch."""
-    torch.multiprocessing.spawn(one_rank, (2, str(videos), str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(check_rank, (2, str(videos), str(tmp_path)), nprocs=2)
 
 
 def bank_and_objective(*more):
@@ -167,23 +167,23 @@ def bank_and_objective(*more):
     return cfg, bank, train.Objective(cfg, bank, SimpleNamespace(rank=0, size=1), epoch_steps=1)
 
 
-def test_xid_is_that_of_the_pairs_alone():
+def test_xid_counts_pairs_alone():
     cfg, bank, objective = bank_and_objective("bank.num_negatives=all")
     index, held = torch.arange(4), torch.tensor([BOTH, MUTE, SOUND, BOTH])
     video, audio = unit(4, 6, seed=1), unit(4, 6, seed=2)
     bank.mark(index, held)
     bank.mark(torch.tensor([6]), torch.tensor([MUTE]))
-    ours = objective.robust_xid(models.Output(video, audio, None, None, {}), index, 0, agreed=False)
-    pairs = torch.tensor([0, 3, 4, 5, 7])  # of the bank
+    loss = objective.robust_xid(models.Output(video, audio, None, None, {}), index, 0, agreed=False)
+    pairs = torch.tensor([0, 3, 4, 5, 7])  # instances of the bank that hold both
     losses_of = [
         -torch.log_softmax(x[i] @ bank_side[pairs].T / cfg.loss.temperature, 0)[k]
         for x, bank_side in ((video, bank.audio), (audio, bank.video))
         for k, i in enumerate([0, 3])
     ]
-    torch.testing.assert_close(ours, sum(losses_of) / 2)
+    torch.testing.assert_close(loss, sum(losses_of) / 2)
 
 
-def test_no_pair_in_a_batch_is_no_loss_and_no_nan():
+def test_a_batch_without_pairs_has_zero_loss_and_gradient():
     _, bank, objective = bank_and_objective("bank.num_negatives=all")
     bank.mark(torch.arange(8), torch.tensor([MUTE, SOUND] * 4))
     video, audio = unit(4, 6, seed=1).requires_grad_(), unit(4, 6, seed=2).requires_grad_()
@@ -192,24 +192,26 @@ def test_no_pair_in_a_batch_is_no_loss_and_no_nan():
     assert loss == 0 and not video.grad.any() and not audio.grad.any()
 
 
-def test_a_contrast_counts_only_memories_that_are_there():
-    x, usual, near, far = unit(3, 5, seed=0), unit(3, 5, seed=1), unit(6, 5, seed=2), unit(12, 5, seed=3)
+def test_a_contrast_counts_only_valid_memories():
+    x, matched, near, far = unit(3, 5, seed=0), unit(3, 5, seed=1), unit(6, 5, seed=2), unit(12, 5, seed=3)
     near, far = near.view(3, 2, 5), far.view(3, 4, 5)
-    there = (
+    valid = (
         torch.tensor([[1, 1], [0, 1], [0, 0]]).bool(),
         torch.tensor([[1] * 4, [0, 1, 1, 0], [0] * 4]).bool(),
     )
-    ours = losses.contrast(x, usual, near, far, 0.2, there)
+    found = losses.contrast(x, matched, near, far, 0.2, valid)
     for i in range(2):
-        alone = losses.contrast(x[[i]], usual[[i]], near[[i]][:, there[0][i]], far[[i]][:, there[1][i]], 0.2)
-        torch.testing.assert_close(ours[[i]], alone)
-    assert ours[2] == 0  # nothing to tell it from
+        alone = losses.contrast(
+            x[[i]], matched[[i]], near[[i]][:, valid[0][i]], far[[i]][:, valid[1][i]], 0.2
+        )
+        torch.testing.assert_close(found[[i]], alone)
+    assert found[2] == 0  # it has no negatives
     everything = torch.ones(3, 2).bool(), torch.ones(3, 4).bool()
-    plain = losses.contrast(x, usual, near, far, 0.2)
-    torch.testing.assert_close(losses.contrast(x, usual, near, far, 0.2, everything), plain)
+    plain = losses.contrast(x, matched, near, far, 0.2)
+    torch.testing.assert_close(losses.contrast(x, matched, near, far, 0.2, everything), plain)
 
 
-def test_the_bank_leaves_out_what_files_do_not_hold():
+def test_the_bank_leaves_out_modalities_that_files_lack():
     bank, plain = PartialBank(8, 6, 0.5, seed=0), MemoryBank(8, 6, 0.5, seed=0)
     index, video, audio = torch.tensor([1, 2, 3]), unit(3, 6, seed=1), unit(3, 6, seed=2)
     bank.mark(index, torch.tensor([BOTH, MUTE, SOUND]))
@@ -232,7 +234,7 @@ def test_the_bank_leaves_out_what_files_do_not_hold():
     assert 3 not in near[0].tolist()  # five of the six others that have a picture
 
 
-def test_training_with_everything_and_on_from_a_checkpoint(videos, tmp_path, monkeypatch):
+def test_training_with_all_terms_resumes_to_the_same_bits(videos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for part in ("train", "test"):
         shutil.copytree(videos, tmp_path / "data" / part)
@@ -250,7 +252,7 @@ def test_training_with_everything_and_on_from_a_checkpoint(videos, tmp_path, mon
         assert torch.equal(parts["network"][name], value), name
 
 
-def test_sounds_alone_train_the_network_of_sound(videos, tmp_path):
+def test_sounds_alone_train_the_audio_network(videos, tmp_path):
     for i in range(5):
         shutil.copy(videos / "sound0.wav", tmp_path / f"{i}.wav")
     off = [f"weights.{name}=0" for name in vars(config.Weights()) if "video" in config.needs(name)]
@@ -272,12 +274,12 @@ def test_sounds_alone_train_the_network_of_sound(videos, tmp_path):
         ([f"weights.{n}=0" for n in vars(config.Weights()) if len(config.needs(n)) == 1], "one modality"),
     ],
 )
-def test_settings_that_cannot_be_had_with_any(more, text):
+def test_settings_that_do_not_work_with_any_are_refused(more, text):
     with pytest.raises(config.ConfigError, match=text):
         settings("x", *more)
 
 
-def test_a_data_set_without_pictures_needs_terms_of_sound():
+def test_a_data_set_without_pictures_needs_terms_of_sound_alone():
     for more, text in ((["data.need=both"], "data.need=any"), ([], "weights.xid=1 needs them")):
         cfg = settings("x", "data.name=esc50", *more)
         with pytest.raises(config.ConfigError, match="no pictures") as error:
@@ -287,7 +289,7 @@ def test_a_data_set_without_pictures_needs_terms_of_sound():
     cli.fits(settings("x", "data.name=esc50", *off), 100)
 
 
-def test_the_terms_and_what_they_need():
+def test_each_term_needs_its_modalities():
     assert {name: config.needs(name) for name in vars(config.Weights())} == {
         "xid": ("video", "audio"), "cma": ("video", "audio"),
         "contrast_vv": ("video",), "contrast_aa": ("audio",),
@@ -298,7 +300,7 @@ def test_the_terms_and_what_they_need():
     }  # fmt: skip
 
 
-def test_confusions_know_what_files_lack(videos):
+def test_confusion_matrices_leave_out_modalities_that_files_lack(videos):
     cfg = settings(videos)
     table = datasets.load(cfg.data, "train")
     network = models.AudioVisual(cfg.model, temporal_tasks.classes(cfg))
@@ -307,12 +309,12 @@ def test_confusions_know_what_files_lack(videos):
     assert counts["order_cross"].sum() <= 2 * 3
 
 
-def test_a_bank_is_partial_where_files_may_be():
+def test_the_bank_is_partial_if_files_may_lack_a_modality():
     assert memory_bank.kind(settings("x")) is PartialBank
     assert memory_bank.kind(config.load("toy")) is MemoryBank
 
 
-def test_batch_norm_over_ranks_would_wait_for_a_batch_that_lacks_a_modality():
+def test_batch_norm_over_ranks_is_refused_if_a_batch_may_lack_a_modality():
     cfg = config.load("toy_temporal", ["data.need=any"])
     cli.fits(cfg, 800, processes=1)
     with pytest.raises(ConfigError, match=r"set optim.sync_bn=false"):

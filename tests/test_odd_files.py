@@ -1,4 +1,4 @@
-"""Odd files, encoded by ffmpeg: picture and sound are those of the asked times, and give clips."""
+"""Odd files, encoded by ffmpeg: picture and sound are those of the requested times, and clips can be made."""
 
 import subprocess
 import sys
@@ -18,8 +18,8 @@ from avid.media import Media, MediaError
 
 @pytest.fixture
 def encoded(tmp_path):
-    """A function of a file name, of ffmpeg's options, of a number of frames, of input options and of a sound:
-    it writes a file.
+    """A function that encodes a file: (name, options of ffmpeg, number of frames, options of its input,
+    sound).
     """
     imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
 
@@ -76,19 +76,19 @@ def assert_usable(path, modalities=data.MODALITIES):
         ("one_second_in.mkv", "-c:v libx264 -output_ts_offset 1"),
     ],
 )
-def test_picture_and_sound_of_every_kind(encoded, name, options):
+def test_picture_and_sound_of_every_format_are_those_of_the_requested_times(encoded, name, options):
     path = encoded(name, options)
     media = Media(path)
     order = np.random.default_rng(0).permutation(48)[:12]
     offset_s = media.reader.first_s
     assert numbers(media.frames(offset_s + (order + 0.5) / 25)) == order.tolist()
     heard_s = 0.97 + chirp_time(media.sound(0.97, 8000, 16000), 16000)
-    assert heard_s == pytest.approx(1.2 + offset_s, abs=0.04)  # some encoders lead in
+    assert heard_s == pytest.approx(1.2 + offset_s, abs=0.04)  # some encoders add a delay
     assert_usable(path)
 
 
 @pytest.mark.parametrize("degrees", [90, 180, 270])
-def test_turned_videos_stand_as_players_show_them(encoded, tmp_path, degrees):
+def test_rotated_videos_are_read_as_players_show_them(encoded, tmp_path, degrees):
     import imageio_ffmpeg
 
     flat = encoded("flat.mp4", "-c:v libx264 -vf scale=96:64,pad=96:64")
@@ -106,7 +106,7 @@ def test_turned_videos_stand_as_players_show_them(encoded, tmp_path, degrees):
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.avi"])
-def test_one_frame(encoded, name):
+def test_a_file_of_one_frame_is_usable(encoded, name):
     path = encoded(name, "-c:v mpeg4" if name.endswith("avi") else "-c:v libx264", frames=1)
     assert numbers(Media(path).frames([0.0, 0.7])) == [0, 0]
     assert_usable(path)
@@ -114,19 +114,21 @@ def test_one_frame(encoded, name):
 
 @pytest.mark.parametrize("seconds", [0.3, 5.0])
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts"])
-def test_sound_shorter_and_longer_than_the_picture(encoded, name, seconds):
+def test_sound_may_be_shorter_or_longer_than_the_picture(encoded, name, seconds):
     path = encoded(name, "-c:v libx264", wave=tone(500, seconds, 48000))
     media = Media(path)
     assert media.last_s <= 2.1
-    if name != "a.mkv":  # it does not say when its sound ends
+    if name != "a.mkv":  # Matroska does not store when its sound ends
         assert media.last_s == pytest.approx(min(seconds, 2.0), abs=0.1)
     assert_usable(path)
 
 
 @pytest.mark.parametrize("default", [0, 1])
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
-def test_of_several_streams_picture_and_sound_are_the_default_ones(encoded, name, default):
-    """One small, black and soft, the other large, numbered, loud: decord and PyAV agree on which to read."""
+def test_of_several_streams_the_default_ones_are_read(encoded, name, default):
+    """One stream is small, black and soft, the other large, numbered and loud; decord and PyAV choose the
+    same one.
+    """
     path = encoded(
         name,
         "-filter_complex [0:v]scale=32:32,lutrgb=r=0:g=0:b=0[small];[1:a]volume=0.01[soft] "
@@ -142,7 +144,7 @@ def test_of_several_streams_picture_and_sound_are_the_default_ones(encoded, name
     assert_usable(path)
 
 
-def test_a_cover_is_no_video(encoded, tmp_path):
+def test_a_cover_image_is_not_a_video(encoded, tmp_path):
     import imageio_ffmpeg
 
     ffmpeg = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y"]
@@ -163,8 +165,8 @@ def test_a_cover_is_no_video(encoded, tmp_path):
 
 
 @pytest.mark.parametrize("rate_hz", [8000, 11025, 22255, 44101, 48000, 96000])
-def test_sounds_of_every_rate(tmp_path, rate_hz):
-    """The filter of an odd rate does not fill the memory."""
+def test_sounds_of_every_sample_rate_are_read(tmp_path, rate_hz):
+    """The resampling filter of an odd rate does not fill the memory."""
     path = write_media(
         tmp_path / "a.wav", wave=chirps([0.5, 1.2], 2.0, rate_hz), rate_hz=rate_hz, codecs=("", "pcm_s16le")
     )
@@ -177,7 +179,7 @@ def test_sounds_of_every_rate(tmp_path, rate_hz):
 
 
 @pytest.mark.parametrize("rate_hz", [1, 999, 768001, 2**31 - 1])
-def test_sounds_of_impossible_rates(tmp_path, rate_hz):
+def test_an_impossible_sample_rate_is_refused(tmp_path, rate_hz):
     path = write_media(
         tmp_path / "a.wav", wave=tone(500, 1.0, 16000), rate_hz=16000, codecs=("", "pcm_s16le")
     )
@@ -192,7 +194,7 @@ def test_sounds_of_impossible_rates(tmp_path, rate_hz):
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 6])
 @pytest.mark.parametrize("name", ["a.mp4", "a.flac"])
-def test_one_to_six_channels(encoded, name, channels):
+def test_sounds_of_one_to_six_channels_are_read(encoded, name, channels):
     path = encoded(name, f"-map 1:a -ac {channels}", wave=tone(440, 2.0, 48000))
     media = Media(path, ("audio",))
     assert media.stream.channels == channels

@@ -1,4 +1,4 @@
-"""Tasks that end their process, hang or fail cost no other task its result."""
+"""A task that kills its process, hangs or fails costs no other task its result."""
 
 import multiprocessing
 import os
@@ -31,7 +31,7 @@ def clean_up(path):
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_a_crash_is_named_and_the_rest_is_done(workers):
+def test_a_crash_is_named_and_the_other_tasks_are_done(workers):
     tasks = [("segfault" if number in (2, 5) else "", number) for number in range(9)]
     results = dict(processes.outcomes(act, tasks, workers, limit_s=60))
     assert len(results) == 9
@@ -39,7 +39,7 @@ def test_a_crash_is_named_and_the_rest_is_done(workers):
         assert isinstance(result, Crash) and "SIGSEGV" in result.reason if kind else result == 10 * number
 
 
-def test_a_task_that_hangs_is_given_up_and_the_rest_is_done():
+def test_a_task_that_hangs_is_ended_and_the_other_tasks_are_done():
     results = dict(processes.outcomes(act, [("hang", 0), ("", 1), ("", 2)], 1, limit_s=3))
     assert isinstance(results["hang", 0], Crash) and "more than 3 s" in results["hang", 0].reason
     assert results["", 1] == 10 and results["", 2] == 20
@@ -50,7 +50,7 @@ def test_an_exception_is_raised_where_the_results_are_read():
         list(processes.outcomes(act, [("fail", 7)], 1, limit_s=60))
 
 
-def test_whoever_stops_early_leaves_no_process_and_nothing_half(tmp_path):
+def test_stopping_early_leaves_no_process_and_no_partial_file(tmp_path):
     half = tmp_path / "half"
     with closing(processes.outcomes(clean_up, [(str(half),)], 1, limit_s=0.2)) as results:
         assert isinstance(next(results)[1], Crash)

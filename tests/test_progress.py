@@ -1,4 +1,4 @@
-"""Progress: a bar on a terminal, a plain line every half a minute in a log, never a carriage return there."""
+"""Progress: a bar on a terminal; in a log a plain line every half minute, and never a carriage return."""
 
 import ast
 import fcntl
@@ -39,7 +39,7 @@ def lines(capsys):
     return err.splitlines()
 
 
-def test_in_a_log_a_line_every_half_a_minute_and_a_last_one(clock, capsys):
+def test_a_log_gets_a_line_every_half_minute_and_a_last_one(clock, capsys):
     for _ in progress.bar(range(100), "training"):
         clock[0] += 1
     assert lines(capsys) == [
@@ -50,7 +50,7 @@ def test_in_a_log_a_line_every_half_a_minute_and_a_last_one(clock, capsys):
     ]
 
 
-def test_what_was_done_before_counts_as_done_and_not_for_the_rate(clock, capsys):
+def test_earlier_work_counts_as_done_but_not_for_the_rate(clock, capsys):
     with progress.bar(desc="reading", total=1100, initial=1000, unit="file") as bar:
         clock[0] += 40
         bar.set_postfix_str("2 unreadable")
@@ -61,7 +61,7 @@ def test_what_was_done_before_counts_as_done_and_not_for_the_rate(clock, capsys)
     ]
 
 
-def test_an_unknown_total_and_a_disabled_bar(clock, capsys):
+def test_an_unknown_total_shows_a_count_and_a_disabled_bar_nothing(clock, capsys):
     for _ in progress.bar(iter("abc"), "counting", unit="letter"):
         clock[0] += 2
     for _ in progress.bar(range(100), disable=True):
@@ -69,7 +69,7 @@ def test_an_unknown_total_and_a_disabled_bar(clock, capsys):
     assert lines(capsys) == ["counting: 3 letters, after 00:06, 0.5 letters/s"]
 
 
-def test_an_interrupted_one_says_how_far_it_came(clock, capsys):
+def test_an_interrupted_bar_shows_how_far_it_came(clock, capsys):
     with pytest.raises(KeyboardInterrupt), progress.bar(total=10) as bar:
         clock[0] += 4
         bar.update(2)
@@ -77,7 +77,7 @@ def test_an_interrupted_one_says_how_far_it_came(clock, capsys):
     assert lines(capsys) == ["2 of 10 steps, 20%, after 00:04, 0.5 steps/s, 00:16 left"]
 
 
-def test_between_other_lines_there_is_no_carriage_return():
+def test_other_lines_are_not_mixed_with_carriage_returns():
     done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, check=True)
     assert b"\r" not in done.stdout + done.stderr and b"\x1b" not in done.stdout + done.stderr
     assert done.stdout.decode().splitlines() == [f"file {i} has no sound" for i in range(3)]
@@ -86,7 +86,7 @@ def test_between_other_lines_there_is_no_carriage_return():
 
 
 @pytest.mark.parametrize("columns", [60, 120])
-def test_on_a_terminal_a_bar_of_its_width(columns):
+def test_on_a_terminal_the_bar_has_its_width(columns):
     terminal, end = pty.openpty()
     fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -109,7 +109,7 @@ def test_on_a_terminal_a_bar_of_its_width(columns):
     assert columns - 20 < max(len(bar.rstrip()) for bar in bars) <= columns
 
 
-def test_no_bar_is_drawn_in_another_way():
+def test_every_bar_comes_from_progress():
     """tqdm.write is for lines; bars come from progress.bar, which knows a terminal from a log."""
     found = set()
     for folder in (".", "avid", "avid/tools", "studies", "benchmarks"):

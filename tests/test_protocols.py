@@ -1,5 +1,5 @@
-"""Other people's evaluation protocols: the numbers they look at, what is trained and what is not, and what
-comes out.
+"""Evaluation protocols of other papers: the features they use, what is trained and what is not, and the
+results.
 """
 
 import copy
@@ -35,9 +35,9 @@ def subject(tmp_path, *settings):
 
 
 @pytest.fixture(scope="module")
-def loud_and_quiet(tmp_path_factory):
-    """Two classes that anyone can tell: bright pictures with a high tone, dark ones with a low tone; train
-    and test parts.
+def two_classes(tmp_path_factory):
+    """The folder of two easy classes: bright pictures with a high tone, dark ones with a low tone; train and
+    test parts.
     """
     root = tmp_path_factory.mktemp("two")
     for part, count in (("train", 8), ("test", 4)):
@@ -60,13 +60,13 @@ def tables(root):
 # ---------------------------------------------------------------------------------------------- linear_layers
 
 
-def test_the_stages_of_avids_network_give_as_many_numbers_as_published():
+def test_the_stages_of_avids_network_have_the_published_feature_sizes():
     network = protocols.StageClassifiers(torch.nn.Identity(), width=64, classes=400)
     assert [stage[0].num_features for stage in network.stages.values()] == [9216, 8192, 9216, 8192]
     assert all(stage[1].out_features == 400 for stage in network.stages.values())
 
 
-def test_a_stage_is_max_pooled_over_all_of_the_time(tmp_path):
+def test_a_stage_is_max_pooled_over_all_time_steps(tmp_path):
     encoder = subject(tmp_path).network.video_model.eval()
     classifier = protocols.StageClassifiers(encoder, 4, 3).eval()
     clips = torch.randn(2, 3, 4, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -77,13 +77,13 @@ def test_a_stage_is_max_pooled_over_all_of_the_time(tmp_path):
         torch.testing.assert_close(found[name], classifier.stages[name](pooled), atol=1e-5, rtol=1e-5)
 
 
-def test_linear_layers_learn_and_leave_the_encoder_alone(loud_and_quiet, tmp_path, monkeypatch):
+def test_linear_layers_learn_and_leave_the_encoder_alone(two_classes, tmp_path, monkeypatch):
     monkeypatch.setattr(protocols, "EPOCHS", 6)
     monkeypatch.setattr(protocols, "LR", 1e-2)
     monkeypatch.setattr(protocols, "BATCH", 8)
     tried = subject(tmp_path)
     before = copy.deepcopy(tried.network.state_dict())
-    result = protocols.linear_layers(tried, *tables(loud_and_quiet), "video", tmp_path)
+    result = protocols.linear_layers(tried, *tables(two_classes), "video", tmp_path)
     assert result["best top1"] == max(result[f"{name} top1"] for name in protocols.LAYERS) == 100.0
     assert (result["videos"], result["train_videos"], result["skipped"]) == (8, 16, 0)
     assert all(torch.equal(before[name], x) for name, x in tried.network.state_dict().items())
@@ -91,17 +91,17 @@ def test_linear_layers_learn_and_leave_the_encoder_alone(loud_and_quiet, tmp_pat
     for name, x in before.items():
         part, _, rest = name.partition(".")
         if part == "video_model" and "running" not in name and "num_batches" not in name:
-            assert torch.equal(saved[f"encoder.{rest}"], x), name  # only its batch norms follow the data [A]
+            assert torch.equal(saved[f"encoder.{rest}"], x), name  # only batch-norm statistics change [A]
     again = protocols.linear_layers(
-        tried, *tables(loud_and_quiet), "video", tmp_path
-    )  # nothing is left to do but to test
+        tried, *tables(two_classes), "video", tmp_path
+    )  # finished: it is only tested
     assert again == result
 
 
-def test_linear_layers_go_on_where_they_were_stopped(loud_and_quiet, tmp_path, monkeypatch):
+def test_linear_layers_go_on_where_they_were_stopped(two_classes, tmp_path, monkeypatch):
     monkeypatch.setattr(protocols, "EPOCHS", 3)
     monkeypatch.setattr(protocols, "BATCH", 8)
-    tried, parts = subject(tmp_path), tables(loud_and_quiet)
+    tried, parts = subject(tmp_path), tables(two_classes)
     whole = protocols.linear_layers(tried, *parts, "video", tmp_path / "whole")
     to_device, seen = data.to_device, []
 
@@ -127,7 +127,7 @@ def test_linear_layers_go_on_where_they_were_stopped(loud_and_quiet, tmp_path, m
 # ------------------------------------------------------------------------------------------------- crisscross
 
 
-def test_crisscross_looks_at_10752_numbers():
+def test_crisscross_uses_10752_features():
     encoder = evaluation.models.AudioNet(64).eval()
     sound = torch.randn(2, 1, 500, 80, generator=torch.Generator().manual_seed(0))
     numbers = protocols.last_maps(encoder, sound)
@@ -136,8 +136,8 @@ def test_crisscross_looks_at_10752_numbers():
     assert ((lengths - 1).abs() < 1e-4).logical_or(lengths == 0).all()
 
 
-def test_crisscross_tells_sounds_and_says_which_c_is_chosen_on_the_test_part(
-    loud_and_quiet, tmp_path, monkeypatch
+def test_crisscross_classifies_sounds_and_reports_the_c_chosen_on_the_test_part(
+    two_classes, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(protocols, "AUGMENTED", 2)
     monkeypatch.setattr(protocols, "CLIP_S", 1.0)
@@ -149,7 +149,7 @@ def test_crisscross_tells_sounds_and_says_which_c_is_chosen_on_the_test_part(
             return super().fit(x, y)
 
     monkeypatch.setattr(protocols, "LinearSVC", Counted)
-    result = protocols.crisscross(subject(tmp_path), *tables(loud_and_quiet), "audio", tmp_path)
+    result = protocols.crisscross(subject(tmp_path), *tables(two_classes), "audio", tmp_path)
     assert [C for C, _ in fitted] == list(protocols.STRENGTHS)
     assert fitted[0][1] == (32, 32 * 21)  # two clips of each of 16 sounds; 8 · width channels
     assert result["top1"] == 100.0 and result["C"] in protocols.STRENGTHS
@@ -157,14 +157,14 @@ def test_crisscross_tells_sounds_and_says_which_c_is_chosen_on_the_test_part(
     assert (result["videos"], result["train_videos"], result["skipped"]) == (8, 16, 0)
 
 
-def test_crisscross_draws_every_training_clip_anew(loud_and_quiet, tmp_path, monkeypatch):
+def test_crisscross_draws_every_training_clip_anew(two_classes, tmp_path, monkeypatch):
     monkeypatch.setattr(protocols, "AUGMENTED", 3)
     monkeypatch.setattr(protocols, "CLIP_S", 0.5)
     heard = []
     monkeypatch.setattr(
         protocols, "last_maps", lambda _, sound: heard.append(sound) or sound.flatten(1)[:, :5]
     )
-    protocols.crisscross(subject(tmp_path), *tables(loud_and_quiet), "audio", tmp_path)
+    protocols.crisscross(subject(tmp_path), *tables(two_classes), "audio", tmp_path)
     training = torch.cat(heard[:-1])
     assert len(training) == 48 and len(heard[-1]) == 8
     assert len({tuple(x.flatten().tolist()) for x in training[:3]}) == 3  # of one sound
@@ -174,9 +174,7 @@ def test_crisscross_draws_every_training_clip_anew(loud_and_quiet, tmp_path, mon
 
 
 @pytest.mark.parametrize(("mode", "modality"), [("linear_layers", "video"), ("crisscross", "audio")])
-def test_the_command_takes_the_modality_of_its_protocol(
-    loud_and_quiet, tmp_path, monkeypatch, mode, modality
-):
+def test_the_command_takes_the_modality_of_its_protocol(two_classes, tmp_path, monkeypatch, mode, modality):
     seen = []
 
     def protocol(subject, train_table, test_table, modality, out):
@@ -184,7 +182,7 @@ def test_the_command_takes_the_modality_of_its_protocol(
         return {"top1": 50.0, "videos": 8, "train_videos": 16, "skipped": 0}
 
     monkeypatch.setitem(eval_linear.TRAINED, mode, protocol)
-    options = ["--data", "folder", "--root", str(loud_and_quiet), "--out", str(tmp_path), "--mode", mode]
+    options = ["--data", "folder", "--root", str(two_classes), "--out", str(tmp_path), "--mode", mode]
     small = "model.width=4 video.size=32 video.frames=4 audio.mels=32 data.workers=0".split()
     small.append("eval.calibration_batches=0")
     eval_linear.main(eval_linear.command_line(["--ckpt", "random", *options, *small]))
@@ -192,11 +190,11 @@ def test_the_command_takes_the_modality_of_its_protocol(
     assert json.loads((tmp_path / f"{mode}-{modality}-folder-test.json").read_text())["top1"] == 50.0
 
 
-def test_a_protocol_of_the_other_modality_is_refused(loud_and_quiet, tmp_path):
+def test_a_protocol_of_the_other_modality_is_refused(two_classes, tmp_path):
     for mode, other in ((protocols.linear_layers, "audio"), (protocols.crisscross, "video")):
         with pytest.raises(config.ConfigError, match=f"--mode {mode.__name__} needs --modality"):
-            mode(subject(tmp_path), *tables(loud_and_quiet), other, tmp_path)
+            mode(subject(tmp_path), *tables(two_classes), other, tmp_path)
     with pytest.raises(config.ConfigError, match=r"needs --modality video and model.video=avid"):
         tried = subject(tmp_path)
         tried.cfg.model.video = "r3d_18"
-        protocols.linear_layers(tried, *tables(loud_and_quiet), "video", tmp_path)
+        protocols.linear_layers(tried, *tables(two_classes), "video", tmp_path)

@@ -3,8 +3,8 @@ conditions.
 
     python tests/long/media_matrix.py [--only TEXT …] [--clips 20] [--keep FOLDER] [--markdown FILE]
 
-In: nothing; the files are written here by ffmpeg. They carry their own truth: frame k shows k as 16 black or
-white blocks, and the sound at a time is like that at no other time. Out: a table of how many clips show a
+In: nothing; the files are written here by ffmpeg. Their content is known: frame k shows k as 16 black or
+white blocks, and the sound is different at every moment. Out: a table of how many clips show a
 frame that is more than one frame off its sound, or are more than 10 ms off the sound that ffmpeg gives for
 that time, by Media and by MediaInMemory. Exit code 0 where none is.
 """
@@ -22,7 +22,7 @@ from typing import NamedTuple
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
-os.environ.setdefault("SVT_LOG", "0")  # the encoder of AV1 talks much
+os.environ.setdefault("SVT_LOG", "0")  # the encoder of AV1 prints a lot
 
 import numpy as np
 
@@ -32,7 +32,7 @@ SECONDS, FPS, SIDE, SOURCE_HZ, HZ = 24, 25, 64, 48000, 8000
 CUT_S, PAUSE_S, LATE_S, FIRST_S = 8.3, (9.0, 13.0), 3.0, 100.0
 CLIP_S, FRAMES = 0.5, 8
 SOUND_TOLERANCE_S = 0.01
-ALIKE = 0.5  # correlation from which on a sound is taken for that of the source: another place's is below 0.2
+ALIKE = 0.5  # a sound is the source's if they correlate more than this: at another time it is below 0.2
 
 # ------------------------------------------------------------------------------------------------- the source
 
@@ -54,7 +54,7 @@ def number(image):
 
 @functools.cache
 def melody(rate_hz):
-    """A sine that takes another frequency every 50 ms, by chance, without a jump in phase: float32 N."""
+    """A sine with a new random frequency every 50 ms and no jump in phase: float32 N."""
     hz = np.random.default_rng(0).uniform(400, 2800, SECONDS * 20)
     t = np.arange(SECONDS * rate_hz) / rate_hz
     phase = 2 * np.pi * np.cumsum(np.interp(t * 20, np.arange(len(hz)), hz)) / rate_hz
@@ -66,9 +66,9 @@ def spectrum(size):
     return np.conj(np.fft.rfft(melody(HZ), size))
 
 
-def heard(wave):
-    """The source's time at which this sound of HZ begins, s; None where it is silent, nan where it is like no
-    part of the source.
+def source_time(wave):
+    """The source's time at which this sound of HZ begins, s; None if it is silent, nan if it is not in the
+    source.
     """
     if np.abs(wave).max(initial=0.0) < 1e-2:
         return None
@@ -109,14 +109,14 @@ PICTURES = {
     "3gp": ("libx264", "mpeg4", "h263"),
     "ogv": ("libtheora",),
 }
-ENCODER = {  # what every encoder is told besides the distance of key frames
+ENCODER = {  # options of each encoder, besides the distance of key frames
     "libx264": "-preset veryfast -x264-params scenecut=0",
     "libx265": "-preset ultrafast -x265-params log-level=none:pools=1:frame-threads=1:scenecut=0",
     "libvpx": "-deadline realtime -cpu-used 8 -b:v 1M",
     "libvpx-vp9": "-deadline realtime -cpu-used 8 -b:v 1M",
     "libsvtav1": "-preset 13 -svtav1-params lp=1",
     "libtheora": "-q:v 7",
-    # of DVDs: no two frames in one packet of the container
+    # as on DVDs: no two frames in one packet of the container
     "mpeg2video": "-b:v 1M -minrate 1M -maxrate 1M -bufsize 512k",
     "mpeg1video": "-b:v 1M -minrate 1M -maxrate 1M -bufsize 512k",
     "prores_ks": "-profile:v 0",
@@ -126,7 +126,7 @@ ENCODER = {  # what every encoder is told besides the distance of key frames
 PARAMETERS = {"libx264": "-x264-params", "libx265": "-x265-params"}
 B_FRAMES = ("libx264", "libx265", "mpeg4", "mpeg2video", "mpeg1video")
 OPEN_GROUPS = ("libx264", "libx265", "mpeg2video", "mpeg1video")
-KEYS_EVERY = 100  # frames, as far as not said otherwise
+KEYS_EVERY = 100  # frames, unless the condition sets another number
 CONDITIONS = (
     "whole",
     "cut by copy",
@@ -139,7 +139,7 @@ CONDITIONS = (
     "open groups of 400",
     "first time stamp 100 s",
 )
-KEPT = {  # of the frames n, in ffmpeg's words; `kept_frames` says the same
+KEPT = {  # which frames n, as an expression of ffmpeg; `kept_frames` is the same in Python
     "pause of 4 s": f"lt(n,{PAUSE_S[0] * FPS})+gte(n,{PAUSE_S[1] * FPS})",
     "late picture": f"gte(n,{LATE_S * FPS})",
     "variable rate": "lt(mod(n*n,11),5)",
@@ -162,14 +162,14 @@ SOUND_CONDITIONS = "whole", "cut by copy"
 
 
 class File(NamedTuple):
-    """A file of the matrix. frames: the numbers of those that it has, ascending; none: it has no picture."""
+    """A file of the matrix. frames: the numbers of its frames, ascending; empty if it has no picture."""
 
     path: Path
     frames: np.ndarray
 
 
 def ffmpeg(*words, stdin=None):
-    """Run ffmpeg; returns what it writes to its standard output. Raises ValueError with its complaint."""
+    """Run ffmpeg; returns its standard output. Raises ValueError with its error message."""
     import imageio_ffmpeg
 
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-y", "-threads", "1"]
@@ -181,9 +181,7 @@ def ffmpeg(*words, stdin=None):
 
 
 def write_source(folder):
-    """What every file is made of, without loss and with frequent key frames: folder/picture.raw and
-    folder/sound.f32.
-    """
+    """Write the source of every file, uncompressed: folder/picture.raw and folder/sound.f32."""
     folder.mkdir(parents=True, exist_ok=True)
     picture(range(SECONDS * FPS)).tofile(folder / "picture.raw")
     melody(SOURCE_HZ).tofile(folder / "sound.f32")
@@ -227,8 +225,8 @@ def kept_frames(condition):
 
 
 def make(folder, name, codec, sound, condition):
-    """Write one file; returns its File, or None where codec or container do not have this. Raises ValueError
-    by ffmpeg's word.
+    """Write one file; returns its File, or None if codec or container cannot have the condition. Raises
+    ValueError with ffmpeg's error message.
     """
     groups = {"open groups of 30": 30, "open groups of 400": 400}
     if name.endswith(".avi") and condition in ("late sound", "first time stamp 100 s"):
@@ -258,7 +256,7 @@ def make(folder, name, codec, sound, condition):
         options += ["-output_ts_offset", FIRST_S]
     container = {"mpg": ["-f", "vob"], "3gp": ["-f", "3gp"], "wmv": ["-f", "asf"]}.get(out.suffix[1:], [])
     whole = out.with_stem("uncut") if condition == "cut by copy" else out
-    if out.exists():  # of an earlier run into this folder
+    if out.exists():  # left by an earlier run into this folder
         return File(out, frames)
     ffmpeg(*inputs(folder), *options, "-c:a", *sound.split(), *container, whole)
     if whole != out:
@@ -277,12 +275,12 @@ def make_sound(folder, name, condition):
     return File(out, np.array([], int))
 
 
-# -------------------------------------------------------------------------------------------------- the judge
+# -------------------------------------------------------------------------------------------- the measurement
 
 
 def reference(path):
-    """All of a file's sound by ffmpeg itself, from the file's first moment on, with silence where it has
-    none: float32 at HZ.
+    """A file's whole sound as ffmpeg decodes it, from the file's first moment on, with silence in its gaps:
+    float32 at HZ.
     """
     words = [
         "-i",
@@ -299,7 +297,7 @@ def reference(path):
         "f32le",
         "-",
     ]
-    clock = ["-map", "0:v?", "-c", "copy", "-f", "null", os.devnull]  # else it may begin with the sound
+    clock = ["-map", "0:v?", "-c", "copy", "-f", "null", os.devnull]  # otherwise it may begin with the sound
     return np.frombuffer(ffmpeg(*words, *clock), np.float32)
 
 
@@ -317,14 +315,12 @@ def clip(media, at_s, has_picture):
 
 
 def picture_is_off(images, frames, source_s):
-    """Whether one of these images is more than one frame from that of its time, where the first is of the
-    source's time source_s.
-    """
+    """Whether an image is more than one frame off, if the first one belongs to the source's time source_s."""
     wanted = (source_s + np.arange(FRAMES) * CLIP_S / FRAMES) * FPS + 1e-3
     wanted = np.searchsorted(frames, wanted, side="right") - 1
     found = [number(image) for image in images]
-    places = np.searchsorted(frames, found).clip(0, len(frames) - 1)
-    return bool((frames[places] != found).any() or np.abs(places - wanted.clip(0)).max() > 1)
+    positions = np.searchsorted(frames, found).clip(0, len(frames) - 1)
+    return bool((frames[positions] != found).any() or np.abs(positions - wanted.clip(0)).max() > 1)
 
 
 def sound_is_off(found_s, expected_s):
@@ -334,10 +330,10 @@ def sound_is_off(found_s, expected_s):
 
 
 class Verdict(NamedTuple):
-    """Shares of clips, of one file. reason: why it is refused, "" where it is not."""
+    """Shares of wrong clips in one file. reason: why the file is refused, "" if it is not."""
 
     reason: str = ""
-    way: str = ""  # who reads the frames: decord or PyAV
+    reader: str = ""  # of the frames: decord or PyAV
     picture: float = 0.0
     sound: float = 0.0
     picture_in_memory: float = 0.0
@@ -349,14 +345,14 @@ class Verdict(NamedTuple):
         return not any(self[2:])
 
 
-def judge(file, clips, seed=0):
-    """Take clips by chance of a file, opened anew for each as training does: its Verdict."""
+def measure_file(file, clips, seed=0):
+    """Read random clips of a file, opened anew for each as in training; returns its Verdict."""
     modalities = ("video", "audio") if len(file.frames) else ("audio",)
     rng, rows, has_picture = np.random.default_rng(seed), [], len(file.frames) > 0
     try:
         with Media(file.path, modalities) as media:
             first_s, last_s = media.first_s, media.last_s
-            way = "PyAV" if getattr(media, "why_not_decord", "") else "decord"
+            reader = "PyAV" if getattr(media, "why_not_decord", "") else "decord"
         if last_s - first_s < 8.0:
             return Verdict(f"only {last_s - first_s:.1f} s of it are usable")
         truth, kept = reference(file.path), MediaInMemory(file.path, modalities)
@@ -364,22 +360,22 @@ def judge(file, clips, seed=0):
             with Media(file.path, modalities) as media:
                 streamed = clip(media, at_s, has_picture)
             in_memory = clip(kept, at_s, has_picture)
-            expected_s = heard(truth[round(at_s * HZ) :][: round(CLIP_S * HZ)])
+            expected_s = source_time(truth[round(at_s * HZ) :][: round(CLIP_S * HZ)])
             row = []
             for taken in (streamed, in_memory):
-                found_s = heard(taken.wave)
+                found_s = source_time(taken.wave)
                 of_picture = (
                     has_picture and found_s is not None and picture_is_off(taken.images, file.frames, found_s)
                 )
                 row += [of_picture, sound_is_off(found_s, expected_s)]
             row.append(
                 not np.array_equal(streamed.images, in_memory.images)
-                or sound_is_off(heard(streamed.wave), heard(in_memory.wave))
+                or sound_is_off(source_time(streamed.wave), source_time(in_memory.wave))
             )
             rows.append(row)
     except MediaError as error:
         return Verdict(str(error))
-    return Verdict("", way if has_picture else "PyAV", *np.mean(rows, 0).tolist())
+    return Verdict("", reader if has_picture else "PyAV", *np.mean(rows, 0).tolist())
 
 
 # -------------------------------------------------------------------------------------------------- the table
@@ -409,10 +405,10 @@ def cell(verdict):
     if verdict.reason:
         return "refused"
     if verdict.right:
-        return f"0 {verdict.way[0]}"
+        return f"0 {verdict.reader[0]}"
     names = "picture", "sound", "picture in memory", "sound in memory", "differs"
     return (
-        verdict.way[0]
+        verdict.reader[0]
         + ": "
         + ", ".join(f"{name} {100 * v:.0f}" for name, v in zip(names, verdict[2:], strict=True) if v)
     )
@@ -451,7 +447,7 @@ def main():
                         file = make(folder, name, codec, sound, condition)
                     else:
                         file = make_sound(folder, row, condition)
-                    verdicts[condition] = file and judge(file, arguments.clips)
+                    verdicts[condition] = file and measure_file(file, arguments.clips)
                     if file and not arguments.keep:
                         file.path.unlink()
                 except ValueError as error:
