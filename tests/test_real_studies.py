@@ -1,4 +1,4 @@
-"""The studies on real clips, in their --quick form on clips made here, and the clips with swapped sounds."""
+"""The studies of real clips, in their --quick form and on synthetic clips; and clips with swapped sounds."""
 
 import contextlib
 import csv
@@ -26,7 +26,7 @@ def write_csv(path, head, rows):
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
-    """Clips of tones, each its own; lists as studies.own and studies.speech want them."""
+    """Clips that each have a tone of their own, with the lists that studies.own and studies.speech expect."""
     folder = tmp_path_factory.mktemp("clips")
     names = [f"clips/{i:02d}.mp4" for i in range(CLIPS)]
     for i, name in enumerate(names):
@@ -48,16 +48,16 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("studies")
 
 
-def check(rows, methods, columns):
+def assert_rows(rows, methods, columns):
     assert sorted(row["method"] for row in rows) == sorted(methods)
     for row in rows:
         assert all(0 <= float(row[column]) <= 100 for column in columns), row
 
 
-def test_a_folder_that_searches_itself_and_its_fingerprints(perform, folder, videos):
+def test_the_studies_own_and_fingerprint_write_tables_and_figures(perform, folder, videos):
     methods = ["untrained", "oracle", "both"]
     rows = perform("own", "--videos", videos, "--only", *methods)
-    check(rows, methods, [c for c in own.MEASURES if c != "sync"])
+    assert_rows(rows, methods, [c for c in own.MEASURES if c != "sync"])
     for row in rows:
         with_tasks = row["method"] == "both"
         assert with_tasks == bool(row["order_cross"]) and (row["faulty"] == "0.6") == bool(row["AUROC"])
@@ -69,7 +69,7 @@ def test_a_folder_that_searches_itself_and_its_fingerprints(perform, folder, vid
     assert (results / "images" / "own.png").stat().st_size > 5000
 
     rows = perform("fingerprint", "--videos", videos, "--only", "untrained", "both")
-    check(rows, ["untrained", "both"], [])
+    assert_rows(rows, ["untrained", "both"], [])
     assert all(
         f"{name} {s:g} joint instance R@1" in rows[0]
         for (_, name), ss in fingerprint.curves().items()
@@ -79,7 +79,7 @@ def test_a_folder_that_searches_itself_and_its_fingerprints(perform, folder, vid
     assert "by picture" in (results / "fingerprint.md").read_text()
 
 
-def test_fingerprints_need_the_checkpoints(perform, tmp_path, videos, capsys):
+def test_the_study_fingerprint_needs_the_checkpoints_of_own(perform, tmp_path, videos, capsys):
     with pytest.raises(SystemExit):
         perform("fingerprint", "--videos", videos, "--only", "xid", "--runs", tmp_path)
     assert "see its log.txt" in capsys.readouterr().err
@@ -87,24 +87,26 @@ def test_fingerprints_need_the_checkpoints(perform, tmp_path, videos, capsys):
     assert "run first: python -m studies.own" in log.read_text(encoding="utf-8")
 
 
-def test_lips_and_speech(perform, folder, videos):
+def test_the_study_speech_splits_clips_into_intervals(perform, folder, videos):
     methods = ["untrained", "intervals-tasks", "oracle"]
     rows = perform("speech", "--videos", videos, "--only", *methods)
-    check(rows, methods, [column for column in speech.MEASURES if "R@5" not in column])  # of four to find
+    assert_rows(
+        rows, methods, [column for column in speech.MEASURES if "R@5" not in column]
+    )  # only four to find
     (written,) = (folder / "data").glob("*manifest-0-swapped-seed0/intervals.csv")
     table = runs.read(written)
     assert len(table) == 10 * 3 + 4 and table[1]["start"] == "0.96" and table[1]["end"] == "1.92"
     assert "| intervals-tasks |" in (folder / "results" / "speech-0.md").read_text()
 
 
-def test_real_clips_must_be_named(perform, capsys):
+def test_the_folder_of_real_clips_must_be_given(perform, capsys):
     for name in ("own", "speech", "esc10"):
         with pytest.raises(SystemExit):
             perform(name, "--list")
         assert "--videos DIR is missing" in capsys.readouterr().err
 
 
-def test_sounds_of_four_folds_and_the_fifth(perform, folder, tmp_path):
+def test_the_study_esc10_trains_on_four_folds_and_tests_on_the_fifth(perform, folder, tmp_path):
     rows = []
     for name in ("dog", "rain"):
         for i in range(20):
@@ -117,24 +119,24 @@ def test_sounds_of_four_folds_and_the_fifth(perform, folder, tmp_path):
     write_csv(tmp_path / "meta" / "esc50.csv", "filename fold target category esc10".split(), rows)
     methods = ["statistics", "untrained", "in-domain"]
     found = perform("esc10", "--videos", tmp_path, "--only", *methods)
-    check(found, methods, ["top1"])
+    assert_rows(found, methods, ["top1"])
     by_method = {row["method"]: row for row in found}
     assert float(by_method["statistics"]["top1"]) > 95  # low and high tones
     assert float(by_method["in-domain"]["top1 with statistics"]) > 80
     assert len(runs.numbers(by_method["in-domain"], "folds")) == 5
     seen = folder / "runs" / "studies-quick" / "esc10"
     (first,) = seen.glob("in-domain*/fold1/config.yaml")
-    assert config.load(str(first)).data.split == "train1"  # never the fold itself
+    assert config.load(str(first)).data.split == "train1"  # never the test fold
 
 
 @pytest.mark.parametrize("name, only", [("capacity", ["temporal"]), ("soft", ["mixed", "changed"])])
-def test_studies_of_the_toy(perform, folder, name, only):
+def test_studies_of_the_toy_write_rows_and_figures(perform, folder, name, only):
     rows = perform(name, "--only", *only)
-    check(rows, only, ["v→a class R@1"])
+    assert_rows(rows, only, ["v→a class R@1"])
     assert list((folder / "results" / "images").glob(f"{name}.png"))
 
 
-def test_all_runs_are_different_and_have_settings_that_can_be_used():
+def test_all_runs_are_different_and_have_valid_settings():
     for study in STUDIES.values():
         made = study.plan([0, 1])
         identities = {runs.identity(runs.describe(study, run, quick=False)) for run in made}
@@ -143,7 +145,7 @@ def test_all_runs_are_different_and_have_settings_that_can_be_used():
             runs.configuration(study, run, False, "data", "out")
 
 
-# ------------------------------------------------------------ swapped sounds
+# --------------------------------------------------------------------------------------------- swapped sounds
 
 
 def pitch_hz(path):
@@ -153,7 +155,7 @@ def pitch_hz(path):
     return np.abs(np.fft.rfft(wave)).argmax()
 
 
-def test_swapped_sounds_are_others_and_the_manifest_tells(videos, tmp_path):
+def test_swapped_sounds_are_others_and_the_manifest_marks_them(videos, tmp_path):
     path = swapped.write(tmp_path, videos / "own.csv", 0.3, seed=1)
     rows = runs.read(path)
     faulty = [row for row in rows if row["faulty"] == "1"]
@@ -171,18 +173,18 @@ def test_swapped_sounds_are_others_and_the_manifest_tells(videos, tmp_path):
     assert swapped.write(tmp_path, videos / "own.csv", 0.3, seed=1) == path and path.read_bytes() == before
 
 
-def test_who_gets_whose_sound():
+def test_each_swapped_clip_gets_the_sound_of_another_one():
     got = swapped.swaps(range(100, 200), 0.3, seed=0)
     assert len(got) == 30 and set(got) == set(got.values()) and all(i != j for i, j in got.items())
     assert got == swapped.swaps(range(100, 200), 0.3, seed=0) != swapped.swaps(range(100, 200), 0.3, seed=1)
     assert swapped.swaps(range(100), 0.0, seed=0) == {}
 
 
-# ------------------------------------------------------------ soft targets mixed
+# ----------------------------------------------------------------------------------------- soft targets mixed
 
 
 def targets(bank, context):
-    """Soft targets of eight instances among 64 candidates, 2×8×D, and the own memories."""
+    """Soft targets of eight instances among 64 candidates, and their own memories, 2×8×D each."""
     with context:
         found = bank.candidates(torch.arange(8), 64, 0)
         v, a = bank.video[found.index], bank.audio[found.index]
@@ -208,12 +210,12 @@ def test_mixed_targets_are_between_the_truth_and_the_estimate():
     assert losses.soft_targets is plain
 
 
-def test_targets_by_certainty_stay_with_the_own_memory_where_they_are_unsure():
+def test_uncertain_targets_stay_near_the_own_memory():
     table = world(0.3)
     bank = bank_by_kind(table, noise=0.3)
     estimate, own_side = targets(bank, contextlib.nullcontext())
-    ours, _ = targets(bank, change("changed", "by certainty", table))
-    own_side = own_side.flip(0)  # of S_v the sound, of S_a the picture
-    share = ((ours - own_side) * (estimate - own_side)).sum(2) / (estimate - own_side).square().sum(2)  # 2×8
-    torch.testing.assert_close(ours, share[..., None] * estimate + (1 - share[..., None]) * own_side)
+    found, _ = targets(bank, change("changed", "by certainty", table))
+    own_side = own_side.flip(0)  # S_v gives targets of sound, S_a of picture
+    share = ((found - own_side) * (estimate - own_side)).sum(2) / (estimate - own_side).square().sum(2)  # 2×8
+    torch.testing.assert_close(found, share[..., None] * estimate + (1 - share[..., None]) * own_side)
     assert (share > 0).all() and (share <= 1 + 1e-4).all() and share.min() < 0.99 < share.max()

@@ -1,4 +1,4 @@
-"""What a run says of itself and logs: its first line, and TensorBoard's files beside metrics.jsonl."""
+"""What a run prints and logs: its first line, and TensorBoard's files beside metrics.jsonl."""
 
 import importlib.util
 import json
@@ -31,7 +31,7 @@ def test_the_first_line_says_device_processes_and_precision(monkeypatch):
 
 
 class Table:
-    """Three videos, as far as a run folder looks at them."""
+    """A table of three videos, with what a run folder reads of it."""
 
     paths, start_s, end_s = ["a", "b", "c"], torch.zeros(3), torch.ones(3)
 
@@ -41,7 +41,7 @@ class Table:
 
 @pytest.fixture
 def scalars():
-    """A function of a folder: {name: {step: value}} of what TensorBoard shows of it."""
+    """A function that reads what TensorBoard shows of a folder: {name: {step: value}}."""
     pytest.importorskip("tensorboard", reason="tensorboard is not installed: pip install tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -62,7 +62,7 @@ def test_tensorboard_shows_the_numbers_of_the_log_also_after_a_resume(tmp_path, 
     assert first.resume(Table()) == 0
     first.log(1, 0.5, loss=3.0, **{"v→a class R@1": 10})
     first.save(1)
-    first.log(2, 1.0, loss=2.0)  # and lost: the run is killed before it is saved again
+    first.log(2, 1.0, loss=2.0)  # lost: the run is killed before the next save
     first.log(3, 1.5, loss=1.75, not_finite="xid nan", files=["a.mp4"])
     again = folder_of(tmp_path)
     assert again.resume(Table()) == 1
@@ -87,6 +87,6 @@ def test_without_the_package_one_line_says_so_before_anything_is_written(tmp_pat
     )
     with pytest.raises(SystemExit) as ended:
         cli.training("", [f"out={tmp_path / 'run'}", "log.tensorboard=true"])
-    said = "error: log.tensorboard=true needs the package: pip install tensorboard, or leave it out\n"
-    assert ended.value.code == 2 and capsys.readouterr().err == said
+    expected = "error: log.tensorboard=true needs the package: pip install tensorboard, or leave it out\n"
+    assert ended.value.code == 2 and capsys.readouterr().err == expected
     assert not (tmp_path / "run").exists()

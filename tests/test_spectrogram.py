@@ -1,4 +1,6 @@
-"""Files kept in memory give what is read of them, and spectrograms are of the asked times and pitches."""
+"""Files kept in memory equal those on disk, and spectrograms show the requested times and the right
+pitches.
+"""
 
 import numpy as np
 import pytest
@@ -33,9 +35,8 @@ OPEN_GROUPS = {"x264-params": "open-gop=1:bframes=3:keyint=24:min-keyint=24:scen
         ("a.ogg", ("", "libopus"), {}),
     ],
 )
-def test_a_file_in_memory_gives_the_same(media_file, name, codecs, options):
-    """Frames bit for bit; sound too, but where an encoder left noise to the decoder, or time stamps are
-    rounded."""
+def test_a_file_in_memory_equals_the_file_on_disk(media_file, name, codecs, options):
+    """Frames bit for bit; sound too, unless the decoder adds noise or time stamps are rounded."""
     picture = {"frame_s": TWO_SECONDS} if codecs[0] else {}
     wave = 0.3 * tone(400, 2.0, 44100) + chirps([0.1, 0.9, 1.7], 2.0, 44100)
     rate_hz = 48000 if name == "a.ogg" else 44100
@@ -62,7 +63,7 @@ def test_a_file_in_memory_gives_the_same(media_file, name, codecs, options):
 
 
 def test_a_toy_file_in_memory_is_the_same_bits(tmp_path):
-    """What the toy's encoder writes leaves no noise to the decoder."""
+    """The decoder adds no noise to what the toy's encoder writes."""
     path, rng, settings = tmp_path / "a.mp4", np.random.default_rng(0), config.Toy(seconds=4.0)
     toy.encode(path, numbered(range(64)), rng.normal(0, 0.2, 64000).astype(np.float32), settings)
     kept = MediaInMemory(path)
@@ -81,7 +82,7 @@ def test_a_file_is_decoded_once(media_file):
     assert numbers(kept.frames([0.5 + MS])) == [12]
 
 
-def test_parts_of_a_file_in_memory_are_of_one_decoding(media_file, monkeypatch):
+def test_parts_of_a_file_in_memory_share_one_decoding(media_file, monkeypatch):
     """data.in_memory with a list of intervals: one decoding, and each part keeps its bounds and clock."""
     path = media_file("a.mp4", frame_s=TWO_SECONDS, wave=tone(600, 2.0, 48000))
     opened, plain = [], media.av.open
@@ -97,7 +98,7 @@ def test_parts_of_a_file_in_memory_are_of_one_decoding(media_file, monkeypatch):
 
 
 def test_a_file_that_is_cut_off_is_not_kept(media_file, tmp_path):
-    """What is there of it can be used still, by way of Media."""
+    """Media still reads the part that is there."""
     whole = media_file(
         "a.mp4", frame_s=TWO_SECONDS, wave=tone(600, 2.0, 48000), movflags="faststart"
     ).read_bytes()
@@ -111,9 +112,8 @@ def test_a_file_that_is_cut_off_is_not_kept(media_file, tmp_path):
 # ------------------------------------------------------------------------------------------------ spectrogram
 
 
-def test_a_spectrogram_in_plain_numbers(media_file):
-    """Every column against a Fourier transform written out: 10·log10 of the power in a Hann window of unit
-    energy."""
+def test_a_spectrogram_equals_a_written_out_fourier_transform(media_file):
+    """Every column is 10·log10 of the power in a Hann window of unit energy."""
     rng = np.random.default_rng(0)
     media = Media(
         media_file(
@@ -179,8 +179,8 @@ def test_silence_is_the_lowest_level(media_file):
     np.testing.assert_allclose(image, -100.0, atol=1e-3)
 
 
-def test_the_chirp_itself():
-    """The tests' own ruler: a chirp is found where it was put."""
+def test_a_chirp_is_found_where_it_was_put():
+    """The other tests measure times with it."""
     wave = chirps([0.2], 1.0, 16000)[0]
     assert chirp_time(wave, 16000) == 0.2
     assert len(chirp(16000)) == round(CHIRP_S * 16000)
@@ -210,7 +210,7 @@ def avid_reference(wave, hop=240, window=1024, range_db=100.0):
     return np.maximum(image, np.max(image) - range_db)
 
 
-def made_up_sounds():
+def synthetic_sounds():
     """Noise, a sweep that ends in silence, and a loud tone beside a very quiet one."""
     rng, t = np.random.default_rng(0), np.arange(48000) / 24000
     yield rng.normal(0, 0.1, 48000)
@@ -218,16 +218,16 @@ def made_up_sounds():
     yield 0.9 * np.sin(2 * np.pi * 440 * t) + 1e-5 * np.sin(2 * np.pi * 7000 * t)
 
 
-def test_avids_spectrogram_is_the_one_described():
-    for wave in made_up_sounds():
+def test_avids_spectrogram_equals_the_description():
+    for wave in synthetic_sounds():
         wave = torch.from_numpy(wave.astype(np.float32))
         image = avid_image(wave, AVID, hop=240)
         assert image.shape == (200, 257)
         np.testing.assert_allclose(image, avid_reference(wave.numpy()), rtol=0, atol=1e-4)
 
 
-class Heard:
-    """A file that remembers what sound it gave: some decoders make up another noise at each reading."""
+class Recorded:
+    """A file that keeps the sound it returned, because some decoders add other noise at each reading."""
 
     def __init__(self, media):
         self.media = media
@@ -237,7 +237,7 @@ class Heard:
         return self.wave
 
 
-def test_avids_spectrogram_of_real_sounds(real_data):
+def test_avids_spectrogram_equals_the_description_on_real_sounds(real_data):
     """Equal within 1e-4 dB to the reference, on sounds of all kinds."""
     sounds = sorted((real_data / "esc10" / "audio").glob("*.ogg"))[::40]
     videos = sorted((real_data / "vggsound" / "clips").iterdir())[::20]
@@ -246,19 +246,21 @@ def test_avids_spectrogram_of_real_sounds(real_data):
     for path in [*sounds, *videos, *films]:
         with Media(path, ("audio",)) as media:
             start_s = media.first_s + 0.25 * (media.last_s - media.first_s - AVID.seconds)
-            heard = Heard(media)
-            image = spectrogram(heard, start_s, AVID)[0]
-        assert heard.asked == (start_s, 48000, 24000)
-        np.testing.assert_allclose(image, avid_reference(heard.wave), rtol=0, atol=1e-4, err_msg=path.name)
+            recorded = Recorded(media)
+            image = spectrogram(recorded, start_s, AVID)[0]
+        assert recorded.asked == (start_s, 48000, 24000)
+        np.testing.assert_allclose(image, avid_reference(recorded.wave), rtol=0, atol=1e-4, err_msg=path.name)
         checked += 1
     assert checked >= 10
 
 
-def test_a_window_of_512_is_another_input():
-    """Of what a released checkpoint's features would be without AVID's spectrogram: hardly alike."""
-    wave = torch.from_numpy(next(made_up_sounds()).astype(np.float32))
-    ours = config.Audio(mels=0)
-    image = log_image(wave, ours, 240)
+def test_the_log_spectrogram_does_not_replace_avids():
+    """A released checkpoint needs AVID's spectrogram: the other one, with a window of 512, correlates weakly
+    with it.
+    """
+    wave = torch.from_numpy(next(synthetic_sounds()).astype(np.float32))
+    audio = config.Audio(mels=0)
+    image = log_image(wave, audio, 240)
     avids = avid_image(wave, AVID, 240)[: len(image)]
     assert np.corrcoef(image.flatten(), avids.flatten())[0, 1] < 0.9
 
@@ -296,8 +298,8 @@ def test_avids_clips_reach_to_the_ends_of_the_sound(media_file):
     assert image.max(1).values.min() > image.max() - 6  # the first and the last column, too
 
 
-def test_several_waveforms_at_once_are_the_same():
-    waves = torch.stack([torch.from_numpy(wave.astype(np.float32)) for wave in made_up_sounds()])
+def test_a_batch_of_waveforms_gives_the_same_spectrograms():
+    waves = torch.stack([torch.from_numpy(wave.astype(np.float32)) for wave in synthetic_sounds()])
     for image, audio in ((avid_image, AVID), (log_image, config.Audio())):
         alone = torch.stack([image(wave, audio, 240) for wave in waves])
         torch.testing.assert_close(image(waves, audio, 240), alone, rtol=0, atol=1e-4)

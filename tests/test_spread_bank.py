@@ -1,5 +1,6 @@
-"""A bank whose rows are spread over ranks against the same bank in one piece: the same bits, in processes
-that talk by Gloo."""
+"""A bank whose rows are spread over ranks equals the same bank in one piece, bit for bit; the ranks are
+processes that use Gloo.
+"""
 
 import json
 import math
@@ -20,7 +21,7 @@ from test_train import run as trained
 from avid import config, distributed, memory_bank, run
 from avid.memory_bank import MemoryBank, SpreadBank, draw_sample
 
-N, D, STEPS = 11, 6, 5  # of three ranks the last holds three rows and the others four
+N, D, STEPS = 11, 6, 5  # with three ranks the last one holds three rows and the others four
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -29,8 +30,8 @@ def steps(seeds):
     return [batch(N, 12, D, seed) for seed in seeds]
 
 
-def one_rank(rank, world, folder):
-    """What every rank does: go on from the bank of other ranks where there is one, update, compare, save."""
+def check_rank(rank, world, folder):
+    """Runs in every rank: load the bank that fewer ranks saved, if there is one; update, compare, save."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{world}", rank=rank, world_size=world)
     for dtype in DTYPES:
         bank, whole = (Bank(N, D, 0.5, 3, dtype) for Bank in (SpreadBank, MemoryBank))
@@ -48,7 +49,7 @@ def one_rank(rank, world, folder):
                 for asked in (candidates.index, everything):
                     assert torch.equal(bank.read(name, asked), whole.read(name, asked)), (name, rank)
             local = [x.chunk(world)[rank] for x in (video, audio)]
-            same_neighbours(bank, whole, index.chunk(world)[rank])
+            assert_same_neighbours(bank, whole, index.chunk(world)[rank])
             bank.update(index, *local)
             whole.update(index, *local)
             assert [x.item() for x in bank.agreement_mean_std()] == pytest.approx(
@@ -67,8 +68,8 @@ def one_rank(rank, world, folder):
     dist.destroy_process_group()
 
 
-def same_neighbours(bank, whole, index):
-    """Out of a sample, a spread bank, whose rows lie elsewhere, finds those of the bank in one piece."""
+def assert_same_neighbours(bank, whole, index):
+    """From the same sample, a spread bank finds the same neighbours as the bank in one piece."""
     for tau_n in (math.inf, 0.5):
         contrast = config.Contrast(n_pos=2, k_pos=3, negatives=4, tau_n=tau_n, sample=8)
         sample = draw_sample(N, contrast, 5)
@@ -78,10 +79,12 @@ def same_neighbours(bank, whole, index):
         assert all(torch.equal(one, other) for one, other in zip(given, right, strict=True))
 
 
-def test_two_ranks_then_three_then_four_hold_what_one_bank_would_hold(tmp_path):
-    """Of four, the last holds two; each number of ranks goes on from what the one before has saved."""
+def test_two_then_three_then_four_ranks_equal_one_bank(tmp_path):
+    """Each number of ranks continues from what the previous one saved; the last of four ranks holds
+    two rows.
+    """
     for world in (2, 3, 4):
-        torch.multiprocessing.spawn(one_rank, (world, str(tmp_path)), nprocs=world)
+        torch.multiprocessing.spawn(check_rank, (world, str(tmp_path)), nprocs=world)
     for dtype in DTYPES:
         whole, alone = (Bank(N, D, 0.5, 3, dtype) for Bank in (MemoryBank, SpreadBank))
         for world in (2, 3, 4):
@@ -97,7 +100,7 @@ def test_two_ranks_then_three_then_four_hold_what_one_bank_would_hold(tmp_path):
         assert torch.equal(alone.read("video", torch.arange(N)), whole.video)
 
 
-def begin(rank, world, folder):
+def check_first_memories(rank, world, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/begin-{world}", rank=rank, world_size=world)
     drawn, draw = [], memory_bank._on_the_sphere
 
@@ -110,7 +113,7 @@ def begin(rank, world, folder):
         mock.patch.object(memory_bank, "_on_the_sphere", counted),
     ):
         bank = SpreadBank(30, D, 0.5, 3)
-        # its own, and what the first and the last piece hold besides
+        # its own rows, and the other rows of the first and the last piece
         assert sum(drawn) // 2 <= bank._held() + 2 * 7
         rows = bank.read("video", torch.arange(30)), bank.read("audio", torch.arange(30))
     if rank == 0:
@@ -119,11 +122,12 @@ def begin(rank, world, folder):
     dist.destroy_process_group()
 
 
-def test_each_rank_begins_with_its_own_memories_alone(tmp_path):
-    """Whatever the number of ranks, the same memories, all apart and of unit length; of one piece,
-    MemoryBank's."""
+def test_each_rank_draws_its_own_first_memories_alone(tmp_path):
+    """Any number of ranks begins with the same memories, different from each other and of unit length;
+    MemoryBank has the same ones.
+    """
     for world in (1, 3):
-        torch.multiprocessing.spawn(begin, (world, str(tmp_path)), nprocs=world)
+        torch.multiprocessing.spawn(check_first_memories, (world, str(tmp_path)), nprocs=world)
     one, three = (torch.load(tmp_path / f"begin-{world}.pt", weights_only=True) for world in (1, 3))
     assert all(torch.equal(x, y) for x, y in zip(one, three, strict=True))
     memories = torch.cat(one)
@@ -134,8 +138,10 @@ def test_each_rank_begins_with_its_own_memories_alone(tmp_path):
     )
 
 
-def test_a_damaged_part_sends_the_run_back_to_the_checkpoint_before(tmp_path, capsys):
-    """Every byte of a folder counts; where both are damaged, the run does not begin anew by itself."""
+def test_a_damaged_part_sends_the_run_back_to_the_previous_checkpoint(tmp_path, capsys):
+    """Every byte of a folder is checked. If both checkpoints are damaged, the run does not start over by
+    itself.
+    """
     world = distributed.World(0, 1, torch.device("cpu"))
 
     def checkpoint():
@@ -179,9 +185,10 @@ def test_a_damaged_part_sends_the_run_back_to_the_checkpoint_before(tmp_path, ca
         checkpoint()
 
 
-def test_training_with_a_spread_bank_is_training(tmp_path):
-    """Twelve steps, six of them robust, of two processes, against a run that goes on with its bank spread:
-    the same bits."""
+def test_training_with_a_spread_bank_equals_training_with_one_bank(tmp_path):
+    """Two processes, twelve steps, six of them robust: a run that is resumed with its bank spread ends in the
+    same bits.
+    """
     text = {}
     runs = {"whole": [], "spread": ["optim.epochs=2"], "spread again": ["bank.spread=true"]}
     for name, more in runs.items():
@@ -201,7 +208,7 @@ def test_training_with_a_spread_bank_is_training(tmp_path):
         torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "spread")
     )
     files = sorted(path.name for path in (tmp_path / "spread" / spread["bank"]["folder"]).iterdir())
-    assert files == [".metadata", "__0_0.distcp", "__1_0.distcp"]  # each rank its own
+    assert files == [".metadata", "__0_0.distcp", "__1_0.distcp"]  # each rank writes its own
     bank = MemoryBank(*whole["bank"]["video"].shape, 0.5, 0)
     bank.load_rows(tmp_path / "spread" / spread["bank"]["folder"], spread["bank"])
     spread["bank"] = bank.state_dict()
@@ -218,9 +225,10 @@ def test_training_with_a_spread_bank_is_training(tmp_path):
     assert [line["loss"] for line in lines[0]] == [line["loss"] for line in lines[1]]
 
 
-def test_contrast_with_a_spread_bank_is_contrast(tmp_path):
-    """Neighbours out of a sample: six steps of two processes give the same losses with the bank in one piece
-    and spread; another run may begin with the spread one's bank."""
+def test_contrast_with_a_spread_bank_equals_contrast_with_one_bank(tmp_path):
+    """With neighbours from a sample, six steps of two processes give the same losses for both banks. Another
+    run can begin with the spread bank.
+    """
     losses = []
     settings = ["weights.contrast_va=1", "weights.contrast_av=1", "contrast.sample=16", "contrast.k_pos=4"]
     settings += ["contrast.n_pos=2", "contrast.negatives=8", "log.check_epochs=0"]
@@ -264,6 +272,6 @@ def test_no_code_is_run_from_the_index_of_a_folder(tmp_path):
 @pytest.mark.parametrize(
     "other", ["bank.num_negatives=all", "weights.contrast_va=1", "weights.contrast_vv=1"]
 )
-def test_what_needs_the_whole_bank_is_refused(other):
+def test_terms_that_need_the_whole_bank_are_refused(other):
     with pytest.raises(config.ConfigError, match=r"bank\.spread"):
         config.load("toy", ["bank.spread=true", "temporal.moments=2", other])

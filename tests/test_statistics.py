@@ -1,5 +1,5 @@
-"""Statistics of a data set's spectrograms: right, the same after any interruption, and carried by what is
-trained with them.
+"""Statistics of a data set's spectrograms are right, are the same after an interruption, and are stored in
+checkpoints.
 """
 
 import json
@@ -19,7 +19,7 @@ from avid.tools import statistics
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    """40 sounds of half a second, of other levels and pitches, one of them unreadable."""
+    """40 short sounds of different levels and pitches, one of them unreadable."""
     root, rng = tmp_path_factory.mktemp("sounds"), np.random.default_rng(0)
     for k in range(40):
         wave = rng.uniform(0.05, 1.0) * tone(200 + 150 * k, 0.8, 16000) + rng.normal(0, 0.01, 12800)
@@ -35,7 +35,7 @@ def cfg(frontend="log", workers=0, **audio):
 
 
 @pytest.mark.parametrize("frontend", ["log", "avid"])
-def test_they_are_the_mean_and_deviation_of_all_columns(table, tmp_path, frontend):
+def test_statistics_are_the_mean_and_deviation_of_all_columns(table, tmp_path, frontend):
     out = tmp_path / "statistics.npz"
     statistics.measure(table, cfg(frontend), out)
     seen = dict(np.load(out))
@@ -52,7 +52,7 @@ def test_they_are_the_mean_and_deviation_of_all_columns(table, tmp_path, fronten
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_interrupted_it_goes_on_to_the_same_bits(table, tmp_path, monkeypatch, workers):
+def test_an_interrupted_measurement_ends_in_the_same_bits(table, tmp_path, monkeypatch, workers):
     whole, out = tmp_path / "whole.npz", tmp_path / "out.npz"
     statistics.measure(table, cfg(), whole)
     monkeypatch.setattr(statistics, "SAVE_S", 0.0)
@@ -70,12 +70,12 @@ def test_interrupted_it_goes_on_to_the_same_bits(table, tmp_path, monkeypatch, w
         statistics.measure(table, cfg(workers=workers), out)
     assert not out.exists()
     statistics.measure(table, cfg(workers=workers), out)
-    assert sum(seen[2:]) == 39 - seen[0]  # what was heard is not heard again
+    assert sum(seen[2:]) == 39 - seen[0]  # sounds that were read are not read again
     first, second = (dict(np.load(path)) for path in (whole, out))
     assert all(np.array_equal(first[key], second[key]) for key in first)
 
 
-def test_what_is_unfinished_belongs_to_its_files_and_settings(table, tmp_path, monkeypatch):
+def test_an_unfinished_measurement_is_refused_for_other_settings(table, tmp_path, monkeypatch):
     out = tmp_path / "out.npz"
     monkeypatch.setattr(data, "loader", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -90,7 +90,7 @@ def test_what_is_unfinished_belongs_to_its_files_and_settings(table, tmp_path, m
         statistics.measure(table, cfg(), out)
 
 
-def test_a_band_that_hardly_varies_is_not_blown_up(tmp_path):
+def test_a_band_that_hardly_varies_is_not_amplified(tmp_path):
     for k in range(3):
         good(
             tmp_path / f"{k}.wav", wave=np.zeros((1, 12800), np.float32), codecs=("", "pcm_s16le"), seconds=0
@@ -100,7 +100,7 @@ def test_a_band_that_hardly_varies_is_not_blown_up(tmp_path):
     assert found["mean"].tolist() == [-100.0] * 16 and found["std"].tolist() == [1.0] * 16
 
 
-def test_too_many_unreadable_files_end_it(tmp_path):
+def test_too_many_unreadable_files_end_the_measurement(tmp_path):
     for k in range(120):
         (tmp_path / f"{k}.wav").write_bytes(b"no sound")
     with pytest.raises(data.MediaError, match=r"could not be used, more than data.max_bad_share"):
@@ -110,12 +110,12 @@ def test_too_many_unreadable_files_end_it(tmp_path):
 # ----------------------------------------------------------------------------------------------- the settings
 
 
-def test_a_file_becomes_the_numbers_it_holds(tmp_path):
+def test_a_file_of_statistics_is_replaced_by_its_numbers(tmp_path):
     path = tmp_path / "a.npz"
     np.savez(path, mean=np.array([-50.0, -40.25, 1e-3]), std=np.array([10, 20.5, 1]))
     cfg = config.load("toy", ["audio.mels=3", f"audio.statistics={path}"])
     assert cfg.audio.statistics == "-50/10 -40.25/20.5 0.001/1"
-    path.unlink()  # the numbers are the settings', wherever they go
+    path.unlink()  # the settings hold the numbers, not the file's name
     config.save(cfg, tmp_path / "config.yaml")
     assert config.load(tmp_path / "config.yaml") == cfg
     assert config.band_statistics(cfg.audio) == ((-50.0, -40.25, 0.001), (10.0, 20.5, 1.0))
@@ -137,7 +137,7 @@ def test_a_file_becomes_the_numbers_it_holds(tmp_path):
         (None, "no file"),
     ],
 )
-def test_a_file_that_holds_none_is_refused(tmp_path, content, complaint):
+def test_a_file_without_statistics_is_refused(tmp_path, content, complaint):
     path = tmp_path / "a.npz"
     if isinstance(content, dict):
         np.savez(path, **content)
@@ -162,11 +162,13 @@ def test_avids_spectrogram_needs_statistics_and_says_where_they_are():
     )
 
 
-# ------------------------------------------------------------------------------------------------- as carried
+# ------------------------------------------------------------------------------------------------ checkpoints
 
 
 def test_a_checkpoint_carries_its_statistics(tmp_path):
-    """Trained with AVID's spectrogram; the file is gone, and the evaluation hears as the training did."""
+    """A run is trained with AVID's spectrogram; the evaluation works although the file of statistics was
+    deleted.
+    """
     world = [f"data.root={tmp_path}", "audio.frontend=avid", *TINY]
     done = subprocess.run(
         [sys.executable, "-m", "avid", "statistics", "--out", str(tmp_path / "toy.npz"), *world],
@@ -193,8 +195,8 @@ def test_a_checkpoint_carries_its_statistics(tmp_path):
 
 
 def test_a_released_checkpoint_takes_avids_spectrogram_by_itself(tmp_path):
-    """One with the names that AVID-CMA gave; its pictures need no statistics, its sound says which are
-    missing.
+    """A checkpoint with the names of AVID-CMA: video needs no statistics, and the error for audio names the
+    missing file.
     """
     path = tmp_path / "released.pth.tar"
     network = evaluation.models.AudioVisual(config.load("avid").model)

@@ -1,4 +1,4 @@
-"""The studies, each in its --quick form, and their measures on banks whose answer is known."""
+"""The studies, each in its --quick form, and their measures on banks with a known answer."""
 
 import csv
 import shutil
@@ -13,7 +13,7 @@ from avid import config, datasets, losses, memory_bank, toy
 from studies import both, measures, moments, real, robust, runs, temporal
 
 STUDIES = {study.name: study for study in (robust.STUDY, temporal.STUDY, both.STUDY, moments.STUDY)}
-SOME = {  # methods of the quick form: every way through `measure`
+SOME = {  # methods of the quick form that take every branch of `measure`
     "robust": ["untrained", "xid", "robust", "oracle", "soft-oracle"],
     "temporal": ["contrast", "all", "all-hard-no-positives", "sound-alone"],
     "both": ["robust_temporal"],
@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_a_study_from_nothing_to_tables_and_figures(name, perform, folder, capsys):
+def test_a_study_writes_its_tables_and_figures(name, perform, folder, capsys):
     rows = perform(name, "--only", *SOME[name])
     assert [row["method"] for row in rows] == sorted(SOME[name])
     measured = {"moments": ("similarity exact", "brightest on the thing %")}
@@ -42,12 +42,12 @@ def test_a_study_from_nothing_to_tables_and_figures(name, perform, folder, capsy
     assert name != "temporal" or (results / "images" / "temporal-maps.png").stat().st_size > 5000
     before = (results / f"{name}.csv").read_bytes()
     capsys.readouterr()
-    perform(name, "--only", *SOME[name])  # again: nothing is left to do, and the same comes out
+    perform(name, "--only", *SOME[name])  # again: nothing is left to do, and the result is the same
     assert " 0 to do" in capsys.readouterr().out
     assert (results / f"{name}.csv").read_bytes() == before
 
 
-def test_real_sounds_and_videos_by_the_checkpoint_of_a_study(perform, folder, tmp_path, capsys):
+def test_the_study_real_evaluates_the_checkpoint_of_another_study(perform, folder, tmp_path, capsys):
     perform("robust", "--only", "xid")
     (quick,) = (folder / "runs" / "studies-quick" / "robust").glob("xid-*")
     (run,) = (run for run in robust.STUDY.plan([0]) if run.group == robust.group("xid", 0.3, robust.LONG))
@@ -91,11 +91,11 @@ def test_real_sounds_and_videos_by_the_checkpoint_of_a_study(perform, folder, tm
         for name in ("sounds", "neighbours")
     )
     before = (tmp_path / "results" / "real.csv").read_bytes()
-    real.main(arguments)  # again: no checkpoint is asked twice
+    real.main(arguments)  # again: no checkpoint is evaluated twice
     assert (tmp_path / "results" / "real.csv").read_bytes() == before
 
 
-def test_only_takes_methods_and_changes_and_says_what_it_does_not_know(tmp_path, capsys):
+def test_only_takes_methods_and_changes_and_names_unknown_ones(tmp_path, capsys):
     def chosen(*names):
         options = ["--list", "--results", str(tmp_path), "--seeds", "3", "--only", *names]
         runs.main(robust.STUDY, runs.command_line("", options))
@@ -113,13 +113,13 @@ def test_gains_are_between_rows_of_the_same_seed():
     def rows(by_seed):
         return [dict.fromkeys(robust.MEASURES, value) | {"seed": seed} for seed, value in by_seed.items()]
 
-    mine, others = rows({"0": "50.5", "1": "60", "2": "70"}), rows({"2": "71", "0": "50"})
-    gains = robust.difference(mine, others)
-    assert [float(row["kind probe video"]) for row in gains] == [0.5, -1]  # seed 1 has no other
-    assert runs.mean_std(robust.difference(mine, mine), "AUROC") == (0, 0)  # no difference is a number, too
+    some, others = rows({"0": "50.5", "1": "60", "2": "70"}), rows({"2": "71", "0": "50"})
+    gains = robust.difference(some, others)
+    assert [float(row["kind probe video"]) for row in gains] == [0.5, -1]  # seed 1 is in one of them only
+    assert runs.mean_std(robust.difference(some, some), "AUROC") == (0, 0)  # zero is a number, too
 
 
-def test_soft_targets_by_the_manifest_are_the_same_for_all_of_the_kind():
+def test_soft_targets_of_the_oracle_are_means_over_the_kind():
     seen, heard = ["drum", "bell", "drum", "voice"], ["drum", "drum", "music", "voice"]
     columns = {"label": seen, "sound": heard, "faulty": ["0", "1", "1", "0"]}
     table = datasets.Table("toy", None, list("abcd"), None, [], None, None, None, columns, [])
@@ -139,7 +139,7 @@ def test_soft_targets_by_the_manifest_are_the_same_for_all_of_the_kind():
     )
 
 
-def test_all_runs_are_different_and_have_settings_that_can_be_used():
+def test_all_runs_are_different_and_have_valid_settings():
     for study in STUDIES.values():
         made = study.plan([0])
         identities = {runs.identity(runs.describe(study, run, quick=False)) for run in made}
@@ -148,7 +148,7 @@ def test_all_runs_are_different_and_have_settings_that_can_be_used():
             runs.configuration(study, run, False, "data", "out")
 
 
-def test_a_run_with_other_settings_takes_the_place_of_the_old_one(tmp_path):
+def test_a_run_with_other_settings_replaces_the_old_one(tmp_path):
     path = tmp_path / "study.csv"
 
     def row(method, settings, **measured):
@@ -189,7 +189,7 @@ def test_tables_go_between_their_marks(tmp_path):
 
 
 def world(faulty, n=200):
-    """A table as of a toy with a share of faulty pairs, without the files."""
+    """The table of a toy world with a share of faulty pairs, without files."""
     rows = toy.table(config.Toy(train=n, test=1, faulty=faulty), seed=0)[:n]
     columns = {key: [str(row[key]) for row in rows] for key in rows[0]}
     empty = np.zeros(n)
@@ -216,7 +216,7 @@ def bank_by_kind(table, noise=0.0):
     return bank
 
 
-def test_a_bank_that_knows_the_kinds_tells_faulty_pairs_and_a_random_one_does_not():
+def test_a_bank_that_knows_the_kinds_detects_faulty_pairs_and_a_random_one_does_not():
     table, loss = world(0.3), config.Loss()
     known = measures.weight_statistics(bank_by_kind(table), table, loss)
     assert known["AUROC"] == 1 and known["weight true"] > 0.8 > 0.4 > known["weight faulty"] >= 0.25
@@ -244,15 +244,14 @@ def test_the_estimates_are_those_that_training_uses(estimator):
     bank = bank_by_kind(world(0.3), noise=0.1)
     v, a = bank.video.double(), bank.audio.double()
     S_v, S_a = losses.soft_target_matrices(estimator, v, a, v, a, tau_s=0.1, tau_t=0.2)
-    everyone = torch.ones(200, dtype=torch.bool)
-    means = losses.soft_targets(estimator, bank.video, bank.audio, bank.video, bank.audio, everyone, 0.1, 0.2)
+    valid = torch.ones(200, dtype=torch.bool)
+    means = losses.soft_targets(estimator, bank.video, bank.audio, bank.video, bank.audio, valid, 0.1, 0.2)
     torch.testing.assert_close(means[0], (S_v @ a).float())
     torch.testing.assert_close(means[1], (S_a @ v).float())
 
 
-def test_the_cycle_doubts_faulty_neighbours():
-    """Neighbours by picture take a candidate whose sound is wrong like any other; the cycle passes over
-    it."""
+def test_the_cycle_leaves_out_faulty_neighbours():
+    """The neighbours by picture include candidates whose sound is wrong; the cycle leaves them out."""
     table = world(0.3)
     bank = bank_by_kind(table)
     on_faulty = {

@@ -1,5 +1,6 @@
-"""Is it in sync: shifts are counted right, equally often each, and read from the right places of real
-files."""
+"""Synchronisation: every shift is a mean over equally many pairs, and is read from the right times of real
+files.
+"""
 
 import json
 import subprocess
@@ -32,16 +33,16 @@ def test_each_shift_is_the_mean_over_as_many_pairs():
     assert curves.shape == (3, 9)
     for column, shift in enumerate(range(-4, 5)):
         pairs = [(i, i + shift) for i in range(11) if 0 <= i + shift < 11]
-        pairs = sorted(sorted(pairs), key=lambda pair: abs(sum(pair) / 2 - 5))[:7]  # those about the middle
+        pairs = sorted(sorted(pairs), key=lambda pair: abs(sum(pair) / 2 - 5))[:7]  # those around the middle
         for video in range(3):
             expected = np.mean([scores[video][pair] for pair in pairs])
             centre = {sum(pair) / 2 for pair in pairs}
-            if shift % 2 == 0:  # else two choices are as near to the middle
+            if shift % 2 == 0:  # otherwise two choices are equally near to the middle
                 assert curves[video, column] == pytest.approx(expected)
             assert len(pairs) == 7 and max(centre) - min(centre) == 6
 
 
-def test_which_pair_is_which_shift():
+def test_the_shift_of_a_pair_is_the_moment_of_sound_minus_that_of_picture():
     """The sound of moment j is heard with the picture of moment i: shift j − i."""
     i, j = np.mgrid[:9, :9]
     for shift in range(-3, 4):
@@ -65,12 +66,12 @@ def test_a_step_is_half_of_the_shorter_clip(overrides, asked_s, expected):
 
 
 @pytest.mark.parametrize("asked_s", [2.1, 0.01, -1.0, float("nan")])
-def test_a_step_that_makes_no_sense_is_an_error(asked_s):
+def test_a_step_out_of_range_is_an_error(asked_s):
     with pytest.raises(config.ConfigError, match=r"--step .* cannot be used; expected 0\.05 to 2 s"):
         sync.steps(config.load("toy"), asked_s)
 
 
-def test_the_step_of_sync_is_not_taken_by_other_tasks(capsys):
+def test_other_tasks_refuse_the_step_of_sync(capsys):
     with pytest.raises(SystemExit) as ended:
         eval_retrieval.command_line(["--ckpt", "random", "--step", "0.5"])
     assert ended.value.code == 2
@@ -82,13 +83,13 @@ def test_the_step_of_sync_is_not_taken_by_other_tasks(capsys):
 
 
 def sweep(late_s):
-    """1×n float32: a tone that rises by 700 Hz a second, `late_s` after it should."""
+    """1×n float32: a tone that rises by 700 Hz a second, late by `late_s`."""
     t = np.arange(SECONDS * RATE_HZ) / RATE_HZ - late_s
     return (0.5 * np.sin(2 * np.pi * (800 * t + 350 * t * t)))[None].astype(np.float32)
 
 
 class Clock(torch.nn.Module):
-    """A network that reads the time off a picture's number and off a tone's pitch, and embeds it."""
+    """A network that reads the time from a picture's number or a tone's pitch, and embeds it."""
 
     temporal = torch.nn.Module()
     temporal.heads = torch.nn.ModuleDict()
@@ -123,7 +124,7 @@ def subject(folder, out):
 
 
 def test_a_network_that_knows_the_time_finds_each_delay(world, tmp_path):
-    """A sound that comes late is right where it is taken later."""
+    """A late sound matches best at the shift that equals its delay."""
     folder, delays = world
     known, table = subject(folder, tmp_path)
     result = sync.measure(known, table)
@@ -147,12 +148,12 @@ def test_features_are_kept(world, tmp_path, monkeypatch):
     first = sync.measure(known, table)
     monkeypatch.setattr(evaluation, "extract", None)
     assert sync.measure(known, table) == first
-    with pytest.raises(TypeError):  # other moments
+    with pytest.raises(TypeError):  # other moments need other features
         sync.measure(known, table, 0.5)
 
 
-def test_a_head_for_the_order_judges_too(world, tmp_path):
-    """It gets the features of picture and sound, side by side, and says whether they overlap."""
+def test_the_order_head_is_measured_too(world, tmp_path):
+    """It takes the concatenated features of picture and sound and predicts whether they overlap."""
     known, table = subject(world[0], tmp_path)
 
     class Head(torch.nn.Module):
@@ -185,7 +186,7 @@ def test_a_video_that_is_too_short_is_left_out_by_name(world, tmp_path, capsys):
     )
 
 
-def test_moments_lie_in_the_middle_the_same_for_picture_and_sound(world):
+def test_moments_lie_in_the_middle_of_the_file(world):
     cfg = config.load("toy", [*SETTINGS, "data.name=folder", f"data.root={world[0]}"])
     grid = sync.Grid(datasets.load(cfg.data, "all"), cfg, 0.25, 8)
     with media.Media(world[0] / "a.mp4") as file:
@@ -196,7 +197,7 @@ def test_moments_lie_in_the_middle_the_same_for_picture_and_sound(world):
     assert {(clip.speed, clip.backward) for clip in moments} == {(1, False)}
 
 
-def test_the_script_prints_and_writes_it(tmp_path):
+def test_the_script_prints_and_writes_the_result(tmp_path):
     command = [
         sys.executable,
         str(ROOT / "eval_retrieval.py"),

@@ -1,4 +1,4 @@
-"""When clips are taken, that labels say what clips show, and what the heads see."""
+"""When clips are taken, whether labels match what clips show, and what the heads see."""
 
 from types import SimpleNamespace
 
@@ -19,7 +19,7 @@ def plans(length_s, temporal=FOUR, clip_s=0.5, count=3000, first_s=2.0):
 
 
 def equally_often(values, of):
-    """Whether these values come equally often: each within five standard deviations."""
+    """Whether each value in `of` comes equally often, within five standard deviations."""
     counts = np.array([np.sum(np.array(values) == value) for value in of])
     share = 1 / len(of)
     return np.abs(counts - len(values) * share).max() < 5 * np.sqrt(len(values) * share * (1 - share))
@@ -34,16 +34,16 @@ def test_the_classes_of_every_task_come_equally_often(length_s):
     assert equally_often([label["order"] for label in labels if label["order"] != UNKNOWN], range(3))
 
 
-def test_no_label_tells_another():
+def test_no_label_gives_away_another():
     """The order is drawn equally often for every pair of speeds and directions that allows it."""
     labels = [label for _, label in plans(6.0, count=20000)]
     for pair in [(0, 0), (3, 0), (2, 3), (3, 3)]:
         orders = [label["order"] for label in labels if tuple(label["speed"]) == pair]
-        assert (UNKNOWN in orders) == (pair == (3, 3))  # 4 s and 4 s do not fit apart into 6 s
+        assert (UNKNOWN in orders) == (pair == (3, 3))  # two clips of 4 s overlap in 6 s
         assert set(orders) == {UNKNOWN} or equally_often(orders, range(3))
-    for way in (0, 1):
+    for direction in (0, 1):
         assert equally_often(
-            [label["speed"][1] for label in labels if label["direction"] == [way, 1]], range(4)
+            [label["speed"][1] for label in labels if label["direction"] == [direction, 1]], range(4)
         )
 
 
@@ -64,15 +64,15 @@ def test_clips_lie_within_the_video_and_their_order_is_the_label(length_s):
             assert d <= a + 1e-9
 
 
-def test_what_a_video_is_too_short_for_is_unknown_and_never_wrong():
-    for clips, label in plans(0.3, count=50):  # not even one clip
+def test_labels_that_a_video_is_too_short_for_are_unknown():
+    for clips, label in plans(0.3, count=50):  # too short for one clip
         assert [clip.speed for clip in clips] == [1, 1]
         assert (
             label["speed"] == [UNKNOWN] * 2
             and label["direction"] == [UNKNOWN] * 2
             and label["order"] == UNKNOWN
         )
-    for _, label in plans(0.9, count=50):  # a clip, at one speed
+    for _, label in plans(0.9, count=50):  # enough for a clip at one speed
         assert (
             label["speed"] == [UNKNOWN] * 2
             and UNKNOWN not in label["direction"]
@@ -90,7 +90,7 @@ def test_a_run_without_tasks_takes_one_clip_anywhere():
 
 @pytest.mark.parametrize("fps", [8, 15, 25, 30000 / 1001, 60])
 def test_clips_show_what_their_labels_say(tmp_path, fps):
-    """Frames that show their number, a tone that climbs evenly: every label is read off the clip itself."""
+    """Frames show their number and a tone rises evenly, so every label can be read from the clip itself."""
     seconds, rate_hz, climb_hz = 4.2, 16000, 1500
     t = np.arange(round(seconds * rate_hz)) / rate_hz
     sweep = 0.5 * np.sin(2 * np.pi * (300 * t + climb_hz * t**2 / 2)).astype(np.float32)[None]
@@ -100,8 +100,8 @@ def test_clips_show_what_their_labels_say(tmp_path, fps):
     whole = "video.size=64 video.crop_area=[1,1] video.crop_ratio=[1,1] video.flip=0"
     alone = [f"weights.contrast_{name}=0" for name in ("vv", "aa", "va", "av")]  # one video has no neighbours
     cfg = config.load("toy_temporal", [*whole.split(), "audio.mels=0", "audio.volume=0", *alone])
-    place = {"paths": [path.name], "root": tmp_path, "start_s": [0.0], "end_s": [np.inf]}
-    one = SimpleNamespace(**place, record=None)
+    columns = {"paths": [path.name], "root": tmp_path, "start_s": [0.0], "end_s": [np.inf]}
+    one = SimpleNamespace(**columns, record=None)
     clips = data.Clips(one, cfg, training=True)
     time_of_bin = (np.arange(257) * rate_hz / 512 - 300) / climb_hz
     seen = set()
@@ -112,12 +112,12 @@ def test_clips_show_what_their_labels_say(tmp_path, fps):
             frame_s = np.array(numbers(item["video"][moment].permute(1, 2, 3, 0))) / fps  # T
             heard_s = time_of_bin[item["audio"][moment, 0].argmax(1)]  # F
             speed = cfg.temporal.speeds[item["speed"][moment]] if item["speed"][moment] != UNKNOWN else 1
-            way = -1 if item["direction"][moment] else 1
+            sign = -1 if item["direction"][moment] else 1
             assert np.polyfit(np.arange(8) / 16, frame_s, 1)[0] == pytest.approx(
-                way * speed, abs=0.3 if fps > 8 else 0.45
+                sign * speed, abs=0.3 if fps > 8 else 0.45
             )
             assert np.polyfit(np.arange(50) / 100, heard_s, 1)[0] == pytest.approx(
-                way * speed, abs=0.1 * speed
+                sign * speed, abs=0.1 * speed
             )
             middle = heard_s.mean()
             # picture and sound are of one interval
@@ -132,7 +132,9 @@ def test_clips_show_what_their_labels_say(tmp_path, fps):
 
 
 def test_heads_see_the_clips_that_their_labels_are_about():
-    """Features that are the clip's time: pairs of one modality, and a clip with the other's other moment."""
+    """The features are numbers of clips. A pair is two moments of one modality, or a clip and the other
+    modality's other moment.
+    """
     dim = {"video": 2, "audio": 3}
     heads = temporal_tasks.Heads(dim, {"order_video": 3, "order_cross": 3, "speed_audio": 4})
     pairs = {}
@@ -157,7 +159,7 @@ def test_heads_see_the_clips_that_their_labels_are_about():
 
 
 def test_every_task_has_a_weight_labels_and_a_head():
-    """And every other weight is of xid, cma or a contrast: none in config.py is without effect."""
+    """Every other weight belongs to xid, cma or a contrast, so none in config.py is without effect."""
     weights = {name for name in vars(config.Weights()) if not name.startswith(("xid", "cma", "contrast_"))}
     assert weights == TASKS.keys()
     _, labels = plan(0.0, 100.0, 0.5, FOUR, np.random.default_rng(0))
@@ -182,7 +184,7 @@ def test_the_heads_of_a_checkpoint_keep_their_names_and_their_order():
     assert names[8:] == [f"heads.order_{m}.{layer}" for m in ("video", "audio", "cross") for layer in layers]
 
 
-def test_what_a_term_needs_stands_in_the_help_and_is_asked_for():
+def test_the_help_and_the_error_name_what_a_term_needs():
     needs = {"speed_video": "temporal.speeds", "direction_audio": "temporal.reverse"}
     needs |= dict.fromkeys(("order_cross", "contrast_vv", "contrast_aa"), "temporal.moments=2")
     for name, needed in needs.items():
@@ -197,7 +199,7 @@ def test_what_a_term_needs_stands_in_the_help_and_is_asked_for():
         config.load("toy", [*asked, "contrast.sample=1000"])
 
 
-def test_targets_stand_as_the_logits_do():
+def test_targets_have_the_order_of_the_logits():
     batch = {"speed": torch.tensor([[0, 3], [UNKNOWN, 1]]), "order": torch.tensor([0, UNKNOWN])}
     assert TASKS["speed_video"].targets(batch).tolist() == [0, 3, UNKNOWN, 1]
     assert TASKS["order_audio"].targets(batch).tolist() == [0, UNKNOWN]
@@ -205,7 +207,7 @@ def test_targets_stand_as_the_logits_do():
     assert TASKS["order_cross"].targets(batch).tolist() == [0, UNKNOWN, *seen_from_the_other_side]
 
 
-def test_unknown_labels_count_nothing():
+def test_unknown_labels_do_not_count():
     logits = torch.randn(5, 3, requires_grad=True)
     target = torch.tensor([0, UNKNOWN, 2, 1, UNKNOWN])
     loss, right, known = temporal_tasks.task_loss(logits, target)

@@ -1,5 +1,6 @@
-"""The toy world: the same bits for the same seed, whole or not at all, and sound and picture that go with the
-same events."""
+"""The toy world: the same seed gives the same bits, no file is half written, and sound and picture show the
+same events.
+"""
 
 import dataclasses
 import hashlib
@@ -67,7 +68,7 @@ def test_a_changed_setting_makes_a_new_folder(world, tmp_path, monkeypatch, chan
 
 
 @pytest.mark.parametrize("file", ["a.mp4", "dogs/a.MOV", "train/dogs/a.wav"])
-def test_a_folder_of_somebodys_videos_is_left_alone(tmp_path, file):
+def test_a_folder_of_the_users_own_videos_is_left_alone(tmp_path, file):
     """data.root was given, data.name forgotten."""
     (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / file).touch()
@@ -77,27 +78,28 @@ def test_a_folder_of_somebodys_videos_is_left_alone(tmp_path, file):
 
 
 @pytest.mark.parametrize("size", [32, 64])
-def test_whatever_lies_in_memory_an_encoding_is_the_same_bits(tmp_path, size):
-    """Before, three of a hundred encodings of pictures 32 wide had other bytes."""
+def test_an_encoding_does_not_depend_on_what_lies_in_memory(tmp_path, size):
+    """An earlier version gave other bytes in three of a hundred encodings of frames 32 pixels wide."""
     world, path, found = config.Toy(train=6, test=2, seconds=2.0, size=size), tmp_path / "a.mp4", set()
     frames, wave = toy.render(world, 3, toy.table(world, 3)[2])
     for k in range(200):
         rng = np.random.default_rng(k)
-        lies = [rng.random(n) for n in rng.integers(1, 200_000, 3)]
+        garbage = [rng.random(n) for n in rng.integers(1, 200_000, 3)]
         toy.encode(path, frames, wave[:1024], world)
         found.add(path.read_bytes())
-        del lies
+        del garbage
     assert len(found) == 1
 
 
-def test_what_is_written_is_not_written_again(world, monkeypatch):
+def test_an_existing_world_is_not_written_again(world, monkeypatch):
     monkeypatch.setattr(toy, "render", lambda *_: pytest.fail("rendered again"))
     assert toy.write(world.parent, TINY, 3, 1, progress=False) == world
 
 
-def test_an_interrupted_writing_goes_on(world, tmp_path):
-    """As a killed writer leaves it: files are missing, some are half written under other names, there is no
-    manifest."""
+def test_an_interrupted_world_is_completed(world, tmp_path):
+    """As a killed writer leaves it: files are missing, some are half written under other names, and there is
+    no manifest.
+    """
     folder = toy.write(tmp_path, TINY, 3, 1, progress=False)
     (folder / "manifest.csv").unlink()
     for path in ("train/00001.mp4", "train/00004.mp4", "test/00000.mp4"):
@@ -111,7 +113,7 @@ def test_an_interrupted_writing_goes_on(world, tmp_path):
 
 
 @pytest.mark.parametrize("fault", [KeyboardInterrupt, OSError("No space left on device")])
-def test_no_half_file_under_its_final_name(world, tmp_path, monkeypatch, fault):
+def test_no_half_file_has_its_final_name(world, tmp_path, monkeypatch, fault):
     whole, written = toy.encode, []
 
     def encode(path, *rest):
@@ -132,7 +134,7 @@ def test_no_half_file_under_its_final_name(world, tmp_path, monkeypatch, fault):
 
 
 def alive(pid):
-    """Whether a process still runs; one that only waits to be buried does not."""
+    """Whether a process still runs; a zombie does not."""
     stat = Path(f"/proc/{pid}/stat")
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
@@ -170,7 +172,7 @@ def test_an_ended_writer_leaves_no_process_and_no_half_video(tmp_path, how):
 
 
 def test_two_runs_may_write_the_same_world_at_once(world, tmp_path, monkeypatch):
-    """While one writes its third video another one writes the whole world, and cleans up."""
+    """While one run writes its third video, another one writes the whole world and cleans up."""
     whole, calls = toy.encode, []
 
     def encode(path, *rest):
@@ -178,13 +180,13 @@ def test_two_runs_may_write_the_same_world_at_once(world, tmp_path, monkeypatch)
         calls.append(path)
         if len(calls) == 3:
             assert content(toy.write(tmp_path, TINY, 3, 1, progress=False)) == content(world)
-            assert not path.exists()  # swept
+            assert not path.exists()  # removed by the other run
 
     monkeypatch.setattr(toy, "encode", encode)
     assert content(toy.write(tmp_path, TINY, 3, 1, progress=False)) == content(world)
 
 
-def test_settings_that_no_file_can_hold(tmp_path):
+def test_settings_that_no_file_can_hold_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"toy.size is 33, .*: use 34"):
         toy.write(tmp_path, dataclasses.replace(TINY, size=33), 0, 1)
     with pytest.raises(ValueError, match=r"toy.rate_hz is 16001, .* one of .*16000"):
@@ -207,7 +209,7 @@ def test_files_hold_what_was_rendered(world):
 
 
 @pytest.mark.parametrize("rate_hz", [8000, 44100])
-def test_other_rates(tmp_path, rate_hz):
+def test_other_sample_rates_are_written(tmp_path, rate_hz):
     settings = config.Toy(train=1, test=1, seconds=1.5, size=16, fps=10, rate_hz=rate_hz)
     media = Media(toy.write(tmp_path, settings, 0, 1, progress=False) / "train/00000.mp4")
     assert media.stream.rate == rate_hz
@@ -241,11 +243,11 @@ def test_faulty_rows_change_nothing_else():
     assert {row["sound"] for row in faulty if row["faulty"]} >= {"music", "noise"}
 
 
-def test_tempo_and_pitch_say_nothing_of_the_kind():
+def test_tempo_and_pitch_do_not_depend_on_the_kind():
     rows = toy.table(config.Toy(train=400, test=0), 0)
     for kind in KINDS:
-        mine = [row for row in rows if row["label"] == kind]
-        assert np.mean([np.log2(row["pitch_hz"] / toy.PITCH_HZ) for row in mine]) == pytest.approx(
+        of_kind = [row for row in rows if row["label"] == kind]
+        assert np.mean([np.log2(row["pitch_hz"] / toy.PITCH_HZ) for row in of_kind]) == pytest.approx(
             0.5, abs=0.15
         )
     for row in rows:
@@ -280,7 +282,7 @@ def rendered():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_sound_sets_in_at_the_events(kind):
+def test_the_sound_starts_at_the_events(kind):
     """The loudness jumps up at events, and not between them."""
     at_events, between = [], []
     for seed, motion in enumerate(MOTIONS):
@@ -309,9 +311,10 @@ def test_sound_and_picture_go_together_except_in_faulty_videos(rendered):
     assert abs(np.mean(together[1])) < 0.1
 
 
-def test_sound_and_picture_can_be_told_from_their_reverse(rendered):
-    """Both begin an event at once and end it slowly: what they rise by is skewed, and the other way round if
-    reversed."""
+def test_sound_and_picture_differ_from_their_reverse(rendered):
+    """Events begin suddenly and end slowly, so the changes of both are skewed, and the other way round if
+    reversed.
+    """
     sounds, pictures = {}, {}
     for row, frames, wave in rendered:
         if not row["faulty"]:

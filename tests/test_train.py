@@ -61,7 +61,7 @@ def assert_same(a, b, path=""):
     if isinstance(a, dict):
         assert a.keys() == b.keys(), path
         for key in a:
-            if key not in ("out", "root", "metrics_bytes"):  # the log names speeds
+            if key not in ("out", "root", "metrics_bytes"):  # the log holds speeds
                 assert_same(a[key], b[key], f"{path}.{key}")
     elif torch.is_tensor(a):
         assert torch.equal(a, b), path
@@ -75,8 +75,7 @@ def assert_same(a, b, path=""):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """An uninterrupted run: (folder of the toy, run folder, what it printed). Robust from the second epoch
-    on."""
+    """An uninterrupted run, robust after two epochs: (folder of the toy, run folder, what it printed)."""
     root = tmp_path_factory.mktemp("world")
     text = run(root, root / "whole", *ROBUST)
     return root, root / "whole", text
@@ -129,7 +128,7 @@ def test_another_seed_gives_another_network(whole):
     [["optim.draws=iid"], ["optim.draws=epoch", *TASKS], AVID_CMA],
     ids=["robust, iid", "all tasks, epochs", "AVID+CMA, copies"],
 )
-def test_killed_at_a_random_step_and_resumed_it_ends_in_the_same_bits(whole, more, tmp_path):
+def test_a_run_killed_at_a_random_step_resumes_to_the_same_bits(whole, more, tmp_path):
     root, _out, _ = whole
     settings = (*ROBUST, "log.checkpoint_minutes=0", *more)
     reference = tmp_path / "reference"
@@ -164,7 +163,7 @@ def metrics_so_far(out):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_step_saves_and_leaves(whole, number, tmp_path):
+def test_after_a_signal_the_run_finishes_the_step_saves_and_exits(whole, number, tmp_path):
     root, out, _ = whole
     process = subprocess.Popen(
         command(root, tmp_path / "run", *ROBUST, "data.workers=1"),
@@ -192,7 +191,7 @@ import runpy, sys, torch
 torch.set_default_dtype(torch.float64)
 torch.Tensor.float = torch.Tensor.double
 scaler = torch.amp.GradScaler
-torch.amp.GradScaler = lambda device, **_: scaler(device, enabled=False)  # it works in float32 alone
+torch.amp.GradScaler = lambda device, **_: scaler(device, enabled=False)  # it supports float32 only
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -203,10 +202,11 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     [["optim.draws=iid"], ["optim.draws=epoch", *TASKS], AVID_CMA],
     ids=["robust, iid", "all tasks, epochs", "AVID+CMA, copies"],
 )
-def test_two_processes_are_one(whole, more, tmp_path):
-    """Twelve steps, six of them robust, in float64: in float32 batch norm, max-pooling and Adam blow rounding
-    up to 1e-4. Batch norm takes its statistics over both ranks (optim.sync_bn), so that only the global batch
-    counts."""
+def test_two_processes_equal_one(whole, more, tmp_path):
+    """Twelve steps, six of them robust. They run in float64: in float32, batch norm, max-pooling and Adam
+    amplify rounding to 1e-4. Batch norm takes its statistics over both ranks (optim.sync_bn), so only the
+    global batch counts.
+    """
     root, _, _ = whole
     (tmp_path / "float64.py").write_text(IN_FLOAT64)
     for ranks in (1, 2):
@@ -236,7 +236,7 @@ def test_two_processes_are_one(whole, more, tmp_path):
 
 @pytest.fixture
 def float64(monkeypatch):
-    """What the network makes float32 of is float64."""
+    """Whatever the network converts to float32 becomes float64."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
 
@@ -251,7 +251,7 @@ def two_networks(head_norm="none"):
 
 
 def losses_and_gradients(network, clips, forward=None):
-    """A loss in which every clip counts with every other, its gradients, the running statistics."""
+    """A loss in which every clip meets every other one, its gradients, and the running statistics."""
     output = (network if forward is None else forward)(*clips)
     loss = (output[0] @ output[1].T).logsumexp(1).sum() + (output[2].square().sum() + output[3].sum()) / 100
     loss.backward()
@@ -263,7 +263,7 @@ def assert_close(a, b):
 
 
 def test_in_parts_the_loss_is_that_of_the_whole_batch(float64):
-    """… and its gradient, where batch norm takes no statistics: those are of a part."""
+    """Its gradient too, if batch norm takes no statistics: those would be of a part."""
     network, same, clips = two_networks()
     for each in (network, same):
         for module in each.modules():
@@ -297,7 +297,7 @@ def test_in_parts_batch_norm_takes_the_statistics_of_each_part_and_counts_it_onc
     assert_close(network(*clips)[:4], same(*clips)[:4])
 
 
-def test_in_parts_only_one_of_them_is_kept_for_backward(float64):
+def test_in_parts_only_one_part_is_kept_for_backward(float64):
     kept = {}
     for parts in (1, 4):
         network, _, clips = two_networks()
@@ -313,12 +313,13 @@ def test_in_parts_only_one_of_them_is_kept_for_backward(float64):
             output = network(*clips)
         kept[parts] = sum(sizes.values())
         del output
-    assert kept[4] < kept[1] / 4  # the clips themselves, and the parameters
+    assert kept[4] < kept[1] / 4  # this counts the clips and the parameters too
 
 
-def test_a_run_in_parts(whole):
-    """It trains, can be gone on with in another number of parts, and says so; a number that does not divide
-    is refused."""
+def test_a_run_in_parts_trains_and_resumes(whole):
+    """It resumes with another number of parts and logs the change; a number that does not divide the batch is
+    refused.
+    """
     root, _, _ = whole
     settings = (*ROBUST, "log.check_epochs=0", "optim.schedule=constant")
     run(root, root / "parts", *settings, "optim.epochs=1", "optim.accumulate=2")
@@ -344,9 +345,8 @@ def test_other_settings_do_not_resume(whole):
     assert "loss.delta was" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_the_evaluations_say_what_was_learned(whole):
+def test_the_evaluations_write_their_results(whole):
     root, out, _ = whole
-    options = ["eval.clips=2", *TINY[:4]]
     for ckpt in (str(out / "last.pt"), "random"):
         folder = out if ckpt != "random" else root / "random"
         for script in ("eval_linear.py", "eval_retrieval.py"):
@@ -360,4 +360,3 @@ def test_the_evaluations_say_what_was_learned(whole):
             result = json.loads((folder / f"{name}-toy-test.json").read_text())
             assert result["videos"] == 8 and result["seed"] == 0 and result["checkpoint"] == ckpt
         assert (folder / "retrieval-cross-toy.png").stat().st_size > 10_000
-    assert options

@@ -1,4 +1,4 @@
-"""Heat maps of the picture for its sound: against references, and on things whose place is known."""
+"""Heat maps of where a picture makes its sound: against references, and on things at known places."""
 
 import copy
 import csv
@@ -32,8 +32,8 @@ def clips(b=3, seed=0):
     return torch.randn(b, 3, 4, 64, 64, generator=generator), torch.randn(b, 1, 50, 32, generator=generator)
 
 
-def test_a_map_is_the_last_features_weighted_by_the_slope_of_the_similarity(world):
-    """Stage by stage, and the slope by differences in float64."""
+def test_a_map_is_the_last_features_weighted_by_the_gradient_of_the_similarity(world):
+    """The reference runs stage by stage and takes the gradient by finite differences in float64."""
     network = world[0].network
     video, audio = clips()
     found = where.heat_maps(network, video, audio)
@@ -55,7 +55,7 @@ def test_a_map_is_the_last_features_weighted_by_the_slope_of_the_similarity(worl
 
 
 @pytest.mark.parametrize("name", ["r3d_18", "s3d"])
-def test_networks_that_average_have_a_map_before_it(name):
+def test_networks_that_average_have_a_map_before_the_average(name):
     cfg = config.load("toy", [f"model.video={name}", "model.width=64", "model.depth=2", "audio.mels=32"])
     network = models.AudioVisual(cfg.model).eval()
     video, audio = torch.randn(1, 3, 16, 64, 64), torch.randn(1, 1, 50, 32)
@@ -74,9 +74,10 @@ class Colours(nn.Module):
         return self.cells(video).amax((2, 3, 4))
 
 
-def test_what_sounds_is_bright():
-    """Red sounds like the first direction and blue like the third: of a red and a blue thing, the one that
-    is heard."""
+def test_the_map_is_bright_on_what_sounds():
+    """Red matches sounds of the first direction and blue of the third; the map is bright on the thing that is
+    heard.
+    """
     head = nn.Module()
     head.projection = nn.Identity()
     network = types.SimpleNamespace(video_model=Colours(), video_proj=head)
@@ -91,20 +92,20 @@ def test_what_sounds_is_bright():
     assert maps[0].sum() == pytest.approx(2.0)  # one cell a frame
 
 
-def test_cells_on_the_thing():
+def test_cells_on_the_thing_lie_within_its_radius():
     heat = torch.zeros(1, 4, 4)
     on = where.on_thing(heat, (0.375, 0.625, 0.2), crop=1.0)
     assert np.argwhere(on).tolist() == [[2, 1]]
     on = where.on_thing(
         heat, (0.5, 0.5, 0.1), crop=0.2
-    )  # the map is of the middle: all of it is on the thing but its corners
+    )  # a map of the middle: all but its corners lie on the thing
     assert on.sum() == 12 and not on[0, 0]
     assert where.on_thing(np.empty((1, 100, 100)), (0.5, 0.5, 0.3), 1.0).mean() == pytest.approx(
         np.pi * 0.09, rel=0.01
     )
 
 
-def test_shares_are_counts(world):
+def test_shares_are_counted_over_videos(world):
     subject, table = world
     result, maps = where.measure(subject, table)
     assert result["videos"] == 12 and result["skipped"] == 0 and [row for row, _ in maps] == list(range(12))
@@ -143,8 +144,7 @@ def test_without_places_there_are_maps_and_no_shares(world):
 
 
 def test_the_place_is_where_the_thing_is():
-    """The mean place of what differs from the background, of things that are round: from the rendered
-    pixels."""
+    """In the rendered pixels, a round thing has edges within its circle, and the background has few."""
     settings = config.Toy(train=40, test=1, seconds=2.0, size=64)
     for row in toy.table(settings, 3)[:40]:
         if row["label"] not in ("drum", "clarinet"):
@@ -162,7 +162,9 @@ def test_the_place_is_where_the_thing_is():
 
 
 def test_a_manifest_without_places_is_read_and_can_be_written_anew(world, tmp_path):
-    """As an earlier version wrote it. Nothing is rewritten by itself; videos stay as they are."""
+    """An earlier version wrote such manifests. Nothing is rewritten by itself, and videos stay as
+    they are.
+    """
     cfg = dataclasses.replace(world[0].cfg, data=dataclasses.replace(world[0].cfg.data, root=str(tmp_path)))
     folder = toy.write(tmp_path, cfg.toy, cfg.seed, 1, progress=False)
     path = folder / "manifest.csv"
@@ -190,7 +192,7 @@ def test_a_manifest_without_places_is_read_and_can_be_written_anew(world, tmp_pa
     assert {video: video.stat().st_mtime_ns for video in folder.rglob("*.mp4")} == videos
 
 
-def test_a_picture_and_a_page_of_maps(world, tmp_path):
+def test_maps_are_written_as_a_picture_and_a_page(world, tmp_path):
     subject, table = world
     _, maps = where.measure(subject, table)
     where.draw(tmp_path / "where.png", table, maps[:8], subject.cfg)

@@ -1,15 +1,14 @@
-"""SIGKILL at random moments of a training and of its evaluations, until each ends by itself: the end is that
-of the undisturbed run.
+"""Kills a training and its evaluations at random moments and starts them again until each ends by itself: the
+end must be that of the undisturbed run.
 
     python tests/long/kill.py --kills 25 --seed 0
 
 In: nothing; a toy world is written below --folder (default: a temporary folder). Out: how many kills hit
-what, and exit code 0 where weights, bank, optimizer, log, features and results are bit for bit those of the
+what, and exit code 0 if weights, bank, optimizer, log, features and results are bit for bit those of the
 undisturbed run.
 
-A phase's moments are uniform over what it takes undisturbed: files of the toy, steps of the training, checks,
-seconds. After every kill, what stands under a final name must be whole, and no process of the group may be
-left.
+The moments of a phase are uniform over its undisturbed course, in files of the toy, steps, checks or seconds.
+After every kill, every file with a final name must be whole, and no process of the group may be left.
 """
 
 import argparse
@@ -48,7 +47,7 @@ STAGES = {
     "linear": ["eval_linear.py", *CKPT],
     "retrieval": ["eval_retrieval.py", *CKPT],
 }
-PHASES = {  # what a kill hits: in which stage
+PHASES = {  # phase that a kill hits: its stage
     "the toy being written": "train",
     "start and resume": "train",
     "a step": "train",
@@ -68,7 +67,7 @@ def start(folder, stage):
 
 
 def seen(folder, log_from=0):
-    """What can be seen from outside of how far a run is."""
+    """How far a run is, as its files show."""
     run, metrics = folder / "run", folder / "run" / "metrics.jsonl"
     lines = metrics.read_bytes().splitlines() if metrics.exists() else []
     features = [path.name for path in (run / "features").iterdir()] if (run / "features").is_dir() else []
@@ -98,7 +97,7 @@ def undisturbed(folder, stages):
             if not at or now != at[-1][1]:
                 at.append((time.monotonic(), now))
             time.sleep(0.004)
-        must_be_well(process, folder)
+        require_success(process, folder)
         end = time.monotonic()
 
         def first(holds, at=at, end=end):
@@ -126,13 +125,13 @@ def undisturbed(folder, stages):
     return seconds
 
 
-def must_be_well(process, folder):
+def require_success(process, folder):
     if process.exitcode:
-        raise SystemExit(f"a stage\nended with {process.exitcode}:\n{(folder / 'log').read_text()[-3000:]}")
+        raise SystemExit(f"a stage ended with {process.exitcode}:\n{(folder / 'log').read_text()[-3000:]}")
 
 
 def draw(phase, rng):
-    """(step before which it comes, moment): a moment of a phase, uniform over it."""
+    """(step at which it comes, moment): a moment of a phase, drawn uniformly over it."""
     if phase == "the toy being written":
         return -1, rng.uniform(0, FILES)
     if phase == "a check of held-out videos":
@@ -147,13 +146,12 @@ def draw(phase, rng):
 def kill(folder, phase, moment, seconds):
     """Start the phase's stage and kill its group at the moment.
 
-    Returns the phase that it hit; "" where the stage ended before.
+    Returns the phase that was hit; "" if the stage had ended before.
     """
     log_from = (folder / "log").stat().st_size
     process = start(folder, PHASES[phase])
     whole, part = int(moment), moment % 1
-    # a part of one file, step or write is a share of the seconds that it takes; the others are shares of the
-    # whole phase
+    # the fraction of a moment is a share of one file, step or write, or else of the whole phase
     reached = {
         "the toy being written": lambda now: now["files"] >= whole,
         "start and resume": lambda now: True,
@@ -168,10 +166,10 @@ def kill(folder, phase, moment, seconds):
     }[phase]
     while not reached(seen(folder, log_from)):
         if not process.is_alive():
-            must_be_well(process, folder)
+            require_success(process, folder)
             return ""
         if phase == "features being written" and seen(folder, log_from)["bar"]:
-            spin(folder / "run" / "features", process)  # the file is there for a millisecond
+            kill_during_write(folder / "run" / "features", process)  # the file is there for a millisecond
         elif "written" not in phase:
             time.sleep(0.002)
     time.sleep(part * seconds[phase])
@@ -180,7 +178,7 @@ def kill(folder, phase, moment, seconds):
         os.killpg(process.pid, signal.SIGKILL)
     process.join()
     if process.exitcode != -signal.SIGKILL:
-        must_be_well(process, folder)
+        require_success(process, folder)
         return ""
     if left := forked.left(process.pid, seconds=10):
         raise SystemExit(f"processes {left} are left of a killed group")
@@ -200,7 +198,7 @@ def kill(folder, phase, moment, seconds):
     return phase
 
 
-def spin(features, process):
+def kill_during_write(features, process):
     """Wait for a file that is being written, and kill at once."""
     while process.is_alive():
         for _ in range(1000):
@@ -210,8 +208,8 @@ def spin(features, process):
                     return
 
 
-def whole(folder, reference):
-    """Whatever stands under a final name must be what was written, or what the undisturbed run wrote."""
+def require_whole_files(folder, reference):
+    """Every file with a final name must be readable, and every video that of the undisturbed run."""
     for path in folder.glob("world/*/*/*.mp4"):
         if path.read_bytes() != (reference / path.relative_to(folder)).read_bytes():
             raise SystemExit(f"{path} is not what the undisturbed run wrote")
@@ -226,10 +224,9 @@ def whole(folder, reference):
 
 
 def outcome(folder):
-    """{name: value} of all that a user keeps, but for speeds and for names that hold the checkpoint's
-    hash."""
+    """{name: value} of everything that a user keeps, except speeds and names with the checkpoint's hash."""
     state = run.load_checkpoint(folder / "run" / "last.pt")
-    state.pop("metrics_bytes")  # the log names speeds
+    state.pop("metrics_bytes")  # the log holds speeds
     lines = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
     state["log"] = [{name: value for name, value in line.items() if name not in SPEEDS} for line in lines]
     for path in folder.glob("run/features/*.npz"):
@@ -293,7 +290,7 @@ def main(kills, seed, folder, phases):
                     f"round {round_}: aimed at {phase} ({moment:.2f}), hit {hit or 'nothing: it had ended'}",
                     flush=True,
                 )
-                whole(world, reference)
+                require_whole_files(world, reference)
                 if hit:
                     hits[hit] += 1
                 else:
@@ -301,7 +298,7 @@ def main(kills, seed, folder, phases):
                     todo.append(phase)
             process = start(world, stage)
             process.join()
-            must_be_well(process, world)
+            require_success(process, world)
         if found := differences(expected, outcome(world)):
             raise SystemExit(f"not the same as undisturbed: {', '.join(found[:20])}; see {world}")
         print(f"round {round_}: the same bits as undisturbed, {len(expected)} parts", flush=True)

@@ -1,9 +1,9 @@
-"""Packing killed again and again at random moments, against packing in peace: the same bytes?
+"""Kills packing at random moments again and again: are the bytes those of undisturbed packing?
 
     python tests/long/packed.py --kills 10 [--seed 0] [--videos 60]
 
 In: nothing; a toy world and the packs are written into a temporary folder. A kill is SIGKILL, of the command
-alone, whose processes then find out by themselves, or of all of them at once. Exit code 1 where bytes differ.
+alone, whose processes must then end by themselves, or of all of them at once. Exit code 1 if bytes differ.
 """
 
 import argparse

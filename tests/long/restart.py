@@ -1,9 +1,9 @@
-"""torchrun itself: one of two processes is killed in the middle of a training; torchrun ends the other,
-starts both again, and they go on.
+"""Restarts by torchrun: one of two processes is killed during training; torchrun ends the other one, starts
+both again, and they resume.
 
     python tests/long/restart.py --kills 3 --out restarts
 
-The end must be, bit for bit, that of two processes that nothing happened to.
+The end must be, bit for bit, that of two undisturbed processes.
 """
 
 import argparse
@@ -62,7 +62,9 @@ def main():
     process, rng = start(arguments.out, "killed", 2 * arguments.kills), random.Random(0)
     for kill in range(arguments.kills):
         saved, after = arguments.out / "killed" / "last.pt", time.time()
-        while not saved.exists() or saved.stat().st_mtime < after:  # since the last kill, it has gone on
+        while (
+            not saved.exists() or saved.stat().st_mtime < after
+        ):  # wait until it has resumed after the last kill
             assert process.poll() is None, "torchrun ended too early, or was too fast for the kills"
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 1))

@@ -1,13 +1,12 @@
-"""An hour of training and evaluation: memory, descriptors, threads, shared memory and processes, to see
-whether any of them grows.
+"""Watches an hour of training and evaluation for growth of memory, descriptors, threads, or processes.
 
     python tests/long/soak.py --minutes 60 --out soak
     python tests/long/soak.py --minutes 60 --out soak --packed --epochs 1000000   one training on packed data
 
 In: nothing; a toy world is written below --out. Out: soak.csv with a line every few seconds, soak.png, and
-the first quarter's figures beside the last quarter's. One process trains again and again, with two decoding
-processes and checks of held-out videos, each time evaluates by probe and by retrieval, and is watched from
-outside.
+the numbers of the first and of the last quarter. One process, watched from outside, trains again and again,
+with two decoding processes and checks of held-out videos, and evaluates each time by linear probe and
+retrieval.
 """
 
 import argparse
@@ -31,7 +30,7 @@ SETTINGS = (
     "video.frames=4 audio.seconds=0.5 audio.mels=32 model.width=4 model.depth=1 model.embedding=16 "
     "bank.num_negatives=16 optim.batch_size=8 log.every_steps=6 log.check_epochs=4 eval.clips=2"
 ).split()
-PANELS = {  # column: what it is
+PANELS = {  # column: title
     "rss_MiB": "resident memory, MiB",
     "descriptors": "open descriptors",
     "threads": "threads",
@@ -39,11 +38,11 @@ PANELS = {  # column: what it is
     "shm_MiB": "/dev/shm, MiB",
     "shm_files": "files in /dev/shm",
 }
-WARM_UP = 0.1  # share of the time that is left out: libraries fill their caches
+WARM_UP = 0.1  # share of the time that is left out, while libraries fill their caches
 
 
 def cycles(settings, epochs):
-    """Train, probe, retrieve, for ever: runs in the watched process."""
+    """Train and evaluate for ever; runs in the watched process."""
     import runpy
 
     cycle = 0
@@ -69,13 +68,13 @@ def cycles(settings, epochs):
 
 
 def sample(group):
-    """Figures of a group of processes, summed, as /proc has them."""
+    """Numbers from /proc, summed over a group of processes."""
     found = dict.fromkeys(PANELS, 0.0)
     for pid in forked.group(group):
         try:
             status = Path(f"/proc/{pid}/status").read_text()
             fields = dict(line.partition(":")[::2] for line in status.splitlines())
-            # pages that a fork shares count once a process: Pss would be dearer to read
+            # pages shared by forks count for each process: Pss is slower to read
             found["rss_MiB"] += int(fields["VmRSS"].split()[0]) / 1024 if "VmRSS" in fields else 0
             found["threads"] += int(fields["Threads"])
             found["descriptors"] += len(os.listdir(f"/proc/{pid}/fd"))
