@@ -62,9 +62,7 @@ def main():
     process, rng = start(arguments.out, "killed", 2 * arguments.kills), random.Random(0)
     for kill in range(arguments.kills):
         saved, after = arguments.out / "killed" / "last.pt", time.time()
-        while (
-            not saved.exists() or saved.stat().st_mtime < after
-        ):  # wait until it has resumed after the last kill
+        while not saved.exists() or saved.stat().st_mtime < after:  # not yet resumed since the last kill
             assert process.poll() is None, "torchrun ended too early, or was too fast for the kills"
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 1))
