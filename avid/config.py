@@ -157,10 +157,10 @@ class Temporal:
 @dataclass
 class Model:
     video: str = setting("avid",
-        "video network: avid [A], or torchvision's r2plus1d_18, r3d_18, s3d, of a size of their own")
-    audio: str = setting("avid", "audio network: avid [A]")
-    width: int = setting(64, "channels of both networks' stems; features are 8 × this [A]", at_least=1)
-    depth: int = setting(2, "residual blocks a stage of the video network [A]", at_least=1)
+        "video network: avid [A]; timewise, small, keeps time [C]; or torchvision's r2plus1d_18, r3d_18, s3d")
+    audio: str = setting("avid", "audio network: avid [A]; timewise, small, keeps time [C]")
+    width: int = setting(64, "channels of both networks' stems; features of avid's: 8 × this [A]", at_least=1)
+    depth: int = setting(2, "residual blocks a stage of avid's video network [A]", at_least=1)
     embedding: int = setting(128, "D, dimensions of the embeddings [A]", at_least=1)
     head_norm: str = setting("none",
         "batch: batch norm in the heads and at their end [C; A: none]", choices=("none", "batch"))

@@ -9,6 +9,7 @@ Parameter names are those of the checkpoints released with AVID-CMA, and so are 
 import contextlib
 import functools
 import inspect
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -111,6 +112,62 @@ class AudioNet(nn.Module):
         return x.amax((2, 3))  # B×8·width
 
 
+class TimewiseVideo(nn.Module):
+    """A small network that keeps time [C]: it looks at each frame alone, then at neighbouring ones.
+
+    The networks above take the largest value over all time: these features say in which eighth of the clip
+    something was. For what picture and sound share moment by moment, as lips and speech (docs/method.md 8).
+    """
+
+    def __init__(self, width=64):
+        super().__init__()
+        channels = [3, width, 2 * width, 4 * width, 4 * width]
+        layers = []
+        for c_in, c_out in itertools.pairwise(channels):
+            layers.append(nn.Conv3d(c_in, c_out, (1, 3, 3), (1, 2, 2), (0, 1, 1), bias=False))
+            layers += [nn.BatchNorm3d(c_out), nn.ReLU(inplace=True)]
+        self.space = nn.Sequential(*layers)
+        self.time = Timewise(9 * channels[-1], 2 * channels[-1])
+        self.dim = self.time.dim
+
+    def forward(self, x):  # B×3×T×S×S
+        x = F.adaptive_avg_pool3d(self.space(x), (x.shape[2], 3, 3))  # B×4·width×T×3×3
+        return self.time(x.transpose(1, 2).flatten(2).transpose(1, 2))  # B×64·width
+
+
+class TimewiseAudio(nn.Module):
+    """The same for sound [C]: convolutions that halve the bins, and the first two the frames, too."""
+
+    def __init__(self, width=64):
+        super().__init__()
+        channels = [1, width, 2 * width, 4 * width, 4 * width]
+        layers = []
+        for in_time, (c_in, c_out) in zip((2, 2, 1, 1), itertools.pairwise(channels), strict=True):
+            layers.append(nn.Conv2d(c_in, c_out, 3, (in_time, 2), 1, bias=False))
+            layers += [nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)]
+        self.frequency = nn.Sequential(*layers)
+        self.time = Timewise(4 * channels[-1], 2 * channels[-1])
+        self.dim = self.time.dim
+
+    def forward(self, x):  # B×1×frames×bins
+        x = self.frequency(x)  # B×4·width×T×bins/16
+        x = F.adaptive_avg_pool2d(x, (x.shape[2], 4))  # B×4·width×T×4
+        return self.time(x.transpose(2, 3).flatten(1, 2))  # B×64·width
+
+
+class Timewise(nn.Module):
+    """B×c_in×T → a convolution over neighbouring times, and its mean in each eighth of them: B×8·c_out."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.conv = nn.Conv1d(c_in, c_out, 3, 1, 1, bias=False)
+        self.bn = nn.BatchNorm1d(c_out)
+        self.dim = 8 * c_out
+
+    def forward(self, x):
+        return F.adaptive_avg_pool1d(F.relu(self.bn(self.conv(x))), 8).flatten(1)
+
+
 class Head(nn.Module):
     """MLP from features to embeddings: three linear layers, ReLU between [A].
 
@@ -152,11 +209,12 @@ def torchvision_network(name):
 # It is given those of its SIZES, settings of model.*, that are among its parameters.
 VIDEO = {
     "avid": R2Plus1D,
+    "timewise": TimewiseVideo,
     "r2plus1d_18": functools.partial(torchvision_network, "r2plus1d_18"),
     "r3d_18": functools.partial(torchvision_network, "r3d_18"),
     "s3d": functools.partial(torchvision_network, "s3d"),
 }
-AUDIO = {"avid": AudioNet}
+AUDIO = {"avid": AudioNet, "timewise": TimewiseAudio}
 NETWORKS = {"video": VIDEO, "audio": AUDIO}
 SIZES = {"video": ("width", "depth"), "audio": ("width",)}
 
@@ -205,7 +263,7 @@ class AudioVisual(nn.Module):
         dims = {"video": self.video_model.dim, "audio": self.audio_model.dim}
         self.temporal = temporal_tasks.Heads(dims, dict(tasks))
         for module in self.modules():
-            if isinstance(module, (nn.Conv2d, nn.Conv3d)):
+            if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")  # [C]
         self.video_model.to(memory_format=torch.channels_last_3d)
         self.audio_model.to(memory_format=torch.channels_last)

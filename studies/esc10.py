@@ -40,7 +40,7 @@ BASE = (
 OTHERS = {  # method: the study and the group of the runs whose checkpoints are used
     "vggsound, xid": (own.STUDY, own.group("xid", 0)),
     "vggsound, temporal": (own.STUDY, own.group("temporal", 0)),
-    "GRID, intervals-tasks": (speech.STUDY, speech.group("intervals-tasks", 0)),
+    "GRID, timewise-tasks": (speech.STUDY, speech.group("timewise-tasks", 0)),
     "toy, robust": (robust.STUDY, robust.group("robust", 0.3, robust.LONG)),
 }
 METHODS = ("statistics", "untrained", "in-domain", *OTHERS)

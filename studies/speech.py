@@ -5,9 +5,12 @@
     python -m studies.speech --videos DIR --only intervals --seeds 0
     python -m studies.speech --table --figures
 
-Methods: xid, plain xID on whole sentences; intervals, xID where an instance is a second of a sentence, so
-that other seconds of the same sentence are negatives; tasks, all temporal tasks without a contrast;
-intervals-tasks, both; xid-cold, a lower temperature; robust. Then xid, robust and oracle with 30 % of the
+Methods whose networks take the largest value over time: xid, plain xID on whole sentences; xid-cold, at a
+lower temperature; intervals, xID where an instance is a quarter of a sentence, hardly longer than a clip, so
+that other moments of the same sentence are negatives; contrast, with the clips themselves as positives in
+place of memories; tasks, all temporal tasks without a contrast. With networks that keep time
+(model.video=timewise): timewise-xid, as intervals; timewise, as contrast; timewise-tasks, the contrast and
+all temporal tasks on whole sentences. Then timewise-xid, timewise-robust and timewise-oracle with 30 % of the
 training sounds swapped.
 """
 
@@ -38,24 +41,36 @@ BASE = (
     "audio.rate_hz=16000 optim.epochs=40 optim.batch_size=64 log.check_epochs=0 eval.clips=4 "
     "bank.num_negatives=1024"
 ).split()
-WARM_UP = "loss.warmup_epochs=20"
 TEMPORAL_TASKS = (
     "temporal.moments=2", "optim.epochs=20", "temporal.speeds=[1,2]", "temporal.reverse=true",
     *(f"weights.{task}=1" for task in TASKS),
 )  # fmt: skip
-INTERVAL_S, LENGTH_S = 0.96, 2.88  # of an instance; of the part of a sentence that is cut into instances
+INTERVAL_S, LENGTH_S = 0.72, 2.88  # of an instance; of the part of a sentence that is cut into instances
+IN_INTERVALS = ("optim.epochs=10",)  # of four instances a sentence: as many clips
+CONTRAST = (
+    "weights.xid=0", "weights.contrast_va=1", "weights.contrast_av=1",
+    "contrast.temperature=0.1", "contrast.n_pos=0", "contrast.k_pos=0", "contrast.negatives=512",
+)  # fmt: skip
+TIMEWISE = ("model.video=timewise", "model.audio=timewise", "model.depth=2")
 STEP_S, LONGEST_S = 0.08, 0.8  # of sync: two frames, and the largest shift
 METHODS = {
     "xid": (),
     "xid-cold": ("loss.temperature=0.07",),
-    "robust": (*robust.ROBUST, WARM_UP),
-    "intervals": (),
+    "intervals": IN_INTERVALS,
+    "contrast": (*CONTRAST, *IN_INTERVALS),
     "tasks": (*TEMPORAL_TASKS, "weights.xid=0"),
-    "intervals-tasks": TEMPORAL_TASKS,
-    "oracle": (WARM_UP,),
+    "timewise-xid": (*TIMEWISE, *IN_INTERVALS),
+    "timewise": (*TIMEWISE, *CONTRAST, *IN_INTERVALS),
+    "timewise-tasks": (*TIMEWISE, *CONTRAST, *TEMPORAL_TASKS),
+    "timewise-robust": (*TIMEWISE, *IN_INTERVALS, *robust.ROBUST, "loss.warmup_epochs=5"),
+    "timewise-oracle": (*TIMEWISE, *IN_INTERVALS, "loss.warmup_epochs=5"),
 }
-METHODS_UNSWAPPED = ("untrained", "intervals", "tasks", "intervals-tasks", "xid", "xid-cold", "robust")
-METHODS_SWAPPED = ("xid", "robust", "oracle")
+WHOLE = ("untrained", "xid", "xid-cold", "tasks", "timewise-tasks")  # an instance is a sentence
+METHODS_UNSWAPPED = (
+    "untrained", "timewise", "timewise-xid", "contrast", "xid", "intervals", "timewise-tasks", "tasks",
+    "xid-cold",
+)  # fmt: skip
+METHODS_SWAPPED = ("timewise-xid", "timewise-robust", "timewise-oracle")
 SHARE = 0.3
 MEASURES = {
     "v→a instance R@1": "lips → speech, R@1",
@@ -83,7 +98,7 @@ def manifest(run, arguments):
         config.stop(f"--videos DIR is missing: {VIDEOS_HELP}")
     source = Path(arguments.videos) / swapped.NAME
     folder = swapped.folder_of(arguments.root, source, float(run.group["faulty"]), run.seed)
-    return folder / ("intervals.csv" if run.group["method"].startswith("intervals") else swapped.NAME)
+    return folder / (swapped.NAME if run.group["method"] in WHOLE else "intervals.csv")
 
 
 def prepare(tasks, arguments):

@@ -76,7 +76,7 @@ def measure(run, cfg, feature_quality):
     method, (table, _) = run.group["method"], measures.tables(cfg)
     if method == "untrained":
         return feature_quality(measures.subject(measures.untrained(cfg), cfg, trained=False))
-    with robust.oracle_weights(table) if method == "oracle" else contextlib.nullcontext():
+    with robust.oracle_weights(table) if method.endswith("oracle") else contextlib.nullcontext():
         train.main(cfg)
     network, saved = measures.trained(cfg)
     result = feature_quality(measures.subject(network, cfg))

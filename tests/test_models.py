@@ -202,7 +202,7 @@ def test_a_size_that_a_backbone_does_not_take_is_an_error(modality, backbone):
             models.encoder(m, modality).state_dict() for m in (model, config.Model(**{modality: backbone}))
         )
         changed = {n: x.shape for n, x in built.items()} != {n: x.shape for n, x in default.items()}
-        assert changed == (backbone == "avid")
+        assert changed == (backbone == "avid" or (backbone == "timewise" and size == "width"))
         if changed:
             models.check(model)
         else:
@@ -210,6 +210,24 @@ def test_a_size_that_a_backbone_does_not_take_is_an_error(modality, backbone):
             expected = f"model.{size}: {value}; expected {default}, model.{modality}={backbone}"
             with pytest.raises(config.ConfigError, match=expected):
                 models.check(model)
+
+
+@pytest.mark.parametrize("modality", models.NETWORKS)
+def test_timewise_features_say_when_something_happens(modality):
+    """An event in one eighth of a clip changes the features of this eighth, and hardly any others: picture,
+    its neighbours'; sound, two on either side, as far as its convolutions reach."""
+    reach = {"video": 1, "audio": 2}[modality]
+    torch.manual_seed(0)
+    encoder = models.encoder(config.Model(**{modality: "timewise"}), modality).eval()
+    video, audio = clips(batch=1, frames=16)
+    clip = video if modality == "video" else audio.repeat(1, 1, 2, 1)[:, :, :64]
+    plain, eighth = encoder(clip).view(-1, 8), clip.shape[2] // 8  # of its features, the time comes last
+    for when in range(8):
+        changed = clip.clone()
+        changed[:, :, when * eighth : (when + 1) * eighth] += 1
+        differs = (encoder(changed).view(-1, 8) - plain).abs().amax(0) > 1e-4
+        assert differs[when]
+        assert not differs[: max(when - reach, 0)].any() and not differs[when + reach + 1 :].any()
 
 
 def test_the_audio_network_has_the_width_of_the_torchvision_network_beside_it():

@@ -88,14 +88,14 @@ def test_the_study_fingerprint_needs_the_checkpoints_of_own(perform, tmp_path, v
 
 
 def test_the_study_speech_splits_clips_into_intervals(perform, folder, videos):
-    methods = ["untrained", "intervals-tasks", "oracle"]
+    methods = ["untrained", "timewise", "timewise-oracle"]
     rows = perform("speech", "--videos", videos, "--only", *methods)
     without_r5 = [column for column in speech.MEASURES if "R@5" not in column]  # only four to find
     assert_rows(rows, methods, without_r5)
     (written,) = (folder / "data").glob("*manifest-0-swapped-seed0/intervals.csv")
     table = runs.read(written)
-    assert len(table) == 10 * 3 + 4 and table[1]["start"] == "0.96" and table[1]["end"] == "1.92"
-    assert "| intervals-tasks |" in (folder / "results" / "speech-0.md").read_text()
+    assert len(table) == 10 * 4 + 4 and table[1]["start"] == "0.72" and table[1]["end"] == "1.44"
+    assert "| timewise |" in (folder / "results" / "speech-0.md").read_text()
 
 
 def test_the_folder_of_real_clips_must_be_given(perform, capsys):

@@ -12,6 +12,7 @@ from test_train import TINY
 from torch import nn
 
 from avid import config, data, datasets, models, toy
+from avid.files import ConfigError
 from avid.tools import where
 
 
@@ -61,6 +62,13 @@ def test_networks_that_average_have_a_map_before_the_average(name):
     video, audio = torch.randn(1, 3, 16, 64, 64), torch.randn(1, 1, 50, 32)
     maps = where.heat_maps(network, video, audio)
     assert maps.ndim == 4 and maps.shape[2:] == ((4, 4) if name == "r3d_18" else (2, 2))
+
+
+def test_a_network_that_keeps_time_has_no_map():
+    model = config.load("toy", ["model.video=timewise", "model.depth=2", "audio.mels=32"]).model
+    clips = torch.randn(1, 3, 16, 64, 64), torch.randn(1, 1, 50, 32)
+    with pytest.raises(ConfigError, match="no maps of TimewiseVideo"):
+        where.heat_maps(models.AudioVisual(model).eval(), *clips)
 
 
 class Colours(nn.Module):

@@ -38,6 +38,9 @@ def heat_maps(network, video, audio):
         similarity = (network.video_proj.projection(features) * sound).sum()
         (weight,) = torch.autograd.grad(similarity, features)  # B×F
     last = [x for x in maps if x.ndim == 5][-1].float()  # B×F×t×h×w
+    if last.shape[1] != features.shape[1]:
+        name = type(network.video_model).__name__
+        raise ConfigError(f"no maps of {name}: its features are not the largest values of a map over space")
     return torch.einsum("bc,bcthw->bthw", weight, last)
 
 
