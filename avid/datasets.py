@@ -75,10 +75,25 @@ class Rows:
         self.columns = {}  # {name: n texts}
         self.lists = []  # (path of the list, the rows' lines in it), in pieces
 
-    def add(self, path, lines, files, label="", split="", start_s=0.0, end_s=np.inf, fold=0, columns=None):
-        """Rows of one list; what all of them share is given once."""
+    def add(
+        self,
+        path,
+        lines,
+        files,
+        label="",
+        split="",
+        start_s=0.0,
+        end_s=np.inf,
+        fold=0,
+        columns=None,
+        other=None,
+    ):
+        """Rows of one list; what all of them share is given once. other: k → other names of the k-th file."""
         n, before = len(files), len(self.paths)
         found = [*map(self.on_disk.get, files)]
+        if other and None in found:
+            for k in [k for k, file in enumerate(found) if file is None]:
+                found[k] = next(filter(None, map(self.on_disk.get, other(k))), None)
         if None in found:
             self.missing |= {before + k: file for k, file in enumerate(files) if found[k] is None}
         self.paths += found
@@ -463,10 +478,11 @@ def _audioset_list(path, rows, part, classes_of):
         start, videos = _padded(row["start"], path, lines), row["youtube_id"]
         end_s = _numbers(row["end"], path, lines)
         files = [f"{video}_{a}" for video, a in zip(videos, start, strict=True)]
-        for k in [k for k, file in enumerate(files) if file not in rows.on_disk]:  # under another name?
-            others = f"{videos[k]}_{float(row['start'][k]) * 1000:.0f}_{end_s[k] * 1000:.0f}", videos[k]
-            files[k] = next((other for other in others if other in rows.on_disk), files[k])
-        rows.add(path, lines, files, row["labels"], part)
+
+        def other(k, videos=videos, row=row, end_s=end_s):
+            return f"{videos[k]}_{float(row['start'][k]) * 1000:.0f}_{end_s[k] * 1000:.0f}", videos[k]
+
+        rows.add(path, lines, files, row["labels"], part, other=other)
 
 
 def ucf101(root, splits):
