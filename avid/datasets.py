@@ -239,7 +239,12 @@ def table_hash(table):
     for column in (table.paths, table.start_s, table.end_s):
         for begin in range(0, len(column), PIECE):
             some = column[begin : begin + PIECE]
-            text = json.dumps(some if isinstance(some, list) else some.tolist())[1:-1]
+            if isinstance(some, list):
+                text = json.dumps(some)[1:-1]
+            else:  # of equal numbers one is written
+                numbers, which = np.unique(some, return_inverse=True)
+                texts = np.array(json.dumps(numbers.tolist())[1:-1].split(", "), object)
+                text = ", ".join(texts[which])
             digest.update((before + text).encode())
             before = ", "
         before = "], ["
@@ -799,14 +804,15 @@ def walk(root, linked=None):
         names, folders = [], []
         with os.scandir(above[-1]) as entries:
             for entry in entries:
-                name, real = entry.name, entry.path
+                name = entry.name
                 if name[0] == ".":
                     continue
                 if not entry.is_dir():
                     names.append(name)
                     if by_link or entry.is_symlink():
-                        linked[prefix + name] = _target(real) if entry.is_symlink() else real
+                        linked[prefix + name] = _target(entry.path) if entry.is_symlink() else entry.path
                     continue
+                real = entry.path
                 target = os.path.realpath(real) if entry.is_symlink() else real
                 if target in above or real in followed:
                     linked[f"{prefix}{name}/"] = target
