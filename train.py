@@ -142,7 +142,7 @@ class Objective:
         if agreed:
             local = self.of_clips(output, index)
             terms["cma"] = self.ancestor.cma(output.video, output.audio, index, local, step).mean()
-        terms |= self.contrasts(output, batch, step)
+        terms |= self.contrasts(output, batch, index, step)
         task_terms, accuracies = self.temporal_tasks(output.temporal, batch)
         return terms | task_terms, accuracies
 
@@ -174,7 +174,7 @@ class Objective:
         column = local(candidates.column)  # b·M
         return losses.robust_xid(output.video, output.audio, *memories, candidates.valid, column, **settings)
 
-    def contrasts(self, output, batch, step):
+    def contrasts(self, output, batch, index, step):
         """Contrast with positives and negatives from the feature space as it is now (docs/method.md 7)."""
         cfg, local, terms = self.cfg, batch["index"], {}  # b, the instances of this rank
         live = {"video": output.video, "audio": output.audio}  # b·M×D
@@ -189,6 +189,8 @@ class Objective:
             sample = memory_bank.draw_sample(self.bank.num_instances, cfg.contrast, of_all, local.device)
             near, far, valid = self.bank.neighbours(key, local, cfg.contrast, seeds, draws, sample)  # b×…×D
             near, far = (x.repeat_interleave(moments, 0) for x in (near, far))  # b·M×…×D
+            if cfg.contrast.batch:
+                far, valid = self.with_batch(live[key], key, batch, index, near, far, valid)
             for query in queries:
                 own = live[key]  # the matched clip of the other modality, or the other moment's of the same
                 if query == key:
@@ -196,6 +198,17 @@ class Objective:
                 loss = losses.contrast(live[query], own, near, far, cfg.contrast.temperature, valid)  # b·M
                 terms[f"contrast_{query[0]}{key[0]}"] = self.mean(loss, batch, query, key)
         return terms
+
+    def with_batch(self, live, modality, batch, index, near, far, valid):
+        """Negatives, and which of them count, with the clips of all other instances of the global batch."""
+        now, local = distributed.gather(live), batch["index"]  # B·M×D, b
+        there = index.repeat_interleave(len(now) // len(index)) != local[:, None]  # b×B·M
+        if "held" in batch:
+            held = distributed.gather(batch["held"])[:, data.MODALITIES.index(modality)]  # B
+            there &= held.repeat_interleave(len(now) // len(index))
+        near_there, far_there = valid or (there.new_ones(len(local), x.shape[1]) for x in (near, far))
+        far = torch.cat([far, now.expand(len(far), -1, -1)], 1)  # b·M×(N + B·M)×D
+        return far, (near_there, torch.cat([far_there, there], 1))
 
     def mean(self, per_clip, batch, *modalities):
         """The mean over this rank's clips, b·M; of files that may lack a modality over those that have these:

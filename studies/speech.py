@@ -38,7 +38,7 @@ WORDS = ("command", "colour", "preposition", "letter", "digit", "adverb")
 BASE = (
     "data.name=manifest video.frames=16 video.fps=25 video.size=48 video.flip=0.5 audio.seconds=0.64 "
     "audio.mels=64 "
-    "audio.rate_hz=16000 optim.epochs=40 optim.batch_size=64 log.check_epochs=0 eval.clips=4 "
+    "audio.rate_hz=16000 optim.epochs=40 optim.batch_size=128 log.check_epochs=0 eval.clips=4 "
     "bank.num_negatives=1024"
 ).split()
 TEMPORAL_TASKS = (
@@ -46,10 +46,11 @@ TEMPORAL_TASKS = (
     *(f"weights.{task}=1" for task in TASKS),
 )  # fmt: skip
 INTERVAL_S, LENGTH_S = 0.72, 2.88  # of an instance; of the part of a sentence that is cut into instances
-IN_INTERVALS = ("optim.epochs=10",)  # of four instances a sentence: as many clips
+IN_INTERVALS = ("optim.epochs=14",)  # of four instances a sentence: some more clips than the others
 CONTRAST = (
     "weights.xid=0", "weights.contrast_va=1", "weights.contrast_av=1",
-    "contrast.temperature=0.1", "contrast.n_pos=0", "contrast.k_pos=0", "contrast.negatives=512",
+    "contrast.temperature=0.1", "contrast.n_pos=0", "contrast.k_pos=0", "contrast.negatives=64",
+    "contrast.batch=true", "optim.lr=1e-3",
 )  # fmt: skip
 TIMEWISE = ("model.video=timewise", "model.audio=timewise", "model.depth=2")
 STEP_S, LONGEST_S = 0.08, 0.8  # of sync: two frames, and the largest shift

@@ -33,7 +33,7 @@ CASES = {
     "all candidates": ("robust", 8, ["bank.num_negatives=all"]),
     "each sample's own candidates": ("xid", 8, ["bank.candidates=own", "loss.form=nce"]),
     "agreement": ("xid", 1, ["bank.candidates=own", "loss.form=nce", "weights.cma=0.25", "init=x.pt"]),
-    "harder negatives": ("temporal", 8, ["contrast.tau_n=0.5"]),
+    "harder negatives": ("temporal", 8, ["contrast.tau_n=0.5", "contrast.batch=true"]),
     "recomputed activations": ("robust_temporal", 8, ["optim.checkpoint_activations=true"]),
     "a batch in parts": ("robust_temporal", 8, ["optim.accumulate=2"]),
     "statistics of each rank": ("robust", 8, ["optim.sync_bn=false"]),

@@ -269,6 +269,38 @@ def test_autocast_changes_no_bit_of_the_whole_objective(half):
         assert value.dtype == torch.float32 and torch.equal((found | accuracies_again)[name], value), name
 
 
+@pytest.mark.parametrize("held", [None, [[1, 1], [1, 0], [1, 1], [0, 1]]], ids=["both", "need=any"])
+def test_other_clips_of_the_batch_can_be_negatives(held):
+    """contrast.batch: of all other instances that have the modality, as they are now; never of the same."""
+    near = "contrast.n_pos=2 contrast.k_pos=6 contrast.negatives=10 contrast.batch=true"
+    cfg = config.load("toy_temporal", near.split())
+    bank, index = memory_bank.MemoryBank(40, 8, 0.5, 0), torch.tensor([3, 7, 3, 11])
+    live = {"video": unit(8, 8, seed=1), "audio": unit(8, 8, seed=2)}
+    batch = {"index": index} | ({"held": torch.tensor(held).bool()} if held else {})
+    for key in live:
+        draws = [memory_bank.draw_neighbours(40, cfg.contrast, seed) for seed in range(4)]
+        batch[f"near_{key}"], batch[f"far_{key}"] = map(torch.stack, zip(*draws, strict=True))
+    objective = train.Objective(cfg, bank, SimpleNamespace(rank=0, size=1), epoch_steps=1)
+    output = models.Output(live["video"], live["audio"], None, None, {})
+    found = objective.contrasts(output, batch, index, step=1)
+    for query, key in (("video", "audio"), ("audio", "video"), ("video", "video"), ("audio", "audio")):
+        draws = batch[f"near_{key}"], batch[f"far_{key}"]
+        positives, negatives, _ = bank.neighbours(key, index, cfg.contrast, None, draws)
+        there = [held is None or held[i][m == "audio"] for m in (query, key) for i in range(4)]
+        per_clip = []
+        for i, x in enumerate(live[query].double()):
+            if not (there[i // 2] and there[4 + i // 2]):
+                continue
+            own = live[key][i ^ 1 if query == key else i].double()
+            others = [live[key][j] for j in range(8) if index[j // 2] != index[i // 2] and there[4 + j // 2]]
+            against = sum(
+                (x @ n.double() / cfg.contrast.temperature).exp() for n in [*negatives[i // 2], *others]
+            )
+            exponents = [(x @ p.double() / cfg.contrast.temperature).exp() for p in (own, *positives[i // 2])]
+            per_clip.append(sum(-(e / (e + against)).log() for e in exponents) / 3)
+        assert_close(found[f"contrast_{query[0]}{key[0]}"], (sum(per_clip) / len(per_clip)).float())
+
+
 @pytest.mark.parametrize("w_min, delta, kappa", [(0.25, 0.0, 0.5), (0.0, -1.0, 0.25), (0.5, 0.7, 2.0)])
 def test_weights_follow_the_normal_cdf_of_the_agreement(w_min, delta, kappa):
     agreement = torch.linspace(-0.4, 0.9, 14)

@@ -30,7 +30,7 @@ from avid.memory_bank import MemoryBank, PartialBank
 BOTH, MUTE, SOUND = (True, True), (True, False), (False, True)
 TASKS = (
     "temporal.moments=2 temporal.speeds=[1,2] temporal.reverse=true contrast.k_pos=2 contrast.n_pos=1 "
-    "contrast.negatives=4 "
+    "contrast.negatives=4 contrast.batch=true "
     + " ".join(f"weights.{name}=1" for name in vars(config.Weights()) if name != "cma")
 ).split()
 SMALL = (
