@@ -154,7 +154,8 @@ CASES = [  # script, command line, part of the error message
     ("train", "--cfg evil.yaml",
      "cannot read evil.yaml: line 1, could not determine a constructor for the tag"),
     # settings that contradict each other
-    ("train", "model.video=resnet", "wrong value for model.video: resnet; expected one of avid, r2plus1d_18"),
+    ("train", "model.video=resnet",
+     "wrong value for model.video: resnet; expected one of avid, timewise, r2plus1d_18"),
     ("train", "audio.mels=300", "wrong value for audio.mels: 300; expected at most 257, the linear bins"),
     ("train", "audio.frames_per_s=7", "expected a divisor of audio.rate_hz"),
     ("train", "contrast.n_pos=9 contrast.k_pos=8",

@@ -107,14 +107,14 @@ def listing(places):
             raise datasets.DataError(f"{folders[0]} is a folder; name one folder, or files")
         return datasets.of_files(places)
     if (place / "pack.json").is_file():
-        return datasets.packed(place, "all")
+        return datasets.packed(place, ("all",))("all")
     if place.is_dir():
         has_list = (place / "manifest.csv").is_file()
-        return datasets.manifest(place, "all") if has_list else datasets.folder(place, "all")
+        return (datasets.manifest if has_list else datasets.folder)(place, ("all",))("all")
     if not place.exists():
         raise datasets.DataError(f"no file and no folder {place}")
     if place.suffix.lower() == ".csv":
-        return datasets.manifest(place, "all")
+        return datasets.manifest(place, ("all",))("all")
     if place.suffix.lower() == ".txt":
         try:
             lines = place.read_text(encoding="utf-8-sig").splitlines()
