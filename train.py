@@ -190,7 +190,7 @@ class Objective:
             near, far, valid = self.bank.neighbours(key, local, cfg.contrast, seeds, draws, sample)  # b×…×D
             near, far = (x.repeat_interleave(moments, 0) for x in (near, far))  # b·M×…×D
             if cfg.contrast.batch:
-                far, valid = self.with_batch(live[key], key, batch, index, near, far, valid)
+                far, valid = self.with_batch(live[key], key, local, index, near, far, valid)
             for query in queries:
                 own = live[key]  # the matched clip of the other modality, or the other moment's of the same
                 if query == key:
@@ -199,13 +199,11 @@ class Objective:
                 terms[f"contrast_{query[0]}{key[0]}"] = self.mean(loss, batch, query, key)
         return terms
 
-    def with_batch(self, live, modality, batch, index, near, far, valid):
+    def with_batch(self, live, modality, local, index, near, far, valid):
         """Negatives, and which of them count, with the clips of all other instances of the global batch."""
-        now, local = distributed.gather(live), batch["index"]  # B·M×D, b
-        there = index.repeat_interleave(len(now) // len(index)) != local[:, None]  # b×B·M
-        if "held" in batch:
-            held = distributed.gather(batch["held"])[:, data.MODALITIES.index(modality)]  # B
-            there &= held.repeat_interleave(len(now) // len(index))
+        now, held = distributed.gather(live), self.bank.has(modality, index)  # B·M×D, B or None
+        there = index != local[:, None] if held is None else (index != local[:, None]) & held  # b×B
+        there = there.repeat_interleave(len(now) // len(index), 1)  # b×B·M
         near_there, far_there = valid or (there.new_ones(len(local), x.shape[1]) for x in (near, far))
         far = torch.cat([far, now.expand(len(far), -1, -1)], 1)  # b·M×(N + B·M)×D
         return far, (near_there, torch.cat([far_there, there], 1))
@@ -252,15 +250,15 @@ def videos(cfg, world):
     source = toy.source(cfg)
     if world.rank == 0:
         distributed.wait()  # the others go on and find the toy written
-    if not cfg.log.check_epochs:
-        train_table = datasets.load(source, source.split or "train")
-        distributed.say(world, train_table.report())
-        return train_table, None
-    train_table, held_out = datasets.for_training(source)
+    if cfg.log.check_epochs:
+        train_table, held_out = datasets.for_training(source)
+    else:
+        train_table, held_out = datasets.load(source, source.split or "train"), None
     distributed.say(world, train_table.report())
     if held_out is None:
         text = "nothing is held out: checks tell of the bank alone; a folder may have train/ and test/"
-        distributed.say(world, text)
+        if cfg.log.check_epochs:
+            distributed.say(world, text)
         return train_table, None
     distributed.say(world, f"{held_out.report()}, for the checks (log.check_epochs=0: none)")
     few = np.linspace(0, len(held_out) - 1, min(len(held_out), cfg.log.check_videos)).astype(int)

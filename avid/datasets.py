@@ -239,12 +239,7 @@ def table_hash(table):
     for column in (table.paths, table.start_s, table.end_s):
         for begin in range(0, len(column), PIECE):
             some = column[begin : begin + PIECE]
-            if isinstance(some, list):
-                text = json.dumps(some)[1:-1]
-            else:  # of equal numbers one is written
-                numbers, which = np.unique(some, return_inverse=True)
-                texts = np.array(json.dumps(numbers.tolist())[1:-1].split(", "), object)
-                text = ", ".join(texts[which])
+            text = json.dumps(some if isinstance(some, list) else some.tolist())[1:-1]
             digest.update((before + text).encode())
             before = ", "
         before = "], ["

@@ -121,13 +121,8 @@ class TimewiseVideo(nn.Module):
 
     def __init__(self, width=64):
         super().__init__()
-        channels = [3, width, 2 * width, 4 * width, 4 * width]
-        layers = []
-        for c_in, c_out in itertools.pairwise(channels):
-            layers.append(nn.Conv3d(c_in, c_out, (1, 3, 3), (1, 2, 2), (0, 1, 1), bias=False))
-            layers += [nn.BatchNorm3d(c_out), nn.ReLU(inplace=True)]
-        self.space = nn.Sequential(*layers)
-        self.time = Timewise(9 * channels[-1], 2 * channels[-1])
+        self.space = stack(nn.Conv3d, nn.BatchNorm3d, 3, width, (1, 3, 3), [(1, 2, 2)] * 4, (0, 1, 1))
+        self.time = Timewise(9 * 4 * width, 8 * width)
         self.dim = self.time.dim
 
     def forward(self, x):  # B×3×T×S×S
@@ -140,19 +135,27 @@ class TimewiseAudio(nn.Module):
 
     def __init__(self, width=64):
         super().__init__()
-        channels = [1, width, 2 * width, 4 * width, 4 * width]
-        layers = []
-        for in_time, (c_in, c_out) in zip((2, 2, 1, 1), itertools.pairwise(channels), strict=True):
-            layers.append(nn.Conv2d(c_in, c_out, 3, (in_time, 2), 1, bias=False))
-            layers += [nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)]
-        self.frequency = nn.Sequential(*layers)
-        self.time = Timewise(4 * channels[-1], 2 * channels[-1])
+        strides = (2, 2), (2, 2), (1, 2), (1, 2)
+        self.frequency = stack(nn.Conv2d, nn.BatchNorm2d, 1, width, (3, 3), strides, (1, 1))
+        self.time = Timewise(4 * 4 * width, 8 * width)
         self.dim = self.time.dim
 
     def forward(self, x):  # B×1×frames×bins
         x = self.frequency(x)  # B×4·width×T×bins/16
         x = F.adaptive_avg_pool2d(x, (x.shape[2], 4))  # B×4·width×T×4
         return self.time(x.transpose(2, 3).flatten(1, 2))  # B×64·width
+
+
+def stack(conv, norm, c_in, width, kernel, strides, padding):
+    """Four convolutions with batch norm and ReLU, of width, 2, 4 and 4 times as many channels."""
+    channels, layers = (c_in, width, 2 * width, 4 * width, 4 * width), []
+    for (before, after), stride in zip(itertools.pairwise(channels), strides, strict=True):
+        layers += [
+            conv(before, after, kernel, stride, padding, bias=False),
+            norm(after),
+            nn.ReLU(inplace=True),
+        ]
+    return nn.Sequential(*layers)
 
 
 class Timewise(nn.Module):

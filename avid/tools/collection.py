@@ -106,15 +106,18 @@ def listing(places):
         if folders := [name for name in places if os.path.isdir(name)]:
             raise datasets.DataError(f"{folders[0]} is a folder; name one folder, or files")
         return datasets.of_files(places)
+
+    def whole(reader):
+        return reader(place, ("all",))("all")
+
     if (place / "pack.json").is_file():
-        return datasets.packed(place, ("all",))("all")
+        return whole(datasets.packed)
     if place.is_dir():
-        has_list = (place / "manifest.csv").is_file()
-        return (datasets.manifest if has_list else datasets.folder)(place, ("all",))("all")
+        return whole(datasets.manifest if (place / "manifest.csv").is_file() else datasets.folder)
     if not place.exists():
         raise datasets.DataError(f"no file and no folder {place}")
     if place.suffix.lower() == ".csv":
-        return datasets.manifest(place, ("all",))("all")
+        return whole(datasets.manifest)
     if place.suffix.lower() == ".txt":
         try:
             lines = place.read_text(encoding="utf-8-sig").splitlines()
