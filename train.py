@@ -189,24 +189,22 @@ class Objective:
             sample = memory_bank.draw_sample(self.bank.num_instances, cfg.contrast, of_all, local.device)
             near, far, valid = self.bank.neighbours(key, local, cfg.contrast, seeds, draws, sample)  # b×…×D
             near, far = (x.repeat_interleave(moments, 0) for x in (near, far))  # b·M×…×D
-            if cfg.contrast.batch:
-                far, valid = self.with_batch(live[key], key, local, index, near, far, valid)
+            others = self.others(live[key], key, local, index) if cfg.contrast.batch else None
             for query in queries:
                 own = live[key]  # the matched clip of the other modality, or the other moment's of the same
                 if query == key:
                     own = own.view(-1, 2, own.shape[1]).flip(1).flatten(0, 1)
-                loss = losses.contrast(live[query], own, near, far, cfg.contrast.temperature, valid)  # b·M
+                tau = cfg.contrast.temperature
+                loss = losses.contrast(live[query], own, near, far, tau, valid, others)  # b·M
                 terms[f"contrast_{query[0]}{key[0]}"] = self.mean(loss, batch, query, key)
         return terms
 
-    def with_batch(self, live, modality, local, index, near, far, valid):
-        """Negatives, and which of them count, with the clips of all other instances of the global batch."""
-        now, held = distributed.gather(live), self.bank.has(modality, index)  # B·M×D, B or None
-        there = index != local[:, None] if held is None else (index != local[:, None]) & held  # b×B
-        there = there.repeat_interleave(len(now) // len(index), 1)  # b×B·M
-        near_there, far_there = valid or (there.new_ones(len(local), x.shape[1]) for x in (near, far))
-        far = torch.cat([far, now.expand(len(far), -1, -1)], 1)  # b·M×(N + B·M)×D
-        return far, (near_there, torch.cat([far_there, there], 1))
+    def others(self, live, modality, local, index):
+        """The clips of the global batch, B·M×D, and which are of another instance that has them, b·M×B·M."""
+        there, held = index != local[:, None], self.bank.has(modality, index)  # b×B; B or None
+        there = there if held is None else there & held
+        moments = len(live) // len(local)
+        return distributed.gather_live(live), there.repeat_interleave(moments, 0).repeat_interleave(moments, 1)
 
     def mean(self, per_clip, batch, *modalities):
         """The mean over this rank's clips, b·M; of files that may lack a modality over those that have these:

@@ -211,7 +211,7 @@ class Contrast:
     sample: int = setting(0,
         "look for them among so many instances, drawn each step; 0: among all, docs/scaling.md [C]",
         at_least=0)
-    batch: bool = setting(False, "other clips of the batch, as they are now, are negatives too [C]")
+    batch: bool = setting(False, "other clips of the batch, live, are negatives too [C]")
     tau_n: float = setting(float("inf"),
         "τ_n: drawn with probability ∝ exp(sim/τ_n); .inf: uniformly, smaller: harder [C]", above=0)
 

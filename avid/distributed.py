@@ -115,6 +115,21 @@ def gather(x):
     return gathered
 
 
+def gather_live(x):
+    """As `gather`, with gradient: what all ranks' losses say of x, summed. Every rank must use the result."""
+    return x if world_size() == 1 else GatherLive.apply(x)
+
+
+class GatherLive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return gather(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return total(dy).chunk(world_size())[rank()]
+
+
 def total(x):
     """The sum of a tensor over the ranks (no gradient)."""
     x = x.detach().clone()

@@ -86,13 +86,14 @@ def weighted_mean(loss, weight, total_weight=None):
     return (weight * loss).sum() / total_weight.clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def contrast(x, matched, positives, negatives, temperature, valid=None):
+def contrast(x, matched, positives, negatives, temperature, valid=None, others=None):
     """L(i) = − 1/|P_i| · Σ_{p∈P_i} log [ e^{x_i·p/τ} / (e^{x_i·p/τ} + Σ_{n∈N_i} e^{x_i·n/τ}) ], (7) [P].
 
     x B×D: queries, and matched B×D: the positive that each has in the batch, live: gradients reach both;
     positives B×P×D (P may be 0), negatives B×N×D: memories of any float type, without gradient -> B, float32
     even under autocast. valid: which memories count, bool of the rows of instances, b×P and b×N, B/b clips
-    each; None: all.
+    each; None: all. others: more negatives, live clips C×D that all queries share, and which of them count,
+    B×C bool; gradients reach them [C].
     """
     with torch.autocast(x.device.type, enabled=False):
         x = x.float()
@@ -100,13 +101,18 @@ def contrast(x, matched, positives, negatives, temperature, valid=None):
         near = torch.einsum("bd,bpd->bp", x, positives.detach().float())  # B×P
         p = torch.cat([matched, near], 1) / temperature  # B×(1+P), the positives' exponents
         n = torch.einsum("bd,bnd->bn", x, negatives.detach().float()) / temperature  # B×N, the negatives'
+        if valid is not None:
+            near, far = (there.repeat_interleave(len(x) // len(there), 0) for there in valid)  # B×P, B×N
+            n = n.masked_fill(~far, NOTHING)
+        if others is not None:
+            clips, there = others
+            n = torch.cat([n, (x @ clips.float().T / temperature).masked_fill(~there, NOTHING)], 1)  # B×(N+C)
+        against = n.logsumexp(1, keepdim=True)  # B×1, log Σ_n e^n
+        loss = F.softplus(against - p)  # B×(1+P), −log [e^p / (e^p + e^a)] = log(1 + e^{a−p})
         if valid is None:
-            against = n.logsumexp(1, keepdim=True)  # B×1, log Σ_n e^n
-            return F.softplus(against - p).mean(1)  # −log [e^p / (e^p + e^a)] = log(1 + e^{a−p})
-        near, far = (there.repeat_interleave(len(x) // len(there), 0) for there in valid)  # B×P, B×N
-        against = n.masked_fill(~far, NOTHING).logsumexp(1, keepdim=True)
+            return loss.mean(1)
         counts = torch.cat([torch.ones_like(matched), near], 1)  # B×(1+P), the matched one always does
-        return (counts * F.softplus(against - p)).sum(1) / counts.sum(1)
+        return (counts * loss).sum(1) / counts.sum(1)
 
 
 # ------------------------------------------------------------------------- the same, without B×C in memory

@@ -276,8 +276,8 @@ def test_other_clips_of_the_batch_can_be_negatives(held):
     cfg = config.load("toy_temporal", near.split())
     index = torch.tensor([3, 7, 3, 11])
     bank = (memory_bank.PartialBank if held else memory_bank.MemoryBank)(40, 8, 0.5, 0)
-    live = {"video": unit(8, 8, seed=1), "audio": unit(8, 8, seed=2)}
-    batch = {"index": index}
+    live = {"video": unit(8, 8, seed=1).requires_grad_(), "audio": unit(8, 8, seed=2).requires_grad_()}
+    batch, expected = {"index": index}, {}
     if held:
         batch["held"] = torch.tensor(held).bool()
         bank.mark(index, batch["held"])
@@ -306,7 +306,10 @@ def test_other_clips_of_the_batch_can_be_negatives(held):
             )
             exponents = [(x @ p.double() / cfg.contrast.temperature).exp() for p in (own, *positives[i // 2])]
             per_clip.append(sum(-(e / (e + against)).log() for e in exponents) / len(exponents))
-        assert_close(found[f"contrast_{query[0]}{key[0]}"], (sum(per_clip) / len(per_clip)).float())
+        expected[f"contrast_{query[0]}{key[0]}"] = (sum(per_clip) / len(per_clip)).float()
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(sum(terms.values()), [*live.values()]) for terms in (found, expected)]
+    torch.testing.assert_close(*gradients)  # they reach the other clips, too
 
 
 @pytest.mark.parametrize("w_min, delta, kappa", [(0.25, 0.0, 0.5), (0.0, -1.0, 0.25), (0.5, 0.7, 2.0)])

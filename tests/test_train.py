@@ -86,6 +86,7 @@ TASKS = (
     "weights.contrast_aa=1 weights.contrast_va=1 weights.contrast_av=1 weights.speed_video=1 "
     "weights.speed_audio=1 weights.direction_video=1 weights.direction_audio=1 weights.order_video=1 "
     "weights.order_audio=1 weights.order_cross=1 contrast.k_pos=4 contrast.n_pos=2 contrast.negatives=8 "
+    "contrast.batch=true "
     "video.grey=0.2 audio.mask_time=0.2 audio.mask_frequency=0.2 audio.seconds=0.25"
 ).split()
 ROBUST = "loss.w_min=0.25 loss.soft=0.5 loss.warmup_epochs=2".split()
