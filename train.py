@@ -202,9 +202,9 @@ class Objective:
     def others(self, live, modality, local, index):
         """The clips of the global batch, B·M×D, and which are of another instance that has them, b·M×B·M."""
         there, held = index != local[:, None], self.bank.has(modality, index)  # b×B; B or None
-        there = there if held is None else there & held
         moments = len(live) // len(local)
-        return distributed.gather_live(live), there.repeat_interleave(moments, 0).repeat_interleave(moments, 1)
+        there = (there if held is None else there & held).repeat_interleave(moments, 0)  # b·M×B
+        return distributed.gather_live(live), there.repeat_interleave(moments, 1)
 
     def mean(self, per_clip, batch, *modalities):
         """The mean over this rank's clips, b·M; of files that may lack a modality over those that have these:

@@ -48,7 +48,9 @@ def legend(figure):
 
 def bars(path, rows, methods, columns, group=None):
     """One panel per column of the CSV, one bar per method: the mean over seeds, its deviation, and a dot for
-    each run. group: (column, {value: label}) draws one bar per value for each method."""
+    each run; methods without runs are left out. group: (column, {value: label}) draws one bar per value for
+    each method."""
+    methods = [method for method in methods if runs.select(rows, method=method)]
     key, values = group or (None, [None])
     figure, axes = panels(len(columns), 4.4, 0.9 + 0.34 * len(methods))
     height = 0.8 / len(values)

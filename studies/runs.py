@@ -26,7 +26,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-from avid import config, processes, progress, toy
+from avid import config, files, processes, progress, toy
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
@@ -134,7 +134,8 @@ def main(study, arguments):
     all_steps = not (arguments.table or arguments.figures)
     if arguments.table or all_steps:
         for name, text in study.tables(rows).items():
-            publish(name, text, arguments)
+            if text:
+                publish(name, text, arguments)
     if arguments.figures or all_steps:
         for picture in study.figures(rows, images, folder, arguments):
             print(f"written: {picture}")
@@ -323,8 +324,10 @@ def mean_std(rows, column):
 
 
 def table(head, lines):
-    """A Markdown table from the column heads and lines of cells. A cell is a string, or (rows, column), which
-    becomes mean ± deviation."""
+    """A Markdown table from the column heads and lines of cells, empty without lines. A cell is a string, or
+    (rows, column), which becomes mean ± deviation."""
+    if not lines:
+        return ""
 
     def cell(value):
         if isinstance(value, str):
@@ -341,10 +344,8 @@ def table(head, lines):
 
 
 def write(path, text):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(f"{path}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    with files.replacing(path) as file:
+        file.write(text)
 
 
 def insert(page, name, text):
