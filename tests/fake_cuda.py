@@ -183,10 +183,10 @@ def backward(loss, *_, **__):
             targets = node.next_functions
             if all(x is None for x in given):
                 results = [None] * len(targets)
-            elif isinstance(
-                node, torch.autograd.function.BackwardCFunction
-            ):  # returns None for arguments that are no tensors
-                results = [x for x in node.apply(*given) if x is not None]
+            elif isinstance(node, torch.autograd.function.BackwardCFunction):
+                results = node.apply(*given)
+                results = results if isinstance(results, tuple) else (results,)
+                results = [x for x in results if x is not None]  # None for arguments that are no tensors
                 targets = [target for target in targets if target[0] is not None]
             else:
                 results = node(*given)
