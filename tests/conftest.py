@@ -17,6 +17,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# the files that take longest, in order: they come first, so that no process waits for another's last file
+LONGEST = "faults studies train packed gpu_path real_studies prepare own_videos spread_bank bad_input".split()
+
+
+def pytest_collection_modifyitems(items):
+    rank = {f"test_{name}": k for k, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
 SIDE = 64  # pixels: eight bars of eight, the bits of the frame's number
 CHIRP_S = 0.06
 
