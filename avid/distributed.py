@@ -5,6 +5,7 @@ Out: `start()` tells rank, world size and device; the rest works alike for one a
 """
 
 import contextlib
+import faulthandler
 import os
 import pickle
 import re
@@ -39,6 +40,10 @@ def start():
     On a GPU this process computes on the one of its rank, which is "cuda" from here on. ConfigError where
     there is none for it.
     """
+    # has Python's signal handlers run on a stack of their own: matrix products of oneDNN point the stack's
+    # register at the heap, where a handler would overwrite numbers (oneDNN's issue 4845; torch 2.11 has it)
+    if not faulthandler.is_enabled():
+        faulthandler.enable()
     cuda, number = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", number) if cuda else torch.device("cpu")
     if cuda:

@@ -117,6 +117,37 @@ def test_no_decoding_process_outlives_the_training(folder, number):
     assert ("saved; the same command goes on from here" in text) == (number != signal.SIGKILL)
 
 
+UNDER_SIGNALS = """
+import signal, sys, time, torch
+from avid import config, distributed, models
+torch.set_num_threads(1)
+distributed.start()
+torch.manual_seed(0)
+network = models.AudioVisual(config.Model(width=4, depth=1, embedding=16, head_norm="batch")).train()
+clips = torch.randn(8, 3, 4, 32, 32), torch.randn(8, 1, 50, 32)
+def gradients():
+    network.zero_grad()
+    output = network(*clips)
+    (output.video @ output.audio.T).logsumexp(1).sum().backward()
+    return [x.grad.clone() for x in network.parameters()]
+expected, received = gradients(), []
+signal.signal(signal.SIGALRM, lambda *_: received.append(1))
+signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
+end = time.monotonic() + 8
+while time.monotonic() < end:
+    assert all(map(torch.equal, gradients(), expected))
+signal.setitimer(signal.ITIMER_REAL, 0)
+assert len(received) > 100, len(received)
+"""
+
+
+def test_signals_change_no_number():
+    """They come while oneDNN computes, whose kernels may point the stack's register at the heap."""
+    program = [sys.executable, "-c", UNDER_SIGNALS]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=300, cwd=forked.ROOT)
+    assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
+
+
 @pytest.mark.parametrize("gap_ms", [0, 3, 30, 200])
 def test_a_signal_that_comes_twice_acts_once(folder, gap_ms):
     """As when a cluster signals every process and torchrun passes its own signal on."""
