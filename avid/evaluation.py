@@ -17,12 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import average_precision_score, roc_auc_score
-from sklearn.multiclass import OneVsRestClassifier
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
-from sklearn.svm import LinearSVC
 from tqdm import tqdm
 
 from . import cli, config, data, datasets, distributed, files, models, progress, run, temporal_tasks, toy
@@ -378,10 +372,7 @@ def check(network, bank, held_out, cfg, world):
 
 # ------------------------------------------------------------------------------------------------ classifiers
 
-CLASSIFIERS = {  # of standardised features; C is the inverse of the L2 penalty
-    "linear": lambda C: LogisticRegression(C=C, max_iter=1000),
-    "svm": lambda C: LinearSVC(C=C),
-}
+# of a classifier: C, the inverse of the L2 penalty
 STRENGTHS = {"linear": (0.01, 0.1, 1.0, 10.0), "svm": (1e-4, 1e-3, 1e-2, 0.1, 1.0)}
 
 
@@ -395,17 +386,23 @@ def linear_probe(train_x, train_y, test_x, test_y, seed, classifier="linear", C=
     → `accuracies`, or `precisions` where a video has several classes, of softmax or margins averaged over
     clips; and C. Raises DataError where there are too few training videos.
     """
+    # here: training and retrieval begin two seconds earlier without
+    from sklearn import linear_model, multiclass, pipeline, preprocessing, svm
+
+    logistic = functools.partial(linear_model.LogisticRegression, max_iter=1000)
+    Classifier = {"linear": logistic, "svm": svm.LinearSVC}[classifier]
     several = train_y.ndim > 1
     score, best = (precisions, "mAP") if several else (accuracies, "top1")
 
     def fit(rows, C):
         """The classifier, and the classes that it knows."""
         x, y = train_x[rows].reshape(-1, train_x.shape[-1]), train_y[rows]
-        model, classes = CLASSIFIERS[classifier](C), np.unique(y)
+        model, classes = Classifier(C=C), np.unique(y)
         if several:
             classes = np.flatnonzero(y.any(0) & ~y.all(0))
-            model, y = OneVsRestClassifier(model), y[:, classes]
-        return make_pipeline(StandardScaler(), model).fit(x, np.repeat(y, train_x.shape[1], axis=0)), classes
+            model, y = multiclass.OneVsRestClassifier(model), y[:, classes]
+        standardised = pipeline.make_pipeline(preprocessing.StandardScaler(), model)
+        return standardised.fit(x, np.repeat(y, train_x.shape[1], axis=0)), classes
 
     def scores(fitted, x):
         """m×K×classes."""
@@ -473,6 +470,8 @@ def precisions(scores, labels, classes):
     class's videos; classes, how many there are: of the scored ones those that some videos have and others
     lack. Raises DataError where there is none.
     """
+    from sklearn import metrics
+
     truth, video = labels[:, classes], scores.mean(1)  # n×classes
     there = truth.any(0) & ~truth.all(0)
     if not there.any():
@@ -481,8 +480,8 @@ def precisions(scores, labels, classes):
         )
     pairs = [(truth[:, c], video[:, c]) for c in np.flatnonzero(there)]
     return {
-        "mAP": 100 * float(np.mean([average_precision_score(*pair) for pair in pairs])),
-        "AUC": 100 * float(np.mean([roc_auc_score(*pair) for pair in pairs])),
+        "mAP": 100 * float(np.mean([metrics.average_precision_score(*pair) for pair in pairs])),
+        "AUC": 100 * float(np.mean([metrics.roc_auc_score(*pair) for pair in pairs])),
         "chance mAP": 100 * truth[:, there].mean().item(),
         "classes": len(pairs),
     }

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -198,6 +197,8 @@ class Head(nn.Module):
 
 def torchvision_network(name):
     """A video network of torchvision's without its classifier. Its width, 64, and its depth are its own."""
+    import torchvision  # here: it takes two seconds
+
     network = getattr(torchvision.models.video, name)(weights=None)
     if name == "s3d":
         network.dim = network.classifier[1].in_channels

@@ -25,7 +25,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from .media import MODALITIES, RESAMPLER_S, MediaError, faults, resampler, shown
 from .spectrogram import image
@@ -159,7 +158,7 @@ class PackedMedia:
         wanted, back = np.unique(self.shown(times_s), return_inverse=True)
         jpegs = self.jpegs(wanted)
         with faults("picture cannot be decoded"):
-            images = [decode_jpeg(torch.from_numpy(data), ImageReadMode.RGB) for data in jpegs]
+            images = [decode_jpeg(torch.from_numpy(data)) for data in jpegs]
             return np.stack([images[k].permute(1, 2, 0).numpy() for k in back])
 
     def pcm(self, start_s, samples):
@@ -198,6 +197,13 @@ class PackedMedia:
 
     def __exit__(self, *_):
         """Nothing is open."""
+
+
+def decode_jpeg(data, *device):
+    """RGB images 3×H×W uint8 of JPEG files; on the device, where one is given."""
+    from torchvision import io  # here: it takes two seconds
+
+    return io.decode_jpeg(data, io.ImageReadMode.RGB, *device)
 
 
 # ------------------------------------------------------------------------------------------- on the device
@@ -272,7 +278,7 @@ class Undecoded:
         """uint8 B·M×3×T×S×S."""
         frames, crop = self.jpeg_bytes.shape[1], self.crop.to(device, non_blocking=True)
         jpegs = self.jpegs.split(self.jpeg_bytes.ravel().tolist())
-        images = decode_jpeg(list(jpegs), ImageReadMode.RGB, device)
+        images = decode_jpeg(list(jpegs), device)
         clips = range(0, len(images), PIECE * frames)
         pieces = [stacked(images[k : k + PIECE * frames], frames) for k in clips]
         return torch.cat([resize(x, c, self.size) for x, c in zip(pieces, crop.split(PIECE), strict=True)])

@@ -785,7 +785,7 @@ def test_gpu_decoding_stays_on_the_gpu_and_never_waits():
     ]
     batch = packed.Undecoded.of([clips] * 3, 32, audio)
 
-    def decoded(jpegs, mode, device):
+    def decoded(jpegs, device):
         assert all(x.device.type == "cpu" for x in jpegs)
         return [torch.empty(3, 64, 90, dtype=torch.uint8, device=device) for _ in jpegs]
 
