@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tone
+from sklearn import svm
 from torch.nn import functional as F
 
 import eval_linear
@@ -143,12 +144,12 @@ def test_crisscross_classifies_sounds_and_reports_the_c_chosen_on_the_test_part(
     monkeypatch.setattr(protocols, "CLIP_S", 1.0)
     fitted = []
 
-    class Counted(protocols.LinearSVC):
+    class Counted(svm.LinearSVC):
         def fit(self, x, y):
             fitted.append((self.C, x.shape))
             return super().fit(x, y)
 
-    monkeypatch.setattr(protocols, "LinearSVC", Counted)
+    monkeypatch.setattr(svm, "LinearSVC", Counted)
     result = protocols.crisscross(subject(tmp_path), *tables(two_classes), "audio", tmp_path)
     assert [C for C, _ in fitted] == list(protocols.STRENGTHS)
     assert fitted[0][1] == (32, 32 * 21)  # two clips of each of 16 sounds; 8 · width channels
