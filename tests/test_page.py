@@ -35,8 +35,10 @@ PLAYS = """(async () => {
     media.muted = true;
     const from = parseFloat(media.getAttribute("src").split("#t=")[1]);
     let how = "plays";
+    const asked = performance.now();
     try { await media.play(); } catch (error) { how = String(error); }
-    played.push([media.ariaLabel, how, from, media.currentTime]);
+    const latest = from + 0.5 + (performance.now() - asked) / 1000;  // a busy machine tells it late
+    played.push([media.ariaLabel, how, from, media.currentTime, latest]);
     media.pause();
   }
   return played;
@@ -174,7 +176,7 @@ def test_every_file_plays_from_its_time_without_an_error(results_page, browser):
     browser.open(results_page)
     played = browser.evaluate(PLAYS)
     assert len(played) == 1 + 5 + 2 + 200 + 1 + 2
-    wrong = [one for one in played if one[1] != "plays" or not one[2] - 0.05 <= one[3] < one[2] + 0.5]
+    wrong = [one for one in played if one[1] != "plays" or not one[2] - 0.05 <= one[3] < one[4]]
     assert not wrong
     assert [width for _, width in browser.evaluate(PICTURES) if not width] == []
     posters = browser.evaluate(POSTERS)
