@@ -422,21 +422,26 @@ def load(name="toy", overrides=(), base=None):
             if key in GROUPS and not isinstance(value, dict):
                 raise ConfigError(f"{key} is not a setting but a group of them, such as {GROUPS[key]}")
     try:
-        for key, default, _ in settings():  # OmegaConf's own complaint about these names no setting
-            given = [OmegaConf.select(layer, key) for layer in layers]
-            if isinstance(default, list) and any(OmegaConf.is_dict(value) for value in given):
+        lists = {key: default for key, default, _ in settings() if isinstance(default, list)}
+        for key, default in lists.items():  # OmegaConf's own complaint about these names no setting
+            if any(OmegaConf.is_dict(OmegaConf.select(layer, key)) for layer in layers):
                 raise ConfigError(f"wrong value for {key}: not a list; expected one, such as {default}")
         if missing := set().union(*map(OmegaConf.missing_keys, layers)):
             raise ConfigError(
                 f"wrong value for {min(missing)}: ???; expected a value, which ??? does not give"
             )
-        cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), *layers))
+        cfg = OmegaConf.to_object(OmegaConf.merge(_defaults(), *layers))
     except OmegaConfBaseException as error:
         raise ConfigError(_one_line(error, layers)) from None
     cfg.out = cfg.out or f"runs/{Path(name).stem if name else 'eval'}"
     cfg.audio.statistics = statistics_text(cfg.audio.statistics)
     _check(cfg)
     return cfg
+
+
+@functools.lru_cache
+def _defaults():
+    return OmegaConf.structured(Config)
 
 
 def _layer(base):

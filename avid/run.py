@@ -670,7 +670,8 @@ class Watch:
     def run_check(self, step):
         with self.stop.at_once():
             self.kept.log(step, step / self.epoch_steps, **self.check())
-            self.kept.draw_curves()
+            if step < self.last_step:  # at the end train.py draws them
+                self.kept.draw_curves()
 
     def finish(self, skipped):
         """After the last step. skipped: where to write the files that could not be used, if there are any."""

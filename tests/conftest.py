@@ -7,6 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import forked
 import numpy as np
 import pytest
 
@@ -24,6 +25,12 @@ LONGEST = "faults studies train packed gpu_path real_studies prepare own_videos 
 def pytest_collection_modifyitems(items):
     rank = {f"test_{name}": k for k, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def imported():
+    """A process that imports everything, in the background: the tests' own are forked from it."""
+    forked.serve()
 
 
 SIDE = 64  # pixels: eight bars of eight, the bits of the frame's number

@@ -20,8 +20,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ["train", "eval_linear", "eval_retrieval"]  # when imported as modules, they do nothing
+# what they import later: for an optimiser, pictures, classifiers, packed data
+LATER = ["torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.tensor", "torchvision.io"]
+LATER += ["sklearn.linear_model", "sklearn.svm", "avid.tools.figures"]
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(SCRIPTS)
 
 
 def from_here():
@@ -38,13 +40,26 @@ def from_here():
 
 
 def serve():
-    """Start the server that the processes are forked from, unless it runs already."""
+    """Start the server that the processes are forked from, unless it runs already.
+
+    It is the one that avid.processes uses, too: whoever starts it first decides what it has imported.
+    """
     if context.get_start_method() == "fork":
         return
+    context.set_forkserver_preload([*SCRIPTS, *LATER])
     before = dict(os.environ)
     os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     multiprocessing.forkserver.ensure_running()
     os.environ.clear(), os.environ.update(before)
+
+
+def ranks(function, world, *arguments):
+    """Run function(rank, world, *arguments) in so many processes; an error of one of them is raised here."""
+    import torch.multiprocessing  # here: see from_here
+
+    serve()
+    how = {"nprocs": world, "start_method": context.get_start_method()}
+    torch.multiprocessing.start_processes(function, (world, *arguments), **how)
 
 
 def start(script, arguments, folder, log, environment=None, before=None):

@@ -85,13 +85,7 @@ def check_rank(rank, world, folder):
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_batch_norm_over_ranks_is_torchs_on_the_whole_batch(world, tmp_path):
-    forked.serve()
-    ranks = [forked.context.Process(target=check_rank, args=(r, world, str(tmp_path))) for r in range(world)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(300)
-    assert [process.exitcode for process in ranks] == [0] * world
+    forked.ranks(check_rank, world, str(tmp_path))
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])

@@ -4,6 +4,7 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -156,7 +157,7 @@ def check_rank(rank, world, root, folder):
 
 def test_two_ranks_equal_one_even_if_the_second_has_no_pair(videos, tmp_path):
     """The mean over the ranks, which DDP takes, of each term and gradient is that of the whole batch."""
-    torch.multiprocessing.spawn(check_rank, (2, str(videos), str(tmp_path)), nprocs=2)
+    forked.ranks(check_rank, 2, str(videos), str(tmp_path))
 
 
 def bank_and_objective(*more):

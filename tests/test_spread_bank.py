@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 from unittest import mock
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -84,7 +85,7 @@ def test_two_then_three_then_four_ranks_equal_one_bank(tmp_path):
     two rows.
     """
     for world in (2, 3, 4):
-        torch.multiprocessing.spawn(check_rank, (world, str(tmp_path)), nprocs=world)
+        forked.ranks(check_rank, world, str(tmp_path))
     for dtype in DTYPES:
         whole, alone = (Bank(N, D, 0.5, 3, dtype) for Bank in (MemoryBank, SpreadBank))
         for world in (2, 3, 4):
@@ -127,7 +128,7 @@ def test_each_rank_draws_its_own_first_memories_alone(tmp_path):
     MemoryBank has the same ones.
     """
     for world in (1, 3):
-        torch.multiprocessing.spawn(check_first_memories, (world, str(tmp_path)), nprocs=world)
+        forked.ranks(check_first_memories, world, str(tmp_path))
     one, three = (torch.load(tmp_path / f"begin-{world}.pt", weights_only=True) for world in (1, 3))
     assert all(torch.equal(x, y) for x, y in zip(one, three, strict=True))
     memories = torch.cat(one)
@@ -194,15 +195,12 @@ def test_training_with_a_spread_bank_equals_training_with_one_bank(tmp_path):
     for name, more in runs.items():
         out = tmp_path / name.split()[0]
         settings = (*ROBUST, "log.check_epochs=0", "optim.schedule=constant", *more)
-        done = subprocess.run(
-            command(tmp_path, out, *settings, ranks=2),
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env=ENVIRONMENT,
-        )
+        if name != "whole":
+            text[name] = trained(tmp_path, out, *settings, ranks=2)
+            continue
+        words = command(tmp_path, out, *settings, ranks=2)  # by torchrun
+        done = subprocess.run(words, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
         assert done.returncode == 0, done.stderr[-3000:]
-        text[name] = done.stdout + done.stderr
     assert "resuming" in text["spread again"]
     whole, spread = (
         torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "spread")
@@ -234,14 +232,7 @@ def test_contrast_with_a_spread_bank_equals_contrast_with_one_bank(tmp_path):
     settings += ["contrast.n_pos=2", "contrast.negatives=8", "log.check_epochs=0"]
     for name, more in {"whole": [], "spread": ["bank.spread=true"]}.items():
         settings_of = [*settings, "optim.epochs=2", *more]
-        done = subprocess.run(
-            command(tmp_path, tmp_path / name, *settings_of, ranks=2),
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env=ENVIRONMENT,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        trained(tmp_path, tmp_path / name, *settings_of, ranks=2)
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         losses.append([(line["loss"], line["contrast_va"]) for line in map(json.loads, lines)])
     assert losses[0] == losses[1] and len(losses[0]) == 6

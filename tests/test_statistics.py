@@ -6,12 +6,13 @@ import json
 import subprocess
 import sys
 
+import forked
 import numpy as np
 import pytest
 import torch
 from conftest import tone
 from test_data import folder_table, good, settings
-from test_train import ROOT, TINY, command, final, run
+from test_train import ROOT, TINY, final, run
 
 from avid import config, data, evaluation
 from avid.tools import statistics
@@ -182,16 +183,12 @@ def test_a_checkpoint_carries_its_statistics(tmp_path):
     text = final(out)["config"]["audio"]["statistics"]
     assert len(text.split()) == 257
     run(tmp_path, out, *given, f"audio.statistics={text}")  # resumes
-    evaluated = subprocess.run(
-        [sys.executable, str(ROOT / "eval_linear.py"), "--ckpt", str(out / "last.pt"), "--modality", "audio"],
-        capture_output=True, text=True, timeout=120, cwd=tmp_path,
-    )  # fmt: skip
-    assert evaluated.returncode == 0, evaluated.stderr[-2000:]
+    words = ("--ckpt", out / "last.pt", "--modality", "audio")
+    evaluated = forked.start("eval_linear.py", words, tmp_path, tmp_path / "log")
+    evaluated.join(120)
+    assert evaluated.exitcode == 0, (tmp_path / "log").read_text()[-2000:]
     assert "top1" in json.loads((out / "linear-audio-toy-test.json").read_text())
-    done = subprocess.run(
-        command(tmp_path, out, *given, "audio.statistics="), capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 2 and "needs audio.statistics" in done.stderr
+    assert "needs audio.statistics" in run(tmp_path, out, *given, "audio.statistics=", code=2)
 
 
 def test_a_released_checkpoint_takes_avids_spectrogram_by_itself(tmp_path):

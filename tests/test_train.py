@@ -1,16 +1,20 @@
-"""train.py as a user runs it: in processes of its own, on a toy world that is written within a second or
-two."""
+"""train.py as a user runs it: in processes of its own, on a toy world that is written within a second or two.
+
+Most processes are forked from one that has already imported everything (see forked.py).
+"""
 
 import copy
 import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -40,12 +44,33 @@ def command(root, out, *overrides, ranks=1, script="train.py"):
     ]
 
 
-def run(*arguments, **options):
-    done = subprocess.run(
-        command(*arguments, **options), capture_output=True, text=True, timeout=300, env=ENVIRONMENT
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout + done.stderr
+def start(root, out, *overrides, script="train.py", rank="", environment=None, before=None):
+    """A process that trains, or runs another script, and the file that it prints to."""
+    log = Path(f"{out}{rank}.log")
+    log.write_text("")
+    words = (f"out={out}", f"data.root={root}", *TINY, *overrides)
+    return forked.start(script, words, root, log, environment, before), log
+
+
+def run(root, out, *overrides, ranks=1, code=0, **options):
+    """Train, or run another script, in this many processes; what they print. They must end with this code."""
+    environments = {"": {}}
+    if ranks > 1:
+        with socket.create_server(("localhost", 0)) as server:
+            port = server.getsockname()[1]
+        shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        shared |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(ranks))
+        environments = {r: shared | dict.fromkeys(("RANK", "LOCAL_RANK"), str(r)) for r in range(ranks)}
+    started = [
+        start(root, out, *overrides, rank=rank, environment=environment, **options)
+        for rank, environment in environments.items()
+    ]
+    text = ""
+    for process, log in started:
+        process.join(300)
+        text += log.read_text()
+        assert process.exitcode == code, text[-3000:]
+    return text
 
 
 def metrics(out):
@@ -77,8 +102,10 @@ def assert_same(a, b, path=""):
 def whole(tmp_path_factory):
     """An uninterrupted run, robust after two epochs: (folder of the toy, run folder, what it printed)."""
     root = tmp_path_factory.mktemp("world")
-    text = run(root, root / "whole", *ROBUST)
-    return root, root / "whole", text
+    words = command(root, root / "whole", *ROBUST)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return root, root / "whole", done.stdout + done.stderr
 
 
 TASKS = (
@@ -136,18 +163,13 @@ def test_a_run_killed_at_a_random_step_resumes_to_the_same_bits(whole, more, tmp
     run(root, reference, *settings)
     killed = tmp_path / "killed"
     after = random.Random(more[0]).randrange(2, 11)  # steps
-    process = subprocess.Popen(
-        command(root, killed, *settings),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=ENVIRONMENT,
-    )
+    process, _ = start(root, killed, *settings)
     deadline = time.monotonic() + 120
     while not (killed / "metrics.jsonl").exists() or len(metrics_so_far(killed)) < after:
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.is_alive() and time.monotonic() < deadline
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     text = run(root, killed, *settings)
     assert "resuming" in text or not (killed / "last.pt").exists()
     assert_same(final(reference), final(killed))
@@ -166,20 +188,15 @@ def metrics_so_far(out):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_after_a_signal_the_run_finishes_the_step_saves_and_exits(whole, number, tmp_path):
     root, out, _ = whole
-    process = subprocess.Popen(
-        command(root, tmp_path / "run", *ROBUST, "data.workers=1"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=ENVIRONMENT,
-    )
+    process, printed = start(root, tmp_path / "run", *ROBUST, "data.workers=1")
     log = tmp_path / "run" / "metrics.jsonl"
     while not (log.exists() and log.stat().st_size):  # a step is done
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.005)
-    process.send_signal(number)
-    text = process.communicate(timeout=120)[0]
-    assert process.returncode == 128 + number
+    os.kill(process.pid, number)
+    process.join(120)
+    text = printed.read_text()
+    assert process.exitcode == 128 + number
     assert "saved; the same command goes on from here" in text and "Traceback" not in text
     run(root, tmp_path / "run", *ROBUST, "data.workers=1")
     saved, reference = final(tmp_path / "run"), final(out)
@@ -187,15 +204,11 @@ def test_after_a_signal_the_run_finishes_the_step_saves_and_exits(whole, number,
     assert_same(saved, reference)
 
 
-IN_FLOAT64 = """
-import runpy, sys, torch
-torch.set_default_dtype(torch.float64)
-torch.Tensor.float = torch.Tensor.double
-scaler = torch.amp.GradScaler
-torch.amp.GradScaler = lambda device, **_: scaler(device, enabled=False)  # it supports float32 only
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+def in_float64():
+    scaler = torch.amp.GradScaler
+    torch.set_default_dtype(torch.float64)
+    torch.Tensor.float = torch.Tensor.double
+    torch.amp.GradScaler = lambda device, **_: scaler(device, enabled=False)  # it supports float32 only
 
 
 @pytest.mark.parametrize(
@@ -209,18 +222,9 @@ def test_two_processes_equal_one(whole, more, tmp_path):
     global batch counts.
     """
     root, _, _ = whole
-    (tmp_path / "float64.py").write_text(IN_FLOAT64)
     for ranks in (1, 2):
-        arguments = command(root, tmp_path / str(ranks), *ROBUST, "log.check_epochs=0", *more, ranks=ranks)
-        arguments.insert(arguments.index(str(ROOT / "train.py")), str(tmp_path / "float64.py"))
-        done = subprocess.run(
-            arguments,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)},
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        settings = (*ROBUST, "log.check_epochs=0", *more)
+        run(root, tmp_path / str(ranks), *settings, ranks=ranks, before=in_float64)
     one, two = (final(tmp_path / name) for name in "12")
     for line, other in zip(metrics(tmp_path / "1"), metrics(tmp_path / "2"), strict=True):
         for name in line.keys() - {"clips_per_s", "data_wait"}:
@@ -327,23 +331,15 @@ def test_a_run_in_parts_trains_and_resumes(whole):
     text = run(root, root / "parts", *settings, "optim.epochs=2", "optim.accumulate=4")
     assert "from here on optim.accumulate was 2 and is 4" in text
     assert all(line["loss"] > 0 for line in metrics(root / "parts"))
-    done = subprocess.run(
-        command(root, root / "odd", "optim.accumulate=3"), capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 2
-    assert (
-        done.stderr
-        == "error: optim.accumulate=3 does not divide the 8 videos of a process; choose a divisor\n"
-    )
+    text = run(root, root / "odd", "optim.accumulate=3", code=2)
+    complaint = "error: optim.accumulate=3 does not divide the 8 videos of a process; choose a divisor\n"
+    assert text.endswith(complaint) and "Traceback" not in text
 
 
 def test_other_settings_do_not_resume(whole):
     root, out, _ = whole
-    done = subprocess.run(
-        command(root, out, *ROBUST, "loss.delta=1"), capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 2
-    assert "loss.delta was" in done.stderr and "Traceback" not in done.stderr
+    text = run(root, out, *ROBUST, "loss.delta=1", code=2)
+    assert "loss.delta was" in text and "Traceback" not in text
 
 
 def test_the_evaluations_write_their_results(whole):
@@ -351,12 +347,10 @@ def test_the_evaluations_write_their_results(whole):
     for ckpt in (str(out / "last.pt"), "random"):
         folder = out if ckpt != "random" else root / "random"
         for script in ("eval_linear.py", "eval_retrieval.py"):
-            done = subprocess.run(
-                [sys.executable, str(ROOT / script), "--ckpt", ckpt, "--root", str(root),
-                 "--out", str(folder), *TINY],
-                capture_output=True, text=True, timeout=200,
-            )  # fmt: skip
-            assert done.returncode == 0, done.stderr[-3000:]
+            words = ("--ckpt", ckpt, "--root", root, "--out", folder, *TINY)
+            process = forked.start(script, words, root, root / "log")
+            process.join(200)
+            assert process.exitcode == 0, (root / "log").read_text()[-3000:]
         for name in ("linear-video", "linear-audio", "retrieval-video", "retrieval-audio", "retrieval-cross"):
             result = json.loads((folder / f"{name}-toy-test.json").read_text())
             assert result["videos"] == 8 and result["seed"] == 0 and result["checkpoint"] == ckpt
