@@ -5,13 +5,13 @@
     python -m studies.speech --videos DIR --only intervals --seeds 0
     python -m studies.speech --table --figures
 
-Methods whose networks take the largest value over time: xid, plain xID on whole sentences; xid-cold, at a
-lower temperature; intervals, xID where an instance is a quarter of a sentence, hardly longer than a clip, so
-that other moments of the same sentence are negatives; contrast, with the clips themselves as positives in
-place of memories; tasks, all temporal tasks without a contrast. With networks that keep time
-(model.video=timewise): timewise-xid, as intervals; timewise, as contrast; timewise-tasks, the contrast and
-all temporal tasks on whole sentences. Then timewise-xid, timewise-robust and timewise-oracle with 30 % of the
-training sounds swapped.
+Frames are whole: random crops, also mild ones (timewise-crops), keep a network from seeing how far a mouth is
+open. Methods whose networks take the largest value over time: xid, plain xID on whole sentences; intervals,
+xID where an instance is a quarter of a sentence, hardly longer than a clip, so that other moments of the same
+sentence are negatives; contrast, on sentences, with the clips themselves as positives in place of memories;
+tasks, all temporal tasks without a contrast. With networks that keep time (model.video=timewise):
+timewise-xid, as intervals; timewise, as contrast; timewise-tasks, the contrast and all temporal tasks. Then
+timewise-xid, timewise-robust and timewise-oracle with 30 % of the training sounds swapped.
 """
 
 from . import runs
@@ -36,9 +36,9 @@ from . import figures, measures, robust, swapped
 
 WORDS = ("command", "colour", "preposition", "letter", "digit", "adverb")
 BASE = (
-    "data.name=manifest video.frames=16 video.fps=25 video.size=48 video.flip=0.5 audio.seconds=0.64 "
-    "audio.mels=64 "
-    "audio.rate_hz=16000 optim.epochs=40 optim.batch_size=128 log.check_epochs=0 eval.clips=4 "
+    "data.name=manifest video.frames=16 video.fps=25 video.size=48 video.crop_area=[1,1] "
+    "video.crop_ratio=[1,1] video.jitter=[0,0,0,0] audio.seconds=0.64 audio.mels=64 audio.rate_hz=16000 "
+    "optim.epochs=40 optim.batch_size=128 optim.lr=1e-3 log.check_epochs=0 eval.clips=4 "
     "bank.num_negatives=1024"
 ).split()
 TEMPORAL_TASKS = (
@@ -46,30 +46,31 @@ TEMPORAL_TASKS = (
     *(f"weights.{task}=1" for task in TASKS),
 )  # fmt: skip
 INTERVAL_S, LENGTH_S = 0.72, 2.88  # of an instance; of the part of a sentence that is cut into instances
-IN_INTERVALS = ("optim.epochs=14",)  # of four instances a sentence: some more clips than the others
+IN_INTERVALS = ("optim.epochs=10",)  # of four instances a sentence: as many clips as the others
 CONTRAST = (
     "weights.xid=0", "weights.contrast_va=1", "weights.contrast_av=1",
     "contrast.temperature=0.1", "contrast.n_pos=0", "contrast.k_pos=0", "contrast.negatives=64",
-    "contrast.batch=true", "optim.lr=1e-3",
+    "contrast.batch=true",
 )  # fmt: skip
+CROPS = ("video.crop_area=[0.7,1]", "video.crop_ratio=[0.9,1.11]")
 TIMEWISE = ("model.video=timewise", "model.audio=timewise", "model.depth=2")
 STEP_S, LONGEST_S = 0.08, 0.8  # of sync: two frames, and the largest shift
 METHODS = {
     "xid": (),
-    "xid-cold": ("loss.temperature=0.07",),
     "intervals": IN_INTERVALS,
-    "contrast": (*CONTRAST, *IN_INTERVALS),
+    "contrast": CONTRAST,
     "tasks": (*TEMPORAL_TASKS, "weights.xid=0"),
     "timewise-xid": (*TIMEWISE, *IN_INTERVALS),
-    "timewise": (*TIMEWISE, *CONTRAST, *IN_INTERVALS),
+    "timewise": (*TIMEWISE, *CONTRAST),
+    "timewise-crops": (*TIMEWISE, *CONTRAST, *CROPS),
     "timewise-tasks": (*TIMEWISE, *CONTRAST, *TEMPORAL_TASKS),
-    "timewise-robust": (*TIMEWISE, *IN_INTERVALS, *robust.ROBUST, "loss.warmup_epochs=5"),
-    "timewise-oracle": (*TIMEWISE, *IN_INTERVALS, "loss.warmup_epochs=5"),
+    "timewise-robust": (*TIMEWISE, *IN_INTERVALS, *robust.ROBUST, "loss.warmup_epochs=4"),
+    "timewise-oracle": (*TIMEWISE, *IN_INTERVALS, "loss.warmup_epochs=4"),
 }
-WHOLE = ("untrained", "xid", "xid-cold", "tasks", "timewise-tasks")  # an instance is a sentence
+INTERVALS = ("intervals", "timewise-xid", "timewise-robust", "timewise-oracle")  # an instance is a part
 METHODS_UNSWAPPED = (
     "untrained", "timewise", "timewise-xid", "contrast", "xid", "intervals", "timewise-tasks", "tasks",
-    "xid-cold",
+    "timewise-crops",
 )  # fmt: skip
 METHODS_SWAPPED = ("timewise-xid", "timewise-robust", "timewise-oracle")
 SHARE = 0.3
@@ -99,7 +100,7 @@ def manifest(run, arguments):
         config.stop(f"--videos DIR is missing: {VIDEOS_HELP}")
     source = Path(arguments.videos) / swapped.NAME
     folder = swapped.folder_of(arguments.root, source, float(run.group["faulty"]), run.seed)
-    return folder / (swapped.NAME if run.group["method"] in WHOLE else "intervals.csv")
+    return folder / ("intervals.csv" if run.group["method"] in INTERVALS else swapped.NAME)
 
 
 def prepare(tasks, arguments):
