@@ -18,22 +18,9 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads leave the cores to the decoding workers
 
-import numpy as np
 import torch
 
-from avid import (
-    avid_cma,
-    data,
-    datasets,
-    distributed,
-    evaluation,
-    losses,
-    memory_bank,
-    models,
-    run,
-    temporal_tasks,
-    toy,
-)
+from avid import avid_cma, data, distributed, evaluation, losses, memory_bank, models, run, temporal_tasks
 
 REMEDY = "the same command goes on with a lower optim.lr, an optim.clip_grad or optim.amp=none"
 
@@ -42,7 +29,7 @@ def main(cfg):
     world = distributed.start()
     distributed.say(world, run.describe(cfg, world))
     models.check(cfg.model)
-    train_table, held_out = videos(cfg, world)
+    train_table, held_out = run.videos(cfg, world)
     n, optim = len(train_table), cfg.optim
     cli.fits(cfg, n, world.size)
     epoch_steps = n // optim.batch_size
@@ -238,29 +225,7 @@ def pair_weights(index, bank, loss, robust):
     )
 
 
-# ------------------------------------------------------------------------------------------------- the pieces
-
-
-def videos(cfg, world):
-    """The training videos and some held-out ones; the toy is written first where it is not there yet."""
-    if world.rank > 0:
-        distributed.wait()
-    source = toy.source(cfg)
-    if world.rank == 0:
-        distributed.wait()  # the others go on and find the toy written
-    if cfg.log.check_epochs:
-        train_table, held_out = datasets.for_training(source)
-    else:
-        train_table, held_out = datasets.load(source, source.split or "train"), None
-    distributed.say(world, train_table.report())
-    if held_out is None:
-        text = "nothing is held out: checks tell of the bank alone; a folder may have train/ and test/"
-        if cfg.log.check_epochs:
-            distributed.say(world, text)
-        return train_table, None
-    distributed.say(world, f"{held_out.report()}, for the checks (log.check_epochs=0: none)")
-    few = np.linspace(0, len(held_out) - 1, min(len(held_out), cfg.log.check_videos)).astype(int)
-    return train_table, datasets.take(held_out, few)
+# ------------------------------------------------------------------------------------------ the learning rate
 
 
 def set_learning_rate(optimizer, epoch, optim):

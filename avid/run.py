@@ -22,10 +22,11 @@ import time
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from . import config, datasets, distributed, files, models, progress
+from . import config, datasets, distributed, files, models, progress, toy
 from .files import ConfigError
 
 LAG = 2  # steps after which a step's numbers are read: the host never waits for the device
@@ -426,6 +427,28 @@ def describe(cfg, world):
             "CUDA_VISIBLE_DEVICES hides the GPU"
         )
     return f"{device}, {world.size} process{'es' * (world.size > 1)}, {precision}"
+
+
+def videos(cfg, world):
+    """The training videos and some held-out ones; the toy is written first where it is not there yet."""
+    if world.rank > 0:
+        distributed.wait()
+    source = toy.source(cfg)
+    if world.rank == 0:
+        distributed.wait()  # the others go on and find the toy written
+    if cfg.log.check_epochs:
+        train_table, held_out = datasets.for_training(source)
+    else:
+        train_table, held_out = datasets.load(source, source.split or "train"), None
+    distributed.say(world, train_table.report())
+    if held_out is None:
+        text = "nothing is held out: checks tell of the bank alone; a folder may have train/ and test/"
+        if cfg.log.check_epochs:
+            distributed.say(world, text)
+        return train_table, None
+    distributed.say(world, f"{held_out.report()}, for the checks (log.check_epochs=0: none)")
+    few = np.linspace(0, len(held_out) - 1, min(len(held_out), cfg.log.check_videos)).astype(int)
+    return train_table, datasets.take(held_out, few)
 
 
 def next_command(table, checkpoint):

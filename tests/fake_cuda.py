@@ -308,7 +308,7 @@ def run_step(cfg, world=1, instances=400, steps=2, within=None):
     cfg = dataclasses.replace(cfg, log=dataclasses.replace(cfg.log, check_epochs=0))
     with (
         fake_gpu(watch, world),
-        mock.patch.object(train, "videos", lambda *_: (table, None)),
+        mock.patch.object(run, "videos", lambda *_: (table, None)),
         mock.patch.object(data, "loader", fake_loader),
         mock.patch.object(torch.optim, "Adam", adam),
         mock.patch.object(train.Objective, "__call__", record_dtypes),
