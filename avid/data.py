@@ -220,9 +220,10 @@ class Clips(torch.utils.data.Dataset):
         (columns, bins: start, end)."""
         video, audio = self.cfg.video, self.cfg.audio
         draw = {"flip": rng.random(clips) < video.flip, "grey": rng.random(clips) < video.grey}
-        draw["jitter"] = rng.uniform(-np.array(video.jitter), video.jitter, (clips, 4)).astype(np.float32)
-        width = rng.uniform(0, (audio.mask_time, audio.mask_frequency), (clips, 2))  # M×2, shares
-        start = rng.uniform(0, 1 - width)
+        most = np.array(video.jitter)  # rng.uniform of arrays draws the same, in five times the time
+        draw["jitter"] = (2 * most * rng.random((clips, 4)) - most).astype(np.float32)
+        width = (audio.mask_time, audio.mask_frequency) * rng.random((clips, 2))  # M×2, shares
+        start = (1 - width) * rng.random((clips, 2))
         draw["mask"] = np.stack([start, start + width], 2).reshape(clips, 4).astype(np.float32)
         return {name: torch.from_numpy(values) for name, values in draw.items()}
 

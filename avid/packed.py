@@ -158,7 +158,7 @@ class PackedMedia:
         wanted, back = np.unique(self.shown(times_s), return_inverse=True)
         jpegs = self.jpegs(wanted)
         with faults("picture cannot be decoded"):
-            images = [decode_jpeg(torch.from_numpy(data)) for data in jpegs]
+            images = decode_jpegs([torch.from_numpy(data) for data in jpegs])
             return np.stack([images[k].permute(1, 2, 0).numpy() for k in back])
 
     def pcm(self, start_s, samples):
@@ -199,11 +199,13 @@ class PackedMedia:
         """Nothing is open."""
 
 
-def decode_jpeg(data, *device):
-    """RGB images 3×H×W uint8 of JPEG files; on the device, where one is given."""
+def decode_jpegs(files, device=None):
+    """RGB images 3×H×W uint8 of JPEG files, a tensor of bytes each; on the device, where one is given."""
     from torchvision import io  # here: it takes two seconds
 
-    return io.decode_jpeg(data, io.ImageReadMode.RGB, *device)
+    if device is None:  # torchvision's operation itself: its function around takes a sixth of the time
+        return [torch.ops.image.decode_jpeg(file, io.ImageReadMode.RGB.value, False) for file in files]
+    return io.decode_jpeg(files, io.ImageReadMode.RGB, device)
 
 
 # ------------------------------------------------------------------------------------------- on the device
@@ -278,7 +280,7 @@ class Undecoded:
         """uint8 B·M×3×T×S×S."""
         frames, crop = self.jpeg_bytes.shape[1], self.crop.to(device, non_blocking=True)
         jpegs = self.jpegs.split(self.jpeg_bytes.ravel().tolist())
-        images = decode_jpeg(list(jpegs), device)
+        images = decode_jpegs(list(jpegs), device)
         clips = range(0, len(images), PIECE * frames)
         pieces = [stacked(images[k : k + PIECE * frames], frames) for k in clips]
         return torch.cat([resize(x, c, self.size) for x, c in zip(pieces, crop.split(PIECE), strict=True)])

@@ -794,7 +794,7 @@ def test_gpu_decoding_stays_on_the_gpu_and_never_waits():
     spectrogram.hann.cache_clear()
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
-        mock.patch.object(packed, "decode_jpeg", decoded),
+        mock.patch.object(packed, "decode_jpegs", decoded),
         # the filters are copied to the device once a process
         mock.patch.object(spectrogram, "mel_filters", lambda *_: filters.to(cuda)),
     ):
