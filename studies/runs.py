@@ -31,7 +31,7 @@ from avid import config, files, processes, progress, toy
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 QUICK = (  # --quick: every step of the code, on tiny runs that learn nothing
-    "toy.train=40 toy.test=20 toy.seconds=4 toy.size=40 video.size=32 video.frames=4 audio.mels=32 "
+    "toy.train=24 toy.test=20 toy.seconds=4 toy.size=40 video.size=32 video.frames=4 audio.mels=32 "
     "model.width=4 model.embedding=16 bank.num_negatives=16 contrast.negatives=8 contrast.k_pos=4 "
     "optim.batch_size=8 optim.epochs=2 loss.warmup_epochs=1 log.check_epochs=2 eval.clips=1 "
     "eval.calibration_batches=2"

@@ -163,14 +163,17 @@ def real_media(real_data):
 
 @pytest.fixture
 def perform(folder, monkeypatch):
-    """A function that runs a study with --quick in the module's `folder` and returns its rows."""
+    """A function that runs a study with --quick in the module's `folder` and returns its rows. draws=False:
+    without its figures."""
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
-    def command(name, *more):
+    def command(name, *more, draws=True):
         from studies import runs
 
         study = importlib.import_module(f"studies.{name}").STUDY
+        if not draws:
+            study = study._replace(figures=lambda *_: ())
         where = {"root": "data", "runs": "runs", "results": "results"}
         options = [word for option, part in where.items() for word in (f"--{option}", folder / part)]
         words = [str(word) for word in ("--quick", "--jobs", "1", *options, *more)]
