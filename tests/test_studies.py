@@ -70,18 +70,9 @@ def test_the_study_real_evaluates_the_checkpoint_of_another_study(perform, folde
         tmp_path, config.Toy(train=3, test=1, seconds=6.0, size=40), seed=0, workers=1, progress=False
     )
     (world / "train" / "silent.mp4").write_bytes(b"no video")
-    command = [
-        "--esc10",
-        tmp_path / "esc",
-        "--media",
-        world / "train",
-        "--runs",
-        tmp_path,
-        "--results",
-        tmp_path / "results",
-    ]
-    arguments = real.command_line([str(word) for word in command])
-    real.main(arguments)
+    command = ["--esc10", tmp_path / "esc", "--runs", tmp_path, "--results", tmp_path / "results"]
+    command = [str(word) for word in command]
+    real.main(real.command_line([*command, "--media", str(world / "train")]))
     assert "left out" in capsys.readouterr().out
     with open(tmp_path / "results" / "real.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -92,7 +83,7 @@ def test_the_study_real_evaluates_the_checkpoint_of_another_study(perform, folde
         for name in ("sounds", "neighbours")
     )
     before = (tmp_path / "results" / "real.csv").read_bytes()
-    real.main(arguments)  # again: no checkpoint is evaluated twice
+    real.main(real.command_line(command))  # again: no checkpoint is evaluated twice
     assert (tmp_path / "results" / "real.csv").read_bytes() == before
 
 
