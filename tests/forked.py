@@ -58,8 +58,11 @@ def ranks(function, world, *arguments):
     import torch.multiprocessing  # here: see from_here
 
     serve()
-    how = {"nprocs": world, "start_method": context.get_start_method()}
-    torch.multiprocessing.start_processes(function, (world, *arguments), **how)
+    how = {"nprocs": world, "start_method": context.get_start_method(), "join": False}
+    started = torch.multiprocessing.start_processes(function, (world, *arguments), **how)
+    deadline = time.monotonic() + 300
+    while not started.join(deadline - time.monotonic()):
+        assert time.monotonic() < deadline, "the processes wait for each other"
 
 
 def start(script, arguments, folder, log, environment=None, before=None):
@@ -77,6 +80,14 @@ def start(script, arguments, folder, log, environment=None, before=None):
     while process.is_alive() and os.getpgid(process.pid) != process.pid:
         time.sleep(0.001)
     return process
+
+
+def run(script, arguments, folder):
+    """Run a script of the project in `folder` to its end, which must be a good one."""
+    log = Path(folder) / "log"
+    process = start(script, arguments, folder, log)
+    process.join(300)
+    assert process.exitcode == 0, log.read_text()[-3000:]
 
 
 def _run(script, arguments, folder, log, environment, before):

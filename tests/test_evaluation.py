@@ -68,11 +68,11 @@ def test_recall_equals_a_plain_count():
 
 
 def test_a_large_ranking_needs_no_matrix_of_all_similarities():
-    """10,000 queries, 100,000 videos: the matrix would be 4 GB."""
+    """10,000 queries, 100,000 videos, 512 dimensions: the matrix would be 4 GB."""
     torch.manual_seed(0)
-    gallery = torch.nn.functional.normalize(torch.randn(100_000, 128), dim=1)
+    gallery = torch.nn.functional.normalize(torch.randn(100_000, 512), dim=1)
     rows = torch.randperm(100_000)[:10_000]
-    queries = torch.nn.functional.normalize(gallery[rows] + 0.01 * torch.randn(10_000, 128), dim=1)
+    queries = torch.nn.functional.normalize(gallery[rows] + 0.01 * torch.randn(10_000, 512), dim=1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = evaluation.nearest(queries, gallery, 20)
     assert found.shape == (10_000, 20)
