@@ -170,7 +170,7 @@ class Clips(torch.utils.data.Dataset):
             if self.raw:
                 item["undecoded"] = self.undecoded(media, clips, rng)
             elif "video" in self.modalities:
-                item["video"] = torch.stack([self.picture(media, clip, rng) for clip in clips])
+                item["video"] = rows_stacked([self.picture(media, clip, rng) for clip in clips])
                 if media is not self.last[1]:
                     media.close_picture()
             if "audio" in self.modalities and not self.raw:
@@ -259,7 +259,7 @@ class Clips(torch.utils.data.Dataset):
         frames = media.frames(self.frame_times(media, clip, rng))  # T×H×W×3
         top, left, height, width = self.crop(*frames.shape[1:3], rng)
         frames = torch.from_numpy(frames[:, top : top + height, left : left + width])  # T×h×w×3
-        # rows of RGB as they are, in bytes: the channels become planes when the item is put together
+        # rows of RGB as they lie: the channels become planes in to_device
         size = {"size": [self.cfg.video.size] * 2, "mode": "bilinear", "antialias": True}
         return F.interpolate(frames.permute(0, 3, 1, 2), **size).transpose(0, 1)
 
@@ -418,6 +418,11 @@ def training_clips(table, cfg):
     return AnyClips(table, cfg) if cfg.data.need == "any" else Clips(table, cfg, training=True)
 
 
+def rows_stacked(pictures):
+    """torch.stack of pictures …×3×T×S×S, whose bytes stay rows of RGB: an eighth of the time."""
+    return torch.stack([x.movedim(-4, -1) for x in pictures]).movedim(-1, -4)
+
+
 def collate(items, cfg=None):
     """Items → a batch; items without tensors (files that could not be used) only leave their failures.
 
@@ -434,7 +439,10 @@ def collate(items, cfg=None):
         for k, item in enumerate(item for item in whole if modality not in item and lenders):
             item[modality] = lenders[k % len(lenders)][modality]
     videos = [item.pop("undecoded") for item in whole if "undecoded" in item]
+    pictures = [item.pop("video") for item in whole if "video" in item]
     batch = torch.utils.data.default_collate(whole) if whole else {}
+    if pictures:
+        batch["video"] = rows_stacked(pictures)
     if videos:
         batch["undecoded"] = packed.Undecoded.of(videos, cfg.video.size, cfg.audio)
     return {**batch, **lacking, "failures": failures}
@@ -626,7 +634,7 @@ def to_device(batch, device, audio):
     if "undecoded" in batch:
         batch |= batch.pop("undecoded").decode(device)
     if batch.get("video") is not None:
-        video = batch["video"].flatten(0, 1)
+        video = batch["video"].flatten(0, 1).contiguous()
         if "flip" in batch:
             video = augment(video, *(batch[draw].flatten(0, 1) for draw in ("flip", "jitter", "grey")))
         else:

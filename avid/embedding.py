@@ -91,7 +91,7 @@ class Clips(data.AnyClips):
             when = part.evenly(*part.usable(media))
             item = dict(self.blank)
             if "video" in there:
-                item["video"] = torch.stack([part.picture(media, clip, rng) for clip in when])
+                item["video"] = data.rows_stacked([part.picture(media, clip, rng) for clip in when])
                 media.close_picture()
             if "audio" in there:
                 item["audio"] = torch.stack([part.loudness(media, clip, rng) for clip in when])

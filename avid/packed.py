@@ -155,11 +155,12 @@ class PackedMedia:
 
     def frames(self, times_s):
         """The frames shown at these times (any order, repeats allowed): uint8 T×H×W×3."""
-        wanted, back = np.unique(self.shown(times_s), return_inverse=True)
-        jpegs = self.jpegs(wanted)
+        numbers = self.shown(times_s).tolist()
+        wanted = list(dict.fromkeys(numbers))
+        jpegs = [torch.from_numpy(data) for data in self.jpegs(wanted)]
         with faults("picture cannot be decoded"):
-            images = decode_jpegs([torch.from_numpy(data) for data in jpegs])
-            return np.stack([images[k].permute(1, 2, 0).numpy() for k in back])
+            images = dict(zip(wanted, decode_jpegs(jpegs), strict=True))
+            return torch.stack([images[k].permute(1, 2, 0) for k in numbers]).numpy()
 
     def pcm(self, start_s, samples):
         """`samples` of the stored sound from start_s on: int16, times `gain`; zeros where there is none."""

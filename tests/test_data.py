@@ -392,15 +392,15 @@ def test_a_batch_keeps_items_in_order_and_all_failures():
         {
             "index": 4,
             "failures": [(1, "x"), (2, "y")],
-            "video": torch.full((1, 2), 4.0),
+            "video": torch.full((1, 3, 2, 4, 4), 4.0),
             "flip": torch.tensor([True]),
         },
-        {"index": 0, "failures": [], "video": torch.zeros(1, 2), "flip": torch.tensor([False])},
-        {"index": 5, "failures": [(2, "y")], "video": torch.full((1, 2), 5.0), "flip": torch.tensor([True])},
+        {"index": 0, "failures": [], "video": torch.zeros(1, 3, 2, 4, 4), "flip": torch.tensor([False])},
+        {"index": 5, "failures": [(2, "y")], "video": torch.full((1, 3, 2, 4, 4), 5.0), "flip": torch.tensor([True])},
     ]
     batch = collate(items)
     assert batch["index"].tolist() == [4, 0, 5]
-    assert batch["video"][:, 0, 0].tolist() == [4.0, 0.0, 5.0]
+    assert batch["video"][:, 0, 2, 1, 3, 3].tolist() == [4.0, 0.0, 5.0]
     assert batch["flip"].tolist() == [[True], [False], [True]]
     assert batch["failures"] == [(1, "x"), (2, "y"), (2, "y")]
 
@@ -613,4 +613,4 @@ def test_training_batches_are_augmented_on_the_device(table):
     )
     expected = (augment(plain, draws.flip, draws.jitter, draws.grey) - mean) / std
     torch.testing.assert_close(batch["video"], expected)
-    assert batch["video"].shape == (6, 3, 4, 32, 32)
+    assert batch["video"].shape == (6, 3, 4, 32, 32) and batch["video"].is_contiguous()
