@@ -396,7 +396,12 @@ def test_a_batch_keeps_items_in_order_and_all_failures():
             "flip": torch.tensor([True]),
         },
         {"index": 0, "failures": [], "video": torch.zeros(1, 3, 2, 4, 4), "flip": torch.tensor([False])},
-        {"index": 5, "failures": [(2, "y")], "video": torch.full((1, 3, 2, 4, 4), 5.0), "flip": torch.tensor([True])},
+        {
+            "index": 5,
+            "failures": [(2, "y")],
+            "video": torch.full((1, 3, 2, 4, 4), 5.0),
+            "flip": torch.tensor([True]),
+        },
     ]
     batch = collate(items)
     assert batch["index"].tolist() == [4, 0, 5]
