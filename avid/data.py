@@ -163,7 +163,7 @@ class Clips(torch.utils.data.Dataset):
             first_s, last_s = self.usable(media)
             if self.training:
                 clips, labels = temporal_tasks.plan(first_s, last_s, self.length_s, self.cfg.temporal, rng)
-                item = {name: torch.tensor(label) for name, label in labels.items()}
+                item = {name: torch.from_numpy(np.array(label)) for name, label in labels.items()}
                 item |= self.draws(len(clips), rng)
             else:
                 clips, item = self.evenly(first_s, last_s), {}

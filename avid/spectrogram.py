@@ -79,8 +79,8 @@ def log_image(waveform, audio, hop):
     """
     window, energy = hann(audio.n_fft, torch.float32, waveform.device)
     spectrum = torch.stft(waveform, audio.n_fft, hop, window=window, center=False, return_complex=True).mT
-    squares = torch.view_as_real(spectrum).square()  # …×F×257×2: in one go, half the time
-    power = (squares[..., 0] + squares[..., 1]) / energy  # …×F×257
+    squares = torch.view_as_real(spectrum).square_()  # …×F×257×2, in place of the spectrum
+    power = (squares[..., 0] + squares[..., 1]).div_(energy)  # …×F×257
     if audio.mels:
         power = power @ mel_filters(audio.rate_hz, audio.n_fft, audio.mels, waveform.device)
     return 10 * torch.log10(power + QUIETEST)  # …×F×bands

@@ -49,7 +49,8 @@ def plan(first_s, last_s, length_s, temporal, rng):
     """
     room_s = last_s - first_s
     fits = [s for s in temporal.speeds if s * length_s <= room_s]
-    speeds = [int(rng.choice(fits or temporal.speeds[:1])) for _ in range(temporal.moments)]
+    drawn_of = fits or temporal.speeds[:1]
+    speeds = [drawn_of[rng.integers(len(drawn_of))] for _ in range(temporal.moments)]
     lengths_s = [s * length_s for s in speeds]
     backward = [temporal.reverse and bool(rng.integers(2)) for _ in speeds]
     order = UNKNOWN

@@ -26,8 +26,9 @@ forms:
     to device    to_device, here on the CPU: decoding (data.decode=device); flip, jitter, normalisation
 
 Milliseconds a sample, medians, one process with one thread (decord adds one of its own). All ways take the
-same samples, in turns. The time is the processor's, which a busy machine changes less; in brackets, by the
-clock. kB: what the loader reads of a file, twice where both decoders do; of packed data the sample's.
+same samples, in turns of eight: a decoding process takes one after the other, too. The time is the
+processor's, which a busy machine changes less; in brackets, by the clock. kB: what the loader reads of a
+file, twice where both decoders do; of packed data the sample's.
 
 --scale X …: clips/s of a core, loader and collate, and how many cores a GPU of X clips/s needs.
 --flat N: open files and memory of the decoding processes, at their start and over N samples of small files.
@@ -93,7 +94,8 @@ from avid.media import Media, av, decord, paste, shown
 from avid.packed import PackedMedia
 from avid.tools import pack, prepare
 
-SECONDS, WARM_UP, BATCH = 10, 8, 16
+SECONDS = 10
+WARM_UP, TURN, BATCH = 8, 8, 16  # samples: before the first that counts; of a turn; of a batch
 WAYS = ("bare", "loader", "whole sound", "in memory", "2 a file", "4 a file", "collate", "to device")
 
 
@@ -213,24 +215,26 @@ def costs(cfg, files, packed_files, samples):
         kept[index, (0,)]  # decoded now
     spent = {form: defaultdict(list) for form in loaders}
     items = {form: [] for form in loaders}
-    for sample in range(samples + WARM_UP):
-        key = sample % len(files), (3, 0, sample)
-        sources = drawn(loaders, key)
+    for turn, first in enumerate(range(0, samples + WARM_UP, TURN)):
+        keys = [(sample % len(files), (3, 0, sample)) for sample in range(first, first + TURN)]
+        sources = {key: drawn(loaders, key) for key in keys}
         ways = {
-            ("mp4", "whole sound"): lambda k=key: plainly(loaders["mp4"], *k),
-            ("mp4", "in memory"): lambda k=key: kept[k],
+            ("mp4", "whole sound"): lambda key: plainly(loaders["mp4"], *key),
+            ("mp4", "in memory"): lambda key: kept[key],
         }
         for k in sharing:
-            ways["mp4", f"{k} a file"] = lambda k=k, key=key: several(sharing[k], k, *key)
-        for form, (decode, *what) in sources.items():
-            ways[form, "bare"] = lambda decode=decode, what=what: decode(*what)
-            ways[form, "loader"] = lambda form=form, k=key: items[form].append(loaders[form][k])
-        turn = sample % len(ways)
-        for form, way in [*list(ways)[turn:], *list(ways)[:turn]]:
-            with timed(spent[form][way], int(way[0]) if way.endswith("a file") else 1):
-                ways[form, way]()
-        for form, (_, jpegs, pcm) in list(sources.items())[1:]:  # a memory map is read without a call
-            spent[form]["loader"][-1][2] = (sum(map(len, jpegs)) + pcm.nbytes) / 1e3
+            ways["mp4", f"{k} a file"] = lambda key, k=k: several(sharing[k], k, *key)
+        for form in loaders:
+            ways[form, "bare"] = lambda key, form=form, sources=sources: called(*sources[key][form])
+            ways[form, "loader"] = lambda key, form=form: items[form].append(loaders[form][key])
+        first_way = turn % len(ways)
+        for form, way in [*list(ways)[first_way:], *list(ways)[:first_way]]:
+            for key in keys:
+                with timed(spent[form][way], int(way[0]) if way.endswith("a file") else 1):
+                    ways[form, way](key)
+        for at, key in enumerate(keys, -TURN):
+            for form, (_, jpegs, pcm) in list(sources[key].items())[1:]:  # a map is read without a call
+                spent[form]["loader"][at][2] = (sum(map(len, jpegs)) + pcm.nbytes) / 1e3
         for form, some in items.items():
             if len(some) == BATCH:
                 with timed(spent[form]["collate"], BATCH):
@@ -264,6 +268,10 @@ def drawn(loaders, key):
     }
 
 
+def called(way, *arguments):
+    return way(*arguments)
+
+
 def several(clips, count, index, draw):
     """So many clips of one file; the one before is another."""
     return [clips[index, (*draw, k)] for k in range(count)]
@@ -278,15 +286,17 @@ def plainly(clips, index, draw):
 def timed(spent, samples=1):
     """Note what a sample costs within: ms of the processor, ms by the clock, and kB read from files."""
 
-    def now():
-        read = int(
-            Path("/proc/self/io").read_text().split()[1]
-        )  # bytes, also those that were in the page cache
-        return np.array([1e3 * time.process_time(), 1e3 * time.perf_counter(), read / 1e3])
+    def clocks():
+        return np.array([1e3 * time.process_time(), 1e3 * time.perf_counter()])
 
-    before = now()
+    def read():  # kB, also those that were in the page cache
+        return int(Path("/proc/self/io").read_text().split()[1]) / 1e3
+
+    read_before = read()  # outside of what is timed
+    before = clocks()
     yield
-    spent.append((now() - before) / samples)
+    spent_ms = clocks() - before
+    spent.append(np.array([*spent_ms, read() - read_before]) / samples)
 
 
 def row(setting, form, spent, scale):
