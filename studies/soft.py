@@ -9,9 +9,9 @@ pairs.
 mixed: targets that mix the ground truth of the manifest, at a given share, with the cycle's estimate.
 changed: the cycle's estimate with one change. "all candidates" makes every memory a candidate; "slower bank"
 uses a momentum of 0.9; "τ_s = τ" gives the estimate the temperature of the contrast (τ_s is 0.02 by
-default, 15 times lower); "by certainty" gives each instance a share of soft
-target by the certainty of its estimate, 1 − entropy / log C over its mean. xid is the baseline without soft
-targets.
+default, 15 times lower); "by certainty" gives each instance a share of soft target by the certainty of its
+estimate, 1 − entropy / log C over its mean. xid is the baseline without soft targets; "xid, all candidates"
+the same with every memory as a negative.
 """
 
 from . import runs
@@ -32,6 +32,7 @@ from . import figures, measures, robust
 
 BASE = (*robust.BASE, *robust.LONGER, *robust.SOFT, "loss.estimator=cycle")
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+BASELINES = {"": (), "xid, all candidates": ("bank.num_negatives=all",)}  # without soft targets
 CHANGES = {
     "all candidates": ("bank.num_negatives=all",),
     "slower bank": ("bank.momentum=0.9",),
@@ -48,7 +49,8 @@ MEASURES = {
 def plan(seeds):
     made = []
     for seed in seeds:
-        made.append(runs.Run({"method": "xid", "change": ""}, seed, ("loss.soft=0",)))
+        for change, settings in BASELINES.items():
+            made.append(runs.Run({"method": "xid", "change": change}, seed, ("loss.soft=0", *settings)))
         made += [
             runs.Run({"method": "mixed", "change": f"{share:g} of the truth"}, seed, ()) for share in SHARES
         ]
