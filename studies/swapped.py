@@ -42,9 +42,7 @@ def write(root, source, share, seed):
     train = [i for i, row in enumerate(rows) if row["split"] == "train"]
     sound_of = swaps(train, share, seed)
     folder.mkdir(parents=True, exist_ok=True)
-    for top in {row["path"].partition("/")[0] for row in rows}:  # the unchanged clips
-        if not (folder / top).exists():
-            (folder / top).symlink_to(source.parent / top)
+    link(rows, source.parent, folder)
     for i, row in enumerate(rows):
         row |= {"faulty": str(int(i in sound_of)), "original": paths[i], "part": parts.get(paths[i], "")}
         if i in sound_of:
@@ -58,6 +56,13 @@ def write(root, source, share, seed):
         lines.writeheader()
         lines.writerows(rows)
     return folder / NAME
+
+
+def link(rows, source, folder):
+    """Link the clips of a manifest's rows, which lie in the folder `source`, into another folder."""
+    for top in {row["path"].partition("/")[0] for row in rows}:
+        if not (Path(folder) / top).exists():
+            (Path(folder) / top).symlink_to(Path(source).absolute() / top)
 
 
 def swaps(instances, share, seed):

@@ -11,10 +11,19 @@ from conftest import tone, write_media
 from test_studies import bank_by_kind, world
 
 from avid import config, losses, media
-from studies import capacity, esc10, fingerprint, own, robust, runs, soft, speech, swapped
+from studies import capacity, esc10, fingerprint, own, recipe, robust, runs, soft, speech, swapped
 
 STUDIES = {
-    s.name: s for s in (own.STUDY, fingerprint.STUDY, speech.STUDY, esc10.STUDY, capacity.STUDY, soft.STUDY)
+    s.name: s
+    for s in (
+        own.STUDY,
+        recipe.STUDY,
+        fingerprint.STUDY,
+        speech.STUDY,
+        esc10.STUDY,
+        capacity.STUDY,
+        soft.STUDY,
+    )
 }
 CLIPS, SECONDS, RATE_HZ = 14, 6.0, 16000
 
@@ -79,6 +88,18 @@ def test_the_studies_own_and_fingerprint_write_tables_and_figures(perform, folde
     assert "by picture" in (results / "fingerprint.md").read_text()
 
 
+def test_the_study_recipe_trains_and_asks_within_the_training_parts(perform, folder, videos):
+    rows = perform("recipe", "--videos", videos, "--only", "small")
+    assert_rows(rows, ["small"], [c for c in recipe.MEASURES if "R@5" not in c])
+    (written,) = (folder / "data").glob("*-recipe/manifest.csv")
+    table = runs.read(written)
+    assert len(table) == 2 * CLIPS and max(float(row["end"]) for row in table) == 3.6  # of 6 s
+    assert {(row["split"], row["start"], row["end"]) for row in table} == {
+        ("train", "0", "2.16"), ("test", "2.16", "3.6"),
+    }  # fmt: skip
+    assert "| small |" in (folder / "results" / "recipe.md").read_text()
+
+
 def test_the_study_fingerprint_needs_the_checkpoints_of_own(perform, tmp_path, videos, capsys):
     with pytest.raises(SystemExit):
         perform("fingerprint", "--videos", videos, "--only", "xid", "--runs", tmp_path)
@@ -99,7 +120,7 @@ def test_the_study_speech_splits_clips_into_intervals(perform, folder, videos):
 
 
 def test_the_folder_of_real_clips_must_be_given(perform, capsys):
-    for name in ("own", "speech", "esc10"):
+    for name in ("own", "recipe", "speech", "esc10"):
         with pytest.raises(SystemExit):
             perform(name, "--list")
         assert "--videos DIR is missing" in capsys.readouterr().err
