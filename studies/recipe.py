@@ -16,11 +16,10 @@ VIDEOS_HELP = "folder with own.csv (path,label,split,start,end) and its clips"
 if __name__ == "__main__":
     arguments = runs.command_line(__doc__, videos=VIDEOS_HELP)
 
-import csv
 from pathlib import Path
 
 import train
-from avid import config, data, evaluation, files
+from avid import config, data, evaluation
 
 from . import figures, measures, own, swapped
 
@@ -64,10 +63,7 @@ def prepare(tasks, arguments):
         config.stop(f"no list with clips: {own.clip_list(arguments)}")
     path.parent.mkdir(parents=True, exist_ok=True)
     swapped.link(rows, arguments.videos, path.parent)
-    with files.replacing(path, newline="") as file:
-        lines = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        lines.writeheader()
-        lines.writerows(rows)
+    swapped.write_manifest(path, rows)
 
 
 def measure(run, cfg):

@@ -21,14 +21,13 @@ VIDEOS_HELP = "folder with manifest.csv (path,label,split and the six words) and
 if __name__ == "__main__":
     arguments = runs.command_line(__doc__, videos=VIDEOS_HELP)
 
-import csv
 import dataclasses
 import functools
 from pathlib import Path
 
 import numpy as np
 
-from avid import config, data, evaluation, files
+from avid import config, data, evaluation
 from avid.temporal_tasks import TASKS
 from avid.tools import sync
 
@@ -121,10 +120,7 @@ def write_intervals(source, path):
             if start_s is not None:
                 ends = {"start": f"{start_s:.2f}", "end": f"{start_s + INTERVAL_S:.2f}"}
             rows.append(row | ends)
-    with files.replacing(path, newline="") as file:
-        lines = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        lines.writeheader()
-        lines.writerows(rows)
+    swapped.write_manifest(path, rows)
 
 
 def feature_quality(subject):

@@ -51,10 +51,7 @@ def write(root, source, share, seed):
             if not (folder / path).exists():
                 mux(source.parent / paths[i], of_sound, folder / path)
             row["path"] = path
-    with files.replacing(folder / NAME, newline="") as file:
-        lines = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        lines.writeheader()
-        lines.writerows(rows)
+    write_manifest(folder / NAME, rows)
     return folder / NAME
 
 
@@ -63,6 +60,14 @@ def link(rows, source, folder):
     for top in {row["path"].partition("/")[0] for row in rows}:
         if not (Path(folder) / top).exists():
             (Path(folder) / top).symlink_to(Path(source).absolute() / top)
+
+
+def write_manifest(path, rows):
+    """Write a manifest, whole or not at all. rows: dicts with the same columns."""
+    with files.replacing(path, newline="") as file:
+        lines = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        lines.writeheader()
+        lines.writerows(rows)
 
 
 def swaps(instances, share, seed):
