@@ -5,8 +5,8 @@
     python -m studies.speech --videos DIR --only intervals --seeds 0
     python -m studies.speech --table --figures
 
-Frames are whole: random crops, also mild ones (timewise-crops), keep a network from seeing how far a mouth is
-open. Methods whose networks take the largest value over time: xid, plain xID on whole sentences; intervals,
+Frames are whole and without jitter, but in timewise-crops, whose random crops keep 70 to 100 % of the frame.
+Methods whose networks take the largest value over time: xid, plain xID on whole sentences; intervals,
 xID where an instance is a quarter of a sentence, hardly longer than a clip, so that other moments of the same
 sentence are negatives; contrast, on sentences, with the clips themselves as positives in place of memories;
 tasks, all temporal tasks without a contrast. With networks that keep time (model.video=timewise):
