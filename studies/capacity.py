@@ -57,7 +57,7 @@ def tables(rows):
 def draw(rows, images, folder, arguments):
     shown = {column: f"{temporal.MEASURES[column]}, %" for column in both.SHORT}
     at_30 = runs.select(rows, faulty="0.3")
-    networks = {name: name for name in NETWORKS if runs.select(at_30, network=name)}
+    networks = {name: name for name in NETWORKS if runs.select(rows, network=name)}
     yield figures.bars(images / "capacity.png", at_30, METHODS, shown, ("network", networks))
 
 

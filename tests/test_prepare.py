@@ -452,7 +452,9 @@ def test_a_check_reads_a_file_as_training_does(media_file, tmp_path, monkeypatch
     assert found["usable"] == "no" and "takes longer than data.timeout_s = 1e-09 s" in found["reason"]
     read = []
     monkeypatch.setattr(
-        data.Clips, "picture", lambda clips, media, clip, rng: read.append(clip.start_s) or torch.zeros(1)
+        data.Clips,
+        "picture",
+        lambda clips, media, clip, rng: read.append(clip.start_s) or torch.zeros(3, 1, 1, 1),
     )
     prepare.examine(*file, config.load("toy", ["audio.seconds=0.5"]))
     assert len(read) == 2 and read[0] < 0.1 and read[1] > 1.2
