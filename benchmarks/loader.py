@@ -225,7 +225,8 @@ def costs(cfg, files, packed_files, samples):
         for k in sharing:
             ways["mp4", f"{k} a file"] = lambda key, k=k: several(sharing[k], k, *key)
         for form in loaders:
-            ways[form, "bare"] = lambda key, form=form, sources=sources: called(*sources[key][form])
+            decoding = {key: of[form] for key, of in sources.items()}
+            ways[form, "bare"] = lambda key, of=decoding: of[key][0](*of[key][1:])
             ways[form, "loader"] = lambda key, form=form: items[form].append(loaders[form][key])
         first_way = turn % len(ways)
         for form, way in [*list(ways)[first_way:], *list(ways)[:first_way]]:
@@ -266,10 +267,6 @@ def drawn(loaders, key):
         "packed": (bare_packed, jpegs, pcm),
         "packed, on device": (bare_bytes, jpegs, pcm),
     }
-
-
-def called(way, *arguments):
-    return way(*arguments)
 
 
 def several(clips, count, index, draw):
