@@ -235,8 +235,9 @@ NEEDS = {  # of a term: the setting, and whether it is so; the classes of a task
     "bank.spread=false, or a contrast.sample": lambda cfg: not cfg.bank.spread or cfg.contrast.sample > 0,
     "video.offset_s=0": lambda cfg: not cfg.video.offset_s,  # picture and sound cover the same interval
     "weights.xid above 0": lambda cfg: cfg.weights.xid > 0,  # which makes the memories
+    "bank.spread=false": lambda cfg: not cfg.bank.spread,  # a rank compares all memories with all
 }
-PAIR, SPEEDS, REVERSE, WHOLE_BANK, MATCHED, MEMORIES = NEEDS
+PAIR, SPEEDS, REVERSE, NEIGHBOURS, MATCHED, MEMORIES, WHOLE_BANK = NEEDS
 
 
 @dataclass
@@ -247,13 +248,13 @@ class Weights:
     cma: float = setting(0.0, "cross-modal agreement: positives within a modality. avid_cma: 0.25 [A]",
         at_least=0, needs=(MEMORIES, WHOLE_BANK))
     contrast_vv: float = setting(0.0, "contrast of the two moments' video clips, (v, v') [P]",
-        at_least=0, needs=(PAIR, WHOLE_BANK))
+        at_least=0, needs=(PAIR, NEIGHBOURS))
     contrast_aa: float = setting(0.0, "contrast of the two moments' audio clips, (a, a') [P]",
-        at_least=0, needs=(PAIR, WHOLE_BANK))
+        at_least=0, needs=(PAIR, NEIGHBOURS))
     contrast_va: float = setting(0.0, "contrast of a video clip with sounds, (v, a) [P]",
-        at_least=0, needs=(WHOLE_BANK,))
+        at_least=0, needs=(NEIGHBOURS,))
     contrast_av: float = setting(0.0, "contrast of an audio clip with videos, (a, v) [P]",
-        at_least=0, needs=(WHOLE_BANK,))
+        at_least=0, needs=(NEIGHBOURS,))
     speed_video: float = setting(0.0, "playback speed of a video clip [P]", at_least=0, needs=(SPEEDS,))
     speed_audio: float = setting(0.0, "playback speed of an audio clip [P]", at_least=0, needs=(SPEEDS,))
     direction_video: float = setting(0.0, "direction of a video clip [P]", at_least=0, needs=(REVERSE,))

@@ -132,7 +132,8 @@ class Clips(torch.utils.data.Dataset):
         """What chance there is in the contrast's neighbours (memory_bank): drawn here, no training step waits
         for it."""
         item, (kind, *step_and_place) = {}, draw
-        for key in MODALITIES if kind == OF_A_STEP else ():
+        pretraining = kind == OF_A_STEP and self.modalities == MODALITIES  # fine-tuning takes one modality
+        for key in MODALITIES if pretraining else ():
             if any(getattr(self.cfg.weights, f"contrast_{query[0]}{key[0]}") for query in MODALITIES):
                 seed = memory_bank.row_seed(self.cfg.seed, key, *step_and_place)
                 among = min(self.cfg.contrast.sample or len(self), len(self))

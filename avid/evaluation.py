@@ -94,7 +94,10 @@ def subject(arguments):
             raise config.ConfigError(
                 f"{arguments.ckpt} holds settings that this version does not take: {error}"
             ) from None
-    cfg = config.load(name, cli.overrides(arguments), base=state.get("config"))
+    base = state.get("config")
+    if base:
+        base = base | {"data": base["data"] | {"split": ""}}  # the part that it was trained on
+    cfg = config.load(name, cli.overrides(arguments), base=base)
     out = Path(arguments.out or (Path(arguments.ckpt).parent if state else "runs/random"))
     files.check_folder(out)
     if not state:  # a checkpoint's settings are what its network was built with
@@ -206,6 +209,7 @@ def extract(network, clips, device, title=None):
     network: models.AudioVisual, left in the mode it came in. title: of the progress bar; None: no bar. Files
     that cannot be used are left out and listed in `failures`. Raises MediaError where no file can be used.
     """
+    not_empty(clips.table)
     cfg, count, modalities = clips.cfg, clips.clips, clips.modalities
     batches = data.loader(clips, cfg.data.workers, batch_size=max(1, cfg.eval.batch_size // count))
     was_training = network.training
@@ -238,6 +242,15 @@ def extract(network, clips, device, title=None):
     return found
 
 
+def not_empty(table):
+    """Raise DataError where a table has no rows, as `tables` may leave of small classes."""
+    if not len(table):
+        raise datasets.DataError(
+            f"{table.name} holds no files: the only one of a class is held out; give each class two or more, "
+            "or make parts train/ and test/"
+        )
+
+
 def features(subject, clips, *what, level="clip"):
     """`extract` with a progress bar, kept in <out>/features/: asked for again, it is read from there.
 
@@ -250,6 +263,7 @@ def features(subject, clips, *what, level="clip"):
     content += [[files.state(path) for path in datasets.sources(table)]]
     content += [table.start_s.tolist(), table.end_s.tolist(), clips.modalities, clips.clips, level, what]
     content += [dataclasses.asdict(part) for part in (cfg.video, cfg.audio, cfg.model, cfg.eval)]
+    content += [cfg.optim.amp, cfg.data.decode]
     path = subject.out / "features" / f"{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]}.npz"
     if path.exists():
         try:
@@ -289,6 +303,7 @@ def calibrate_batch_norm(subject, table, modalities=data.MODALITIES):
     features vanish, and the floor looks lower than it is [C]. Nothing happens to a trained network, or to a
     modality a second time."""
     cfg, network = subject.cfg, subject.network
+    not_empty(table)
     for modality in modalities:
         if subject.name != "random" or f"{modality} calibrated" in subject.hash:
             continue
@@ -301,7 +316,8 @@ def calibrate_batch_norm(subject, table, modalities=data.MODALITIES):
                 network.encode(modality, data.to_device(batch, subject.device, cfg.audio)[modality])
         finally:
             network.eval()
-        subject.hash += f", {modality} calibrated on {table.name}"
+        subject.hash += f", {modality} calibrated on {table.name} ({datasets.table_hash(table)}), "
+        subject.hash += f"batches of {batch_size}"
 
 
 @torch.no_grad()
@@ -354,7 +370,11 @@ def check(network, bank, held_out, cfg, world):
         return results
     pairs = held_out if cfg.data.need == "both" else data.with_both(held_out)
     if len(pairs):
-        found = extract(network, data.Clips(pairs, cfg, training=False, clips=1), world.device)
+        try:
+            found = extract(network, data.Clips(pairs, cfg, training=False, clips=1), world.device)
+        except data.MediaError as error:
+            tqdm.write(f"warning: nothing was held out: {error}; training goes on")
+            return results
         recalls = cross_modal(found, pairs.labels[found.index])
         tqdm.write("held out: " + ", ".join(f"{name} {value:.1f}" for name, value in recalls.items()))
         results |= recalls
@@ -410,15 +430,17 @@ def linear_probe(train_x, train_y, test_x, test_y, seed, classifier="linear", C=
         values = fitted.predict_proba(flat) if classifier == "linear" else fitted.decision_function(flat)
         if values.ndim == 1:  # margins of two classes; of several classes a video, of the only one
             values = values[:, None] if several else np.stack([-values, values], 1)
+        if several and len(fitted[-1].estimators_) == 1:  # of the only class, not of its absence
+            values = values[:, -1:]
         return values.reshape(*x.shape[:2], -1)
 
     order = np.random.default_rng(seed).permutation(len(train_x))
+    held, rest = np.split(order, [len(order) // 5]) if C is None else (None, order)
+    if len(np.unique(train_y[rest], axis=0)) < 2 or C is None and not len(held):
+        raise datasets.DataError(
+            f"{len(train_y)} training videos are too few for a classifier; use more, of two classes or more"
+        )
     if C is None:
-        held, rest = np.split(order, [len(order) // 5])
-        if not len(held) or len(np.unique(train_y[rest], axis=0)) < 2:
-            raise datasets.DataError(
-                f"{len(train_y)} training videos are too few to choose C; use more, of two classes or more"
-            )
 
         def held_out_score(C):
             fitted, classes = fit(rest, C)

@@ -52,6 +52,10 @@ def finetune(subject, train_table, test_table, modality, out):
     fine, n = cfg.finetune, len(train_table)
     known = [evaluation.labels_of(t) for t in (train_table, test_table)]
     labels = torch.from_numpy(known[0]).to(world.device)  # n
+    if len(test_table) < world.size:
+        raise config.ConfigError(
+            f"{len(test_table)} test videos cannot be shared by {world.size} processes; start fewer"
+        )
     if fine.batch_size > n or fine.batch_size % world.size:
         ranks = f" and a multiple of {world.size}, the number of processes" if world.size > 1 else ""
         raise config.ConfigError(
@@ -110,7 +114,6 @@ def finetune(subject, train_table, test_table, modality, out):
         guard.step(F.cross_entropy(logits.float(), labels[batch["index"]]))
         watch.after(step, {}, distributed.gather(batch["index"]))
     watch.finish(path.with_suffix(".skipped.csv"))
-    watch.stop.release()
 
     result = test(network, classifier.linear, test_table, modality, cfg, world)
     bad = len(bad_files.reasons)

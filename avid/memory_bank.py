@@ -16,6 +16,7 @@ from .config import ConfigError
 from .losses import agreement
 
 PIECE = 65536  # rows that are drawn, compared or gathered at a time
+FARTHEST = -1e30  # the similarity of a memory that an instance cannot have; what is excluded has −inf
 HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -131,7 +132,8 @@ class MemoryBank(torch.nn.Module):
         others = self.num_instances - excluded.shape[1]
         if others < 1:
             raise ConfigError(
-                f"agreement.positives leaves no negatives among {self.num_instances} videos; lower it"
+                f"bank.candidates=own leaves no negatives among {self.num_instances} videos; train on more, or "
+                "lower agreement.positives"
             )
         generator = torch.Generator().manual_seed(generator_seed)  # on the CPU, as in `candidates`
         place = torch.randint(others, (len(index), num_negatives), generator=generator)  # B×K
@@ -183,7 +185,7 @@ class MemoryBank(torch.nn.Module):
         similarity.scatter_(1, itself[:, None], -torch.inf)
         there = self.has(modality, sample)
         if there is not None:
-            similarity.masked_fill_(~there, -torch.inf)
+            similarity.masked_fill_(~there, FARTHEST)
         nearness, nearest = similarity.topk(contrast.k_pos, 1)  # b×k
 
         # the largest of log p + Gumbel noise are draws without replacement

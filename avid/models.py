@@ -287,9 +287,10 @@ class AudioVisual(nn.Module):
         return self.encode_video(clips) if modality == "video" else self.encode_audio(clips)
 
     def nothing(self, modality, n):
-        """What `encode` gives of n clips that are not there: zeros n×D, n×F."""
-        like, dim = next(self.parameters()), getattr(self, f"{modality}_model").dim
-        return like.new_zeros(n, self.embedding), like.new_zeros(n, dim)
+        """What `encode` gives of n clips that are not there: zeros n×D, n×F. Backward ends at them, so that
+        it runs where a batch, or the share of one rank, has nothing that a term is about."""
+        like, dims = next(self.parameters()), (self.embedding, getattr(self, f"{modality}_model").dim)
+        return tuple(like.new_zeros(n, dim, requires_grad=True) for dim in dims)
 
     def forward(self, video, audio):
         """Float clips, B×3×T×S×S and B×1×frames×bins → Output. A video's two clips stand side by side.

@@ -104,7 +104,6 @@ def linear_layers(subject, train_table, test_table, modality, out):
         guard.step(sum(F.cross_entropy(x.float(), labels[batch["index"]]) for x in logits.values()))
         watch.after(step, {}, batch["index"])
     watch.finish(path.with_suffix(".skipped.csv"))
-    watch.stop.release()
 
     result, videos, failed = test_stages(classifier.eval(), test_table, cfg, world.device)
     bad = len(bad_files.reasons)

@@ -375,7 +375,8 @@ class Folder(Checkpoint):
         saved = load_checkpoint(path) if path else {}
         if path:
             models.load(network, saved, path)
-        if same := saved.get("videos") == self.videos:
+        same = saved.get("videos") == self.videos and saved["config"]["data"]["need"] == self.cfg.data.need
+        if same:
             beside = Path(path).parent
             if fault := fault_of_rows(beside, saved):
                 raise CheckpointError(f"cannot begin with {path}: {fault}")
@@ -387,7 +388,7 @@ class Folder(Checkpoint):
                 "or loss.warmup_epochs"
             )
         if path:
-            other = "its bank is of other videos, or none: this one's begins at random"
+            other = "its bank is of other videos or another data.need, or none: this one's begins at random"
             text = f"beginning with the weights of {path}; {'with its bank' if same else other}"
             distributed.say(self.world, text)
 
@@ -698,6 +699,7 @@ class Watch:
 
     def finish(self, skipped):
         """After the last step. skipped: where to write the files that could not be used, if there are any."""
+        self.stop.release()
         self.bar.close()
         if self.profiler:
             self.profiler.stop()

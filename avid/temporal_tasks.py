@@ -71,7 +71,7 @@ def _starts(order, first, second, room, rng):
     half of the shorter one [C].
     """
     if order != 1:
-        early, late = np.sort(rng.uniform(0, room - first - second, 2))
+        early, late = np.sort(rng.uniform(0, max(room - first - second, 0.0), 2))
         return np.array([early, late + first] if order == 0 else [late + second, early])
     a = rng.uniform(0, room - first)
     shared = min(first, second) / 2

@@ -88,7 +88,7 @@ def tables(rows):
 
 
 def draw(rows, images, folder, arguments):
-    shown = {column: f"{head}, %" for column, head in MEASURES.items()}
+    shown = {column: f"{head}, %" for column, head in MEASURES.items() if "R@5" not in column}
     yield figures.bars(images / "recipe.png", rows, METHODS, shown)
 
 

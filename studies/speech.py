@@ -150,16 +150,23 @@ def feature_quality(subject):
 
 
 def tables(rows):
-    text = {}
-    for share in (0.0, SHARE):
-        columns = dict(MEASURES) if not share else MEASURES | {"AUROC": "AUROC of the weights"}
-        lines = [
-            [m, *((selected, column) for column in columns), str(len(selected))]
-            for m in ("untrained", *METHODS)
-            if (selected := runs.select(rows, method=m, faulty=f"{share:g}"))
-        ]
-        text[f"speech-{share:g}"] = runs.table([f"{share:.0%} swapped", *columns.values(), "runs"], lines)
-    return text
+    finds = {column: head for column, head in MEASURES.items() if "probe" not in column}
+    words = {column: head.removesuffix(", probe") for column, head in MEASURES.items() if "probe" in column}
+    return {
+        "speech-0": of_methods(rows, 0.0, finds),
+        f"speech-{SHARE:g}": of_methods(rows, SHARE, finds | {"AUROC": "AUROC of the weights"}),
+        "speech-words": of_methods(rows, 0.0, words),
+    }
+
+
+def of_methods(rows, share, columns):
+    """A table of the runs with this share of swapped sounds, a line a method."""
+    lines = [
+        [m, *((selected, column) for column in columns), str(len(selected))]
+        for m in ("untrained", *METHODS)
+        if (selected := runs.select(rows, method=m, faulty=f"{share:g}"))
+    ]
+    return runs.table([f"{share:.0%} swapped", *columns.values(), "runs"], lines)
 
 
 def draw(rows, images, folder, arguments):

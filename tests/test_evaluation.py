@@ -4,6 +4,7 @@ that are evaluated."""
 import itertools
 import json
 import resource
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from conftest import tone, write_media
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import eval_linear
 import eval_retrieval
-from avid import config, datasets, evaluation
+import train
+from avid import config, data, datasets, distributed, evaluation, memory_bank, models
 from avid.media import MediaError
 from avid.tools import page
 
@@ -308,6 +310,20 @@ TINY = (
 ).split()
 
 
+@pytest.mark.parametrize("classifier", ["linear", "svm"])
+def test_a_single_class_is_ranked_by_its_own_score(classifier):
+    rng = np.random.default_rng(0)
+    y = (np.arange(60) % 3 == 0).astype(np.uint8)[:, None]
+    x = (rng.standard_normal((60, 2, 4)) + 3 * y[:, None]).astype(np.float32)
+    assert evaluation.linear_probe(x[:40], y[:40], x[40:], y[40:], 0, classifier)["mAP"] > 95
+
+
+def test_one_class_is_too_few_to_classify():
+    x, y = np.zeros((10, 1, 4), np.float32), np.zeros(10, int)
+    with pytest.raises(datasets.DataError, match="of two classes or more"):
+        evaluation.few_shot(x, y, x, y, 0)
+
+
 @pytest.fixture(scope="module")
 def half_mute(tmp_path_factory):
     """train/ and test/ with 4 and 2 videos of each of two classes. Every other video has no sound."""
@@ -318,6 +334,58 @@ def half_mute(tmp_path_factory):
                 wave = tone(hz, 1, 16000) if i % 2 else None
                 write_media(root / part / label / f"{i}.mp4", np.arange(25) / 25, wave, 16000, size=32)
     return root
+
+
+def test_a_class_with_one_file_leaves_nothing_to_train_on(half_mute, tmp_path):
+    for label in ("low", "high"):
+        (tmp_path / "few" / label).mkdir(parents=True)
+        shutil.copy(half_mute / "test" / label / "1.mp4", tmp_path / "few" / label)
+    with pytest.raises(datasets.DataError, match="holds no files: the only one of a class is held out"):
+        evaluate(eval_linear, tmp_path / "few", tmp_path / "out")
+
+
+def test_only_pre_training_draws_neighbours(half_mute):
+    table = datasets.load(config.Data("folder", str(half_mute)), "train")
+    cfg = config.load("toy_temporal", ["video.size=32", "contrast.k_pos=2"])
+    drawn = [
+        {
+            name
+            for name in data.Clips(table, cfg, True, modalities)[1, (data.OF_A_STEP, 0, 0)]
+            if "near" in name
+        }
+        for modalities in (("video",), data.MODALITIES)
+    ]
+    assert drawn == [set(), {"near_video", "near_audio"}]
+
+
+def test_a_checkpoint_is_not_tested_on_the_part_that_it_was_trained_on(half_mute, tmp_path):
+    argv = ["data.name=folder", f"data.root={half_mute}", "data.split=train", "data.max_bad_share=1"]
+    argv += [*TINY, "optim.epochs=1", "optim.batch_size=2", "log.check_epochs=0", f"out={tmp_path}"]
+    train.main(config.load("toy", argv))
+    arguments = eval_linear.command_line(["--ckpt", str(tmp_path / "last.pt")])
+    subject = evaluation.subject(arguments)
+    (tables,) = evaluation.tables(subject.cfg)
+    assert [len(table) for table in tables] == [8, 4]
+
+
+def test_kept_features_are_of_the_same_precision(half_mute, tmp_path, monkeypatch):
+    table = datasets.load(config.Data("folder", str(half_mute)), "test")
+    extractions, found = [], evaluation.Features(np.array([0]), {"video": np.ones((1, 1, 3), np.float32)})
+    monkeypatch.setattr(evaluation, "extract", lambda *_: extractions.append(1) or found)
+    for amp in ("bf16", "none", "bf16"):
+        cfg = config.load("toy", [f"optim.amp={amp}"])
+        subject = evaluation.Subject(None, cfg, torch.device("cpu"), "x.pt", "hash", tmp_path)
+        evaluation.features_of(subject, table, "video")
+    assert len(extractions) == 2
+
+
+def test_held_out_files_that_cannot_be_used_do_not_end_training(half_mute, tmp_path, capsys):
+    cfg = config.load("toy", TINY + [f"out={tmp_path}"])
+    table = datasets.load(config.Data("folder", str(half_mute)), "test")
+    mute = datasets.take(table, np.array([name.endswith("0.mp4") for name in table.paths]))
+    network, bank = models.AudioVisual(cfg.model), memory_bank.MemoryBank(4, cfg.model.embedding, 0.5, 0)
+    results = evaluation.check(network, bank, mute, cfg, distributed.World(0, 1, torch.device("cpu")))
+    assert results == bank.health() and "nothing was held out" in capsys.readouterr().out
 
 
 def evaluate(script, root, out, *more, name="folder"):

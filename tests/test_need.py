@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from types import SimpleNamespace
 
 import forked
@@ -132,12 +133,11 @@ def terms_gradients_bank(cfg, items, rank=0, world=1):
     return terms, [torch.zeros(()) if p.grad is None else p.grad for p in network.parameters()], bank
 
 
-def check_rank(rank, world, root, folder):
+def check_rank(rank, world, root, folder, order):
     """Runs in every rank; a failed assertion ends it with an exit code."""
     torch.set_num_threads(1)
     cfg = settings(root, "loss.soft=0.5", "loss.w_min=0.25")
     clips = data.training_clips(datasets.load(cfg.data, "train"), cfg)
-    order = [0, 1, 2, 6, 3, 4, 5, 7]  # the last four are the second rank's: no file with both
     items = [clips[i, (data.OF_A_STEP, 3, position)] for position, i in enumerate(order)]
     terms, gradients, bank = terms_gradients_bank(cfg, [dict(item) for item in items])
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
@@ -155,9 +155,19 @@ def check_rank(rank, world, root, folder):
     dist.destroy_process_group()
 
 
-def test_two_ranks_equal_one_even_if_the_second_has_no_pair(videos, tmp_path):
-    """The mean over the ranks, which DDP takes, of each term and gradient is that of the whole batch."""
-    forked.ranks(check_rank, 2, str(videos), str(tmp_path))
+@pytest.mark.parametrize("order", [[0, 1, 2, 6, 3, 4, 5, 7], [0, 1, 6, 3, 4, 5]])
+def test_two_ranks_equal_one_even_if_the_second_has_no_pair(order, videos, tmp_path):
+    """The mean over the ranks, which DDP takes, of each term and gradient is that of the whole batch. The
+    second half of the order is the second rank's: no file with both, or none with a sound."""
+    forked.ranks(check_rank, 2, str(videos), str(tmp_path), order)
+
+
+def test_a_batch_without_what_the_terms_are_about_moves_nothing(videos):
+    off = [f"weights.{name}=0" for name in vars(config.Weights())]
+    cfg = settings(videos, *off, "weights.contrast_vv=1")
+    clips = data.training_clips(datasets.load(cfg.data, "train"), cfg)
+    terms, gradients, _ = terms_gradients_bank(cfg, [clips[i, (data.OF_A_STEP, 3, i)] for i in (6, 7)])
+    assert terms == {"contrast_vv": 0} and not any(gradient.any() for gradient in gradients)
 
 
 def bank_and_objective(*more):
@@ -235,14 +245,43 @@ def test_the_bank_leaves_out_modalities_that_files_lack():
     assert 3 not in near[0].tolist()  # five of the six others that have a picture
 
 
+@pytest.mark.parametrize("there, tau_n", [(6, 0.1), (6, float("inf")), (3, 0.1), (3, float("inf"))])
+def test_of_few_memories_none_is_a_negative_that_is_a_positive_or_the_instance_itself(there, tau_n):
+    bank, index = PartialBank(30, 6, 0.5, seed=0), torch.tensor([2])
+    bank.mark(torch.arange(there, 30), torch.tensor([SOUND] * (30 - there)))
+    contrast = config.Contrast(k_pos=4, n_pos=2, negatives=20, tau_n=tau_n)
+    for seed in range(20):
+        near, far, valid = bank.neighbours("video", index, contrast, [seed])
+        positives, negatives = (
+            (x[0, counts[0]] @ bank.video.T).argmax(1).tolist()
+            for x, counts in zip((near, far), valid, strict=True)
+        )
+        assert 2 not in positives + negatives and not set(positives) & set(negatives)
+        assert max(positives + negatives) < there and len(positives) == 2
+        assert len(negatives) <= there - 5 or not negatives
+        if tau_n < 1:
+            assert len(negatives) == max(there - 5, 0)  # all others
+
+
+@pytest.mark.parametrize("before, after", [("any", "both"), ("both", "any")])
+def test_a_bank_of_another_need_is_not_taken(before, after, videos, tmp_path, capsys):
+    few = "data.max_bad_share=1", "optim.epochs=1", "log.check_epochs=0", "optim.batch_size=2"
+    train.main(settings(videos, *few, f"data.need={before}", f"out={tmp_path / 'a'}"))
+    init = f"init={tmp_path / 'a' / 'last.pt'}"
+    train.main(settings(videos, *few, f"data.need={after}", init, f"out={tmp_path / 'b'}"))
+    assert "another data.need, or none: this one's begins at random" in capsys.readouterr().out
+
+
 def test_training_with_all_terms_resumes_to_the_same_bits(videos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for part in ("train", "test"):
         shutil.copytree(videos, tmp_path / "data" / part)
     few = "optim.schedule=constant", "log.check_epochs=0"
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     train.main(settings("data", "out=parts", "optim.epochs=1", *few))
     train.main(settings("data", "out=parts", *few))
     train.main(settings("data", "out=once", *few[:1], "log.check_epochs=2"))
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     lines = [json.loads(line) for line in (tmp_path / "once" / "metrics.jsonl").read_text().splitlines()]
     seen = [line["loss"] for line in lines if "loss" in line]
     assert len(seen) == 4 and all(np.isfinite(seen))

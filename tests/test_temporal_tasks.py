@@ -82,6 +82,12 @@ def test_labels_that_a_video_is_too_short_for_are_unknown():
     assert equally_often(speeds, range(3))  # 8× does not fit
 
 
+def test_two_clips_that_fill_the_video_fit_whatever_rounding_says():
+    assert 11.0 - 8.8 - 2.2 < 0
+    early, late = temporal_tasks._starts(0, 8.8, 2.2, 11.0, np.random.default_rng(0))
+    assert early == 0 and late == 8.8
+
+
 def test_a_run_without_tasks_takes_one_clip_anywhere():
     starts = [clips[0].start_s for clips, _ in plans(10.0, config.Temporal())]
     assert len(plans(10.0, config.Temporal(), count=1)[0][0]) == 1
@@ -197,6 +203,9 @@ def test_the_help_and_the_error_name_what_a_term_needs():
         with pytest.raises(config.ConfigError, match=f"weights.contrast_{name}=1.0 needs bank.spread=false"):
             config.load("toy", asked)
         config.load("toy", [*asked, "contrast.sample=1000"])
+    asked = ["weights.cma=1", "loss.warmup_epochs=1", "bank.spread=true", "contrast.sample=1000"]
+    with pytest.raises(config.ConfigError, match="weights.cma=1.0 needs bank.spread=false"):
+        config.load("toy", asked)
 
 
 def test_targets_have_the_order_of_the_logits():
