@@ -72,6 +72,8 @@ def main(arguments):
         figures.check_picture(picture(subject, task))
         page.check_page(picture(subject, task).with_suffix(".html"))
     divisions = list(evaluation.tables(subject.cfg))
+    for part in (part for pair in divisions for part in pair if arguments.page):
+        page.check_files(part)
     if {"video", "audio"} & {*tasks}:
         for part in (part for pair in divisions for part in pair):
             evaluation.labels_of(part, several=True)

@@ -180,8 +180,8 @@ def fits(cfg, videos, processes=1):
     seen = batch // processes // cfg.optim.accumulate * cfg.temporal.moments  # clips, by batch norm at once
     if seen == 1 and cfg.model.head_norm == "batch" and not (cfg.optim.sync_bn and processes > 1):
         raise ConfigError(
-            "model.head_norm=batch needs two clips at once; raise optim.batch_size, or lower optim.accumulate "
-            "or the number of processes"
+            "model.head_norm=batch needs two clips at once; raise optim.batch_size, or lower "
+            "optim.accumulate or the number of processes"
         )
     contrasts = any(weight for name, weight in weights.items() if name.startswith("contrast"))
     among = min(contrast.sample or videos, videos)

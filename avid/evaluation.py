@@ -436,7 +436,7 @@ def linear_probe(train_x, train_y, test_x, test_y, seed, classifier="linear", C=
 
     order = np.random.default_rng(seed).permutation(len(train_x))
     held, rest = np.split(order, [len(order) // 5]) if C is None else (None, order)
-    if len(np.unique(train_y[rest], axis=0)) < 2 or C is None and not len(held):
+    if len(np.unique(train_y[rest], axis=0)) < 2 or (C is None and not len(held)):
         raise datasets.DataError(
             f"{len(train_y)} training videos are too few for a classifier; use more, of two classes or more"
         )

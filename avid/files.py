@@ -92,6 +92,26 @@ def lock(path, name):
     return file
 
 
+@contextlib.contextmanager
+def alone(folder):
+    """Within, no other command writes into a folder; the kernel gives it free however this one ends.
+
+    ConfigError where another one does. Where the file system knows no locks, at once.
+    """
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(
+                    f"another command is writing into {folder}; wait for it, or name another one"
+                ) from None
+        yield
+    finally:
+        os.close(number)
+
+
 def check_folder(out):
     """Raise ConfigError where files cannot be written into the folder `out`, which need not exist."""
     out = Path(out)

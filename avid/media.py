@@ -24,6 +24,7 @@ from av.video.reformatter import VideoReformatter
 
 MODALITIES = ("video", "audio")
 WARM_UP_S = 0.15  # sound that a decoder needs before it is right
+WARM_UP_MP3_S = 0.6  # a frame of MP3 may need the 511 bytes before it: half a second at 8 kb/s
 RESAMPLER_S = 0.01  # more than the resampler's reach
 PADDING_S = 0.1  # more than the part of the last packet that an encoder fills up
 LOWEST_HZ, HIGHEST_HZ = 1000, 768000  # of sound; other rates stand in damaged headers
@@ -139,9 +140,12 @@ class Media:
 
     def _decode(self, start_s, seconds):
         """The sound of an interval at the file's own rate, decoded from a place before it on."""
-        nothing = False
-        # before the beginning lies the lead-in of many encoders
-        for from_s in (start_s - WARM_UP_S, start_s - 2.0, start_s - 8.0, -WARM_UP_S):
+        nothing, codec = False, self.stream.codec_context.name
+        warm_up_s = WARM_UP_MP3_S if codec.startswith("mp3") else WARM_UP_S
+        places = start_s - warm_up_s, start_s - 2.0, start_s - 8.0
+        if codec == "flac" and self.container.format.name == "ogg":  # near the end a seek gives wrong stamps
+            places = ()
+        for from_s in (*places, -WARM_UP_S):  # before the beginning lies the lead-in of many encoders
             self._seek(from_s)
             try:
                 placed = self._place(start_s, seconds, sought=from_s > 0)
@@ -170,6 +174,10 @@ class Media:
                     raise
 
     def _seek(self, time_s):
+        if self.container.format.name == "ogg":  # only the first seek in an open one gives true time stamps
+            self.container = av.open(self.path, metadata_errors="ignore")
+            self.stream = self.container.streams.best("audio")
+            self.stream.thread_count = 1
         # some containers cannot be asked for a time before their beginning, where others have a lead-in;
         # some only for one of the picture
         for at_s, stream in ((time_s, self.stream), (time_s, None), (0.0, self.stream), (0.0, None)):
@@ -311,10 +319,11 @@ class Timed:
         return np.array([start_s for start_s, _ in frames]), np.stack([image for _, image in frames])
 
     def image(self, frame):
-        """A PyAV frame as an image H×W×3 uint8, turned as the file asks; decord does so itself."""
+        """A PyAV frame as an image H×W×3 uint8, mirrored and turned as the file asks; decord turns itself."""
         # frame.to_ndarray would make a converter for each frame, which takes seven times as long
-        rgb = self.converter.reformat(frame, format="rgb24", threads=1)
-        return np.rot90(rgb.to_ndarray(), frame.rotation // 90)
+        image = self.converter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+        matrices = [bytes(data) for data in frame.side_data if data.type.name == "DISPLAYMATRIX"]
+        return np.rot90(image[::-1] if any(map(mirrors, matrices)) else image, frame.rotation // 90)
 
     def _from(self, time_s):
         """Yield (start, frame) in the order of time, from the one shown at time_s or the file's first on."""
@@ -478,6 +487,8 @@ def why_not_decord(container, stream):
     with open(container.name, "rb") as file:
         if not all(is_idr(file, entry) for entry in entries if entry.is_keyframe):
             return "open groups of pictures"
+        if turned_over(file, 0, os.path.getsize(container.name)):
+            return "mirrored"
     return ""
 
 
@@ -489,8 +500,36 @@ def is_idr(file, entry):
         head = file.read(5)  # 4 bytes of length, and one with the kind in its lower bits
         if len(head) < 5 or head[4] & 31 in (1, 2, 3, 4, 5):
             return len(head) == 5 and head[4] & 31 == 5
-        at += 4 + int.from_bytes(head[:4])
+        at += 4 + int.from_bytes(head[:4], "big")
     return False
+
+
+def turned_over(file, at, end):
+    """Whether the display matrix of a track of MP4 mirrors it: boxes of the file lie from `at` to `end`."""
+    while at + 8 <= end:
+        file.seek(at)
+        head = file.read(16)
+        size, kind, begin = int.from_bytes(head[:4], "big"), head[4:8], at + 8
+        if size == 1:  # the size stands behind the kind
+            size, begin = int.from_bytes(head[8:16], "big"), at + 16
+        size = size or end - at  # 0: to the end
+        if size < 8:
+            return False
+        if kind in (b"moov", b"trak") and turned_over(file, begin, at + size):
+            return True
+        if kind == b"tkhd":
+            file.seek(begin)
+            content = file.read(88)
+            if mirrors(content[52 if content[:1] == b"\1" else 40 :], ">i4"):
+                return True
+        at += size
+    return False
+
+
+def mirrors(matrix, kind="=i4"):
+    """Whether a display matrix, the bytes of rows a b u, c d v, x y w, has a negative determinant."""
+    a, b, _, c, d = np.frombuffer(matrix[:20], kind).astype(float)
+    return bool(a * d < b * c)
 
 
 def start_of(stream):

@@ -132,8 +132,8 @@ class MemoryBank(torch.nn.Module):
         others = self.num_instances - excluded.shape[1]
         if others < 1:
             raise ConfigError(
-                f"bank.candidates=own leaves no negatives among {self.num_instances} videos; train on more, or "
-                "lower agreement.positives"
+                f"bank.candidates=own leaves no negatives among {self.num_instances} videos; train on more, "
+                "or lower agreement.positives"
             )
         generator = torch.Generator().manual_seed(generator_seed)  # on the CPU, as in `candidates`
         place = torch.randint(others, (len(index), num_negatives), generator=generator)  # B×K

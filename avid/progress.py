@@ -28,7 +28,8 @@ class Lines:
     """A line every EVERY_S seconds, and one at the end; of tqdm's methods those that this project uses."""
 
     def __init__(self, iterable, desc, total, initial, unit, disable):
-        self.iterable, self.desc, self.unit, self.disable = iterable, desc, unit, disable
+        self.iterable, self.desc, self.disable = iterable, desc, disable
+        self.units = unit + ("es" if unit.endswith("ch") else "s")
         self.total = len(iterable) if total is None and hasattr(iterable, "__len__") else total
         self.initial = self.n = initial
         self.postfix, self.shown = "", None  # what was done when the last line was written
@@ -63,12 +64,12 @@ class Lines:
         if self.disable:
             return
         done, seconds = self.n - self.initial, self.written_s - self.began_s
-        parts = [f"{self.n:,} {self.unit}s"]
+        parts = [f"{self.n:,} {self.units}"]
         if self.total:
-            parts = [f"{self.n:,} of {self.total:,} {self.unit}s", f"{self.n / self.total:.0%}"]
+            parts = [f"{self.n:,} of {self.total:,} {self.units}", f"{self.n / self.total:.0%}"]
         parts.append(f"after {tqdm.format_interval(seconds)}")
         if done and seconds:
-            parts.append(f"{done / seconds:,.1f} {self.unit}s/s")
+            parts.append(f"{done / seconds:,.1f} {self.units}/s")
         if done and self.total and self.n < self.total:
             parts.append(f"{tqdm.format_interval((self.total - self.n) / done * seconds)} left")
         line = ", ".join([*parts, *filter(None, [self.postfix])])

@@ -284,7 +284,7 @@ def test_a_batch_that_the_processes_cannot_share_is_refused_beforehand(workdir, 
 
 def test_batch_norm_needs_two_clips_at_once():
     cfg = config.load("toy", ["optim.batch_size=4", "optim.accumulate=4"])
-    with pytest.raises(config.ConfigError, match="model.head_norm=batch needs two clips at once"):
+    with pytest.raises(config.ConfigError, match="needs two clips at once"):
         cli.fits(cfg, 100)
     cli.fits(config.load("toy", ["optim.batch_size=4", "optim.accumulate=2"]), 100)
 

@@ -105,6 +105,47 @@ def test_rotated_videos_are_read_as_players_show_them(encoded, tmp_path, degrees
     assert_usable(path)
 
 
+@pytest.mark.parametrize("how", ["-display_hflip", "-display_vflip", "-display_rotation 90 -display_hflip"])
+@pytest.mark.parametrize("container", ["mp4", "mkv"])
+def test_mirrored_videos_are_read_as_players_show_them(encoded, tmp_path, how, container):
+    import imageio_ffmpeg
+
+    flat = encoded("flat.mp4", "-c:v libx264 -vf scale=96:48,pad=96:64:0:0:white")
+    path = tmp_path / f"over.{container}"
+    ffmpeg = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y"]
+    subprocess.run([*ffmpeg, *how.split(), "-i", flat, "-c", "copy", path], check=True)
+    raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    shown = subprocess.run([*ffmpeg, "-i", path, *raw], check=True, capture_output=True).stdout
+    frames = Media(path, ("video",)).frames([0.5, 1.5])
+    expected = np.frombuffer(shown, np.uint8).reshape(-1, *frames.shape[1:])[[12, 37]]
+    assert np.abs(frames.astype(int) - expected).mean() < 3
+    assert np.abs(frames[:, ::-1].astype(int) - expected).mean() > 10  # the other way up is another picture
+
+
+@pytest.mark.parametrize("codec", ["libvorbis", "libopus", "flac"])
+def test_many_short_sounds_of_ogg_lie_where_they_lie_in_the_whole(encoded, codec):
+    rng = np.random.default_rng(0)
+    wave = 0.2 * rng.standard_normal((1, 12 * 48000)).astype(np.float32).clip(-2, 2)
+    path = encoded("a.ogg", f"-map 1:a -c:a {codec}", wave=wave)
+    whole, media = Media(path, ("audio",)).sound(0.0, 12 * 16000, 16000), Media(path, ("audio",))
+    for start in np.concatenate([rng.permutation(185000)[:20], np.linspace(0, 187000, 20).astype(int)]):
+        part = media.sound(start / 16000, 4000, 16000)
+        around = whole[max(start - 4000, 0) : start + 8000]
+        found = np.correlate(around, part).argmax() + max(start - 4000, 0)
+        assert found == pytest.approx(start, abs=0.012 * 16000)
+
+
+def test_mp3_at_a_low_rate_is_right_from_the_first_sample_on(encoded):
+    """Its frames are of 24 bytes, and may need the 511 bytes before them."""
+    wave = tone(440, 12.0, 16000) * (1 + np.sin(np.arange(12 * 16000) / 3000)).astype(np.float32) / 2
+    path = encoded("low.mp3", "-map 1:a -c:a libmp3lame -b:a 8k -ac 1", wave=wave, rate_hz=16000)
+    media = Media(path, ("audio",))
+    whole = media.sound(0.0, 12 * 16000, 16000)
+    for start in range(16000, 11 * 16000, 7001):
+        part = media.sound(start / 16000, 4000, 16000)
+        np.testing.assert_allclose(part, whole[start : start + 4000], atol=0.02)
+
+
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.avi"])
 def test_a_file_of_one_frame_is_usable(encoded, name):
     path = encoded(name, "-c:v mpeg4" if name.endswith("avi") else "-c:v libx264", frames=1)

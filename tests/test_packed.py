@@ -19,6 +19,7 @@ from itertools import chain
 from pathlib import Path
 from unittest import mock
 
+import av
 import forked
 import numpy as np
 import pytest
@@ -29,10 +30,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.nn.functional import interpolate
 from torchvision.io import decode_jpeg
 
-from avid import config, datasets, packed, spectrogram, toy
+from avid import config, datasets, files, packed, spectrogram, toy
 from avid import data as avid_data
 from avid.datasets import DataError
-from avid.media import Media, MediaError
+from avid.files import ConfigError
+from avid.media import Media, MediaError, Timed
 from avid.packed import PackedMedia
 from avid.tools import pack
 
@@ -287,6 +289,28 @@ def test_failures_are_listed_with_their_reasons(shards):
     }
 
 
+def test_a_name_that_is_not_utf_8_is_packed(world, tmp_path):
+    name = b"bad\xff.mp4".decode(errors="surrogateescape")
+    (tmp_path / "in").mkdir()
+    shutil.copy(world / "train" / "cat" / "0.mp4", tmp_path / "in" / name)
+    assert run_pack(tmp_path / "in", tmp_path / "out") == 1
+    assert load_table(tmp_path / "out").paths == [name]
+
+
+@pytest.mark.parametrize("broken", ["starts_s", "frames"])
+def test_whatever_a_decoder_says_costs_one_file(world, tmp_path, broken, monkeypatch):
+    def fail(*_):
+        raise av.error.InvalidDataError(1, "damaged")
+
+    (tmp_path / "in").mkdir()
+    for name in ("0.mp4", "2.mp4"):
+        shutil.copy(world / "train" / "cat" / name, tmp_path / "in" / name)
+    shutil.copy(world / "test" / "cat" / "uneven.mkv", tmp_path / "in")
+    monkeypatch.setattr(Timed, broken, property(fail) if broken == "starts_s" else fail)
+    assert run_pack(tmp_path / "in", tmp_path / "out", SMALL._replace(keep_rate=True)) == 2
+    assert "uneven.mkv" in (tmp_path / "out" / "failures.csv").read_text()
+
+
 def test_any_column_can_be_the_class(world, tmp_path):
     shutil.copytree(world / "train/cat", tmp_path / "in")
     lines = [
@@ -465,7 +489,7 @@ def test_a_stop_between_any_two_renames_leaves_no_half_written_file(world, tmp_p
 
 def test_only_one_command_may_pack_into_a_folder(world, tmp_path):
     (tmp_path / "out").mkdir()
-    with pack.alone(tmp_path / "out"), pytest.raises(DataError, match="another command is packing"):
+    with files.alone(tmp_path / "out"), pytest.raises(ConfigError, match="another command is writing"):
         run_pack(world, tmp_path / "out")
 
 

@@ -18,7 +18,8 @@ import torch
 from conftest import chirp_time, chirps, numbers, tone
 
 from avid import config, data, datasets
-from avid.media import Media
+from avid.files import ConfigError, alone
+from avid.media import Media, held
 from avid.tools import prepare
 from avid.tools.prepare import Small
 
@@ -275,7 +276,7 @@ def test_an_interrupted_preparation_goes_on(folder, ffmpeg, tmp_path, capsys):
     (out / "a").mkdir(parents=True)
     (out / "a" / f"long gone.mp4{prepare.PART}").write_bytes(b"half")
     (out / "a" / "mute.mp4").write_bytes(b"there")
-    (out / "prepare.json").write_text(json.dumps(prepare.Small()._asdict()))
+    (out / "prepare.json").write_text(json.dumps(Small()._asdict()))
     assert run("prepare", folder, out, "--workers", 2) == 0
     assert not partial_files(out) and (out / "a/mute.mp4").read_bytes() == b"there"
     assert [path for path, row in rows(out / "failures.csv").items() if "Invalid data" in row["reason"]] == [
@@ -322,6 +323,37 @@ def test_two_files_that_would_become_one_are_not_mixed_up(media_file, ffmpeg, tm
     assert rows(tmp_path / "out/failures.csv")["a.mp4"]["reason"].startswith(
         "would become a.mp4, as a.avi does"
     )
+
+
+def test_only_one_command_may_prepare_into_a_folder(folder, ffmpeg, tmp_path):
+    (tmp_path / "small").mkdir()
+    with alone(tmp_path / "small"), pytest.raises(ConfigError, match="another command is writing"):
+        prepare.prepare(folder, tmp_path / "small", Small(), workers=1)
+
+
+def test_a_clock_that_begins_with_a_stream_that_is_not_kept_is_a_reason(media_file, ffmpeg, tmp_path):
+    late = media_file("late.mp4", frame_s=np.arange(50) / 25, wave=tone(440, 2.0, 48000))
+    early = media_file("early.wav", wave=tone(330, 5.0, 48000), codecs=("", "pcm_s16le"))
+    source, folder = tmp_path / "in" / "two.mkv", tmp_path / "in"
+    folder.mkdir()
+    inputs = ["-itsoffset", "3", "-i", late, "-i", early, "-map", "0:v", "-map", "0:a", "-map", "1:a"]
+    subprocess.run(
+        [ffmpeg, "-v", "error", *inputs, "-disposition:a:1", "0", "-c:v", "copy", source], check=True
+    )
+    assert prepare.prepare(folder, tmp_path / "small", Small(), workers=1) == 0
+    assert "its clock begins 3.0" in (tmp_path / "small" / "failures.csv").read_text()
+
+
+def test_a_sound_with_a_cover_is_prepared(media_file, ffmpeg, tmp_path):
+    sound = media_file("a.wav", wave=tone(440, 2.0, 48000), codecs=("", "pcm_s16le"))
+    covered = tmp_path / "in" / "a.mp4"
+    covered.parent.mkdir()
+    picture = ["-f", "lavfi", "-i", "testsrc=s=96x96:d=0.1:r=10"]
+    more = ["-map", "0", "-map", "1", "-c:v", "png", "-frames:v", "1", "-disposition:v", "attached_pic"]
+    subprocess.run([ffmpeg, "-v", "error", "-i", sound, *picture, *more, covered], check=True)
+    assert held(covered) == ("audio",)
+    assert prepare.prepare(covered.parent, tmp_path / "small", Small(), workers=1) == 1
+    assert held(tmp_path / "small" / "a.mp4") == ("audio",)
 
 
 def test_a_prepared_folder_keeps_its_settings(folder, ffmpeg, tmp_path, capsys):

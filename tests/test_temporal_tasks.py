@@ -204,7 +204,7 @@ def test_the_help_and_the_error_name_what_a_term_needs():
             config.load("toy", asked)
         config.load("toy", [*asked, "contrast.sample=1000"])
     asked = ["weights.cma=1", "loss.warmup_epochs=1", "bank.spread=true", "contrast.sample=1000"]
-    with pytest.raises(config.ConfigError, match="weights.cma=1.0 needs bank.spread=false"):
+    with pytest.raises(config.ConfigError, match=r"weights\.cma=1\.0 needs bank\.spread=false"):
         config.load("toy", asked)
 
 

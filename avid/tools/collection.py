@@ -173,17 +173,31 @@ def embed(model, table, out, workers=0, file_format="npz"):
         "settings": settings_of(model),
     }
     if out.exists():
-        there = ABOUT[file_format](out)
-        if there.get("mark") == about["mark"]:
-            return there["failures"]
+        return failures_of(out, file_format, about["mark"])
+    folder = out.with_name(out.name + ".parts")
+    folder.mkdir(parents=True, exist_ok=True)
+    with files.alone(folder):
+        if out.exists():  # another command has written it meanwhile
+            return failures_of(out, file_format, about["mark"])
+        return embed_all(model, table, out, folder, about, workers, file_format)
+
+
+def failures_of(out, file_format, mark):
+    """The failures of a file that `embed` wrote; ConfigError where it holds something else."""
+    there = ABOUT[file_format](out)
+    if there.get("mark") != mark:
         raise ConfigError(
             f"{out} holds something else, and is not overwritten; delete it, or name another file"
         )
+    return there["failures"]
+
+
+def embed_all(model, table, out, folder, about, workers, file_format):
+    """`embed`, once it is known that it has to be done; folder: of the parts."""
     model.calibrate(table, workers)
     size = max(PART_FILES // model.batch_size, 1) * model.batch_size
     chunks = [range(i, min(i + size, len(table))) for i in range(0, len(table), size)]
     first = mark_of(model, datasets.take(table, model.calibrates(table))) if model.untrained else ""
-    folder = out.with_name(out.name + ".parts")
     parts = [folder / f"{mark_of(model, datasets.take(table, chunk), first)}.npz" for chunk in chunks]
     todo = [(chunk, path) for chunk, path in zip(chunks, parts, strict=True) if not whole(path)]
     fill(model, table, todo, workers)
@@ -372,6 +386,8 @@ def search(arguments, model):
     """Embed the files, unless that was done before, and the queries; print what was found, and write the
     page."""
     path, table = Path(arguments.files), arguments.table
+    if arguments.page and table is not None:
+        page.check_files(table)
     if table is None and model.untrained:
         raise ConfigError(
             "an untrained network takes its statistics from files: name a folder or a list, not a .npz"

@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import csv
 import errno
-import fcntl
 import io
 import json
 import os
@@ -58,12 +57,12 @@ def encode(source, start_s, end_s, needs, facts, small, target):
     source: a media file; needs: modalities without which it is of no use; facts: what the .json says besides
     those of picture and sound.
     """
-    from avid.media import Media, MediaError  # here: a worker needs them, the command line does not
+    from avid.media import Media, MediaError, faults  # here: a worker needs them, the command line does not
 
     parts, missing = {"video": None, "audio": None}, {}
     for modality, read in (("video", picture), ("audio", sound)):
         try:
-            with Media(source, (modality,), start_s, end_s) as media:
+            with Media(source, (modality,), start_s, end_s) as media, faults(f"{modality} cannot be packed"):
                 parts[modality] = read(media, small)
         except MediaError as error:
             missing[modality] = str(error)
@@ -74,7 +73,7 @@ def encode(source, start_s, end_s, needs, facts, small, target):
         if min(seen["last_s"], heard["last_s"]) <= max(seen["first_s"], heard["first_s"]):
             return "picture and sound, or the asked part, do not overlap in time"
     facts |= {"picture": seen, "sound": heard}
-    members = {"json": json.dumps(facts, ensure_ascii=False).encode(), **frames, **wav}
+    members = {"json": json.dumps(facts).encode(), **frames, **wav}
     part = f"{target}.{os.getpid()}"  # an orphan of a killed command may be writing the same bytes
     try:
         with open(part, "wb") as file:
@@ -87,8 +86,8 @@ def encode(source, start_s, end_s, needs, facts, small, target):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, target)
-    except OSError as error:
-        return f"cannot be written: {error.strerror}"
+    except (OSError, ValueError) as error:  # of a tar's header: more than 8 GiB
+        return f"cannot be written: {getattr(error, 'strerror', error)}"
     finally:
         Path(part).unlink(missing_ok=True)
     return ""
@@ -210,7 +209,7 @@ def pack(data, dst, small, workers, only_estimate=False):
     asked = {"data": data.name, **small._asdict(), "instances": len(found)}
     asked["list_crc32"] = zlib.crc32(json.dumps([table.name, found]).encode())
     dst.mkdir(parents=True, exist_ok=True)
-    with alone(dst):
+    with files.alone(dst):
         if there := begin(dst, asked):
             print(f"{there:,} instances were packed before: {dst}")
             return there
@@ -226,21 +225,6 @@ def pack(data, dst, small, workers, only_estimate=False):
             return 0
         shards.close()
         return finish(dst, asked, table, found, order, shards)
-
-
-@contextlib.contextmanager
-def alone(dst):
-    """One command at a time packs into a folder; the kernel gives it free however the command ends."""
-    folder = os.open(dst, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise DataError(
-            f"another command is packing into {dst}; wait for it, or name another folder"
-        ) from None
-    finally:
-        os.close(folder)
 
 
 def begin(dst, asked):

@@ -220,6 +220,15 @@ def look(path, time_s, cfg, whole=False, **more):
     return shown
 
 
+def check_files(table):
+    """Raise ConfigError where a datasets.Table is of packed data: a page plays and links files."""
+    if table.record is not None:
+        raise ConfigError(
+            f"a page plays the original files, and {table.root} is packed; name the folder that was packed, "
+            "or leave --page out"
+        )
+
+
 def of_table(table, row, clip, cfg, modalities, clips=None, **more):
     """The `look` of an evaluation clip (its number of `clips`) of a row of a datasets.Table, with its
     class."""

@@ -27,7 +27,7 @@ import numpy as np
 
 from avid import cli, config, datasets, processes, progress
 from avid.datasets import MEDIA, DataError
-from avid.files import check_folder, replacing
+from avid.files import alone, check_folder, replacing
 from avid.processes import Crash
 
 SOUND = MEDIA[MEDIA.index(".wav") :]  # endings of files without picture
@@ -39,6 +39,7 @@ MODALITIES = {
 PART = ".avid-part"  # ending of a file that is being written
 COLUMNS = "path usable reason seconds fps width height audio_rate_hz channels modality frames_by".split()
 PIECE_S = 60.0  # sound decoded at a time
+CLOCK_S = 0.1  # by how much a copy's clock may begin later than its original's
 FULL = os.strerror(errno.ENOSPC)
 # of ffmpeg. Every frame keeps its own time, on a clock of 90 kHz instead of the frame rate's; without B
 # frames nothing is reordered
@@ -209,11 +210,16 @@ def prepare(src, dst, small, workers):
         what = f"{dst} holds files that were not prepared, e.g. {foreign[0]}"
         raise DataError(f"{what}; name an empty folder, or a new one")
     dst.mkdir(parents=True, exist_ok=True)
-    for file in set(there).difference(foreign):
-        (dst / file).unlink()
-    ffmpeg = _ffmpeg(dst, small)
-    _same_settings(dst / "prepare.json", small)
+    with alone(dst):
+        for file in set(there).difference(foreign):
+            (dst / file).unlink()
+        ffmpeg = _ffmpeg(dst, small)
+        _same_settings(dst / "prepare.json", small)
+        return _prepare_all(src, dst, files, media, ffmpeg, small, workers)
 
+
+def _prepare_all(src, dst, files, media, ffmpeg, small, workers):
+    """`prepare`, once it is known that it can be done."""
     renamed, first, failures = {}, {}, []
     for file in media:
         stem, ending = os.path.splitext(file)
@@ -269,17 +275,26 @@ def encode(ffmpeg, source, target, small):
     """
     import av  # here: a worker needs them, the command line does not
 
-    from avid.media import MediaError
+    from avid.media import MediaError, start_of
 
     part = target + PART
     try:
         with av.open(source, metadata_errors="ignore") as container:  # the streams that media.Media reads
             picture, sound = container.streams.best("video"), container.streams.best("audio")
-            picture = f"0:{picture.index}" if picture is not None and target.endswith(".mp4") else None
-            sound = f"0:{sound.index}" if sound is not None else None
+            if picture is not None and picture.disposition & av.stream.Disposition.attached_pic:
+                picture = None  # a cover
+            if not target.endswith(".mp4"):
+                picture = None
             origin_s = (container.start_time or 0) / av.time_base  # where its clock begins
+            early_s = min((start_of(stream) for stream in (picture, sound) if stream), default=0.0) - origin_s
+            picture, sound = (f"0:{stream.index}" if stream else None for stream in (picture, sound))
         if not picture and not sound:
             return "neither picture nor sound", False
+        if early_s > CLOCK_S:
+            return (
+                f"its clock begins {early_s:.2f} s earlier, with a stream that is not kept: remove it",
+                False,
+            )
         # times as they are in the file, less this origin: some versions of ffmpeg would begin with a codec's
         # run-in instead
         inputs = ["-copyts", "-i", source, "-output_ts_offset", f"{-origin_s:.6f}"]

@@ -69,6 +69,7 @@ def measure(table, cfg, out):
     )  # dB are read, nothing is normalised
     cfg = dataclasses.replace(cfg, audio=heard)
     asked = [
+        str(table.root.resolve()),
         table.paths,
         table.start_s.tolist(),
         table.end_s.tolist(),

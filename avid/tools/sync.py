@@ -58,9 +58,10 @@ def measure(subject, table, step_s=None, longest_s=LONGEST_S):
     to judge a pair: "similarity", the cosine of the embeddings, and, where the network has the head,
     "order_cross", the probability that picture and sound overlap.
     → {"similarity exact", "similarity within one step": of videos, percent; "similarity control exact", …: of
-    pictures with the sounds of other videos; "chance exact", …; and lists over "shifts_s": "similarity by
-    shift", the mean over videos of what a shift gets more than the average one, "similarity error", its
-    standard error, and "similarity preferred", percent of videos}. Raises ConfigError, MediaError.
+    pictures with the sounds of other videos, if there are any; "chance exact", …; and lists over "shifts_s":
+    "similarity by shift", the mean over videos of what a shift gets more than the average one, "similarity
+    error", its standard error, and "similarity preferred", percent of videos}. Raises ConfigError,
+    MediaError.
     """
     step_s, reach = steps(subject.cfg, step_s, longest_s)
     found = evaluation.features(subject, Grid(table, subject.cfg, step_s, reach), "sync", step_s)
@@ -69,7 +70,8 @@ def measure(subject, table, step_s=None, longest_s=LONGEST_S):
     result |= {"step_s": step_s, "shifts_s": (shifts * step_s).tolist()}
     others = np.roll(np.arange(len(found.index)), 1)  # the video whose sound is a video's control
     for way, judge in judges(subject, found).items():
-        for name, sounds in ((way, np.arange(len(others))), (f"{way} control", others)):
+        pairings = {way: np.arange(len(others))} | ({f"{way} control": others} if len(others) > 1 else {})
+        for name, sounds in pairings.items():
             curve = by_shift(judge(sounds), reach)  # n×shifts
             preferred = shifts[curve.argmax(1)]
             result[f"{name} exact"] = 100 * np.mean(preferred == 0).item()
@@ -139,6 +141,8 @@ def draw(path, result):
             (way, COLOURS[way], "own sound"),
             (f"{way} control", "grey", "another video's"),
         ):
+            if f"{name} exact" not in result:
+                continue
             mean, error = np.array(result[f"{name} by shift"]), np.array(result[f"{name} error"])
             axis.plot(shifts, mean, "o-", color=colour, markersize=3, linewidth=1.3, label=label)
             axis.fill_between(shifts, mean - error, mean + error, color=colour, alpha=0.2, linewidth=0)
