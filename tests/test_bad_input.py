@@ -459,8 +459,9 @@ def test_saved_features_need_no_pickle(tmp_path):
 
 
 def calls():
-    """(file, line, dotted name, keywords) of every call in the package and its scripts."""
-    for path in [*ROOT.glob("*.py"), *(ROOT / "avid").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
+    """(file, line, dotted name, keywords, positional arguments) of every call in the package and its
+    scripts."""
+    for path in [*ROOT.glob("*.py"), *(ROOT / "avid").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call):
                 yield (
@@ -468,12 +469,19 @@ def calls():
                     node.lineno,
                     ast.unparse(node.func),
                     {k.arg: ast.unparse(k.value) for k in node.keywords},
+                    node.args,
                 )
+
+
+def test_the_order_of_bytes_is_said():
+    """Only Python 3.11 and later have a default for it."""
+    orders = [args[1:] for _, _, name, _, args in calls() if name.endswith((".from_bytes", ".to_bytes"))]
+    assert orders and all(orders)
 
 
 def test_no_shell_no_pickle_and_no_code_from_data():
     found = list(calls())
-    assert {"torch.load", "np.load", "subprocess.run"} <= {name for _, _, name, _ in found}
+    assert {"torch.load", "np.load", "subprocess.run"} <= {name for _, _, name, _, _ in found}
     forbidden = {
         "eval",
         "exec",
@@ -493,7 +501,7 @@ def test_no_shell_no_pickle_and_no_code_from_data():
         "shelve.open",
         "marshal.loads",
     }
-    for file, line, name, keywords in found:
+    for file, line, name, keywords, _ in found:
         assert name not in forbidden, (file, line)
         assert "shell" not in keywords, (file, line)
         assert name != "torch.load" or keywords.get("weights_only") == "True", (file, line)

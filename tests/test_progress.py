@@ -61,6 +61,12 @@ def test_earlier_work_counts_as_done_but_not_for_the_rate(clock, capsys):
     ]
 
 
+def test_of_batch_the_plural_is_batches(clock, capsys):
+    for _ in progress.bar(range(3), unit="batch"):
+        clock[0] += 1
+    assert lines(capsys) == ["3 of 3 batches, 100%, after 00:03, 1.0 batches/s"]
+
+
 def test_an_unknown_total_shows_a_count_and_a_disabled_bar_nothing(clock, capsys):
     for _ in progress.bar(iter("abc"), "counting", unit="letter"):
         clock[0] += 2

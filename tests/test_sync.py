@@ -143,6 +143,15 @@ def test_a_network_that_knows_the_time_finds_each_delay(world, tmp_path):
     assert (tmp_path / "sync.png").stat().st_size > 10_000
 
 
+def test_a_single_video_has_no_control(world, tmp_path):
+    folder, _ = world
+    known, table = subject(folder, tmp_path)
+    result = sync.measure(known, datasets.take(table, np.array([True, False, False])))
+    assert result["videos"] == 1 and not any("control" in name for name in result)
+    sync.draw(tmp_path / "sync.png", result)
+    assert [row["preferred shift, % of videos"] for row in sync.rows(result)] == ["similarity", "chance"]
+
+
 def test_features_are_kept(world, tmp_path, monkeypatch):
     known, table = subject(world[0], tmp_path)
     first = sync.measure(known, table)
