@@ -1,5 +1,6 @@
 """Frames and sound at given times, from files of known content and from faulty files."""
 
+import gc
 import os
 import shutil
 import subprocess
@@ -393,6 +394,7 @@ def test_files_are_closed(media_file, tmp_path):
         error_of(without_sound)
 
     use()
+    gc.collect()  # what other tests left open
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(10):
         use()
