@@ -72,7 +72,7 @@ def bars(path, rows, methods, columns, group=None):
                     markersize=3,
                 )
         axis.set_yticks(range(len(methods)), methods)
-        axis.invert_yaxis()
+        axis.set_ylim(len(methods) - 0.5, -0.5)
         axis.set_xlabel(title)
         axis.grid(alpha=0.3, axis="x")
     if key:
