@@ -100,13 +100,14 @@ def alone(folder):
     """
     number = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):
-            try:
-                fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ConfigError(
-                    f"another command is writing into {folder}; wait for it, or name another one"
-                ) from None
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another command is writing into {folder}; wait for it, or name another one"
+            ) from None
+        except OSError:  # no locks there
+            pass
         yield
     finally:
         os.close(number)

@@ -106,8 +106,8 @@ class Media:
         self._usable(first_s, last_s)
 
     def _open_picture(self):
-        stream = self.container.streams.best("video")
-        if stream is None or stream.disposition & av.stream.Disposition.attached_pic:  # a cover is none
+        stream = picture_of(self.container)
+        if stream is None:
             raise MediaError("no picture")
         self.why_not_decord = once_a_file(why_not_decord, self.container, stream)
         if not self.why_not_decord:
@@ -379,12 +379,18 @@ class Timed:
         return float(stamp * self.stream.time_base) - self.origin_s
 
 
+def picture_of(container):
+    """The stream of an open file's picture; None where it has none, or only a cover."""
+    stream = container.streams.best("video")
+    cover = stream is not None and stream.disposition & av.stream.Disposition.attached_pic
+    return None if cover else stream
+
+
 def held(path):
     """What a file holds, of MODALITIES; a cover is no picture. Raises MediaError where it is nothing."""
     with faults("cannot be opened"), av.open(os.path.abspath(path), metadata_errors="ignore") as container:
-        video, audio = container.streams.best("video"), container.streams.best("audio")
-        cover = video is not None and video.disposition & av.stream.Disposition.attached_pic
-        there = {"video": video is not None and not cover, "audio": audio is not None}
+        there = {"video": picture_of(container), "audio": container.streams.best("audio")}
+        there = {modality: stream is not None for modality, stream in there.items()}
         if not any(there.values()):
             raise MediaError("neither picture nor sound")
         return tuple(modality for modality in MODALITIES if there[modality])

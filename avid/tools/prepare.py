@@ -275,16 +275,13 @@ def encode(ffmpeg, source, target, small):
     """
     import av  # here: a worker needs them, the command line does not
 
-    from avid.media import MediaError, start_of
+    from avid.media import MediaError, picture_of, start_of
 
     part = target + PART
     try:
         with av.open(source, metadata_errors="ignore") as container:  # the streams that media.Media reads
-            picture, sound = container.streams.best("video"), container.streams.best("audio")
-            if picture is not None and picture.disposition & av.stream.Disposition.attached_pic:
-                picture = None  # a cover
-            if not target.endswith(".mp4"):
-                picture = None
+            picture = picture_of(container) if target.endswith(".mp4") else None
+            sound = container.streams.best("audio")
             origin_s = (container.start_time or 0) / av.time_base  # where its clock begins
             early_s = min((start_of(stream) for stream in (picture, sound) if stream), default=0.0) - origin_s
             picture, sound = (f"0:{stream.index}" if stream else None for stream in (picture, sound))
