@@ -13,6 +13,8 @@ import time
 import unicodedata
 from pathlib import Path
 
+LOCK = ".lock"  # a file in a folder that a command is writing
+
 
 class ConfigError(ValueError):
     """A setting that cannot be used; the message is one line that says which and what to do."""
@@ -46,15 +48,20 @@ def replacing(path, mode="w", **options):
             raise
 
 
-def _open_alone(part, mode, **options):
+def _open_alone(part, mode, wait=True, **options):
     """`part`, open and empty, once no other process writes it (where the file system knows no locks: at
-    once)."""
+    once). BlockingIOError where another does and this one is not to wait."""
     while True:
         file = open(
             part, mode, opener=lambda name, flags: os.open(name, flags & ~os.O_TRUNC, 0o666), **options
         )
-        with contextlib.suppress(OSError):
-            fcntl.lockf(file, fcntl.LOCK_EX)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            file.close()
+            raise
+        except OSError:  # no locks there
+            pass
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(part)):
                 break
@@ -94,23 +101,23 @@ def lock(path, name):
 
 @contextlib.contextmanager
 def alone(folder):
-    """Within, no other command writes into a folder; the kernel gives it free however this one ends.
+    """Within, no other command writes into a folder; its file LOCK tells that. However this one ends, the
+    kernel gives the folder free: the lock is of `lock`'s kind.
 
     ConfigError where another one does. Where the file system knows no locks, at once.
     """
-    number = os.open(folder, os.O_RDONLY)
+    path = Path(folder) / LOCK
     try:
+        file = _open_alone(path, "w", wait=False)
+    except BlockingIOError:
+        raise ConfigError(
+            f"another command is writing into {folder}; wait for it, or name another one"
+        ) from None
+    with file:
         try:
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"another command is writing into {folder}; wait for it, or name another one"
-            ) from None
-        except OSError:  # no locks there
-            pass
-        yield
-    finally:
-        os.close(number)
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def check_folder(out):

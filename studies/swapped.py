@@ -105,7 +105,7 @@ def originals(table):
 def mux(picture, sound, path):
     """Write an MP4 with the video packets of one file and the audio packets of another, both from 0 s."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part.mp4")
+    part = path.with_suffix(f".{os.getpid()}.part.mp4")  # two studies may write it at once
     with av.open(str(picture)) as seen, av.open(str(sound)) as heard, av.open(str(part), "w") as out:
         packets = []
         for container, kind in ((seen, "video"), (heard, "audio")):

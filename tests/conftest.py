@@ -1,5 +1,6 @@
 """Small media files of known content: each frame shows its number, and a chirp sounds at known times."""
 
+import contextlib
 import importlib
 import os
 import signal
@@ -10,6 +11,8 @@ import av
 import forked
 import numpy as np
 import pytest
+
+from avid import files
 
 # set before torch is imported: the tests are small, and several threads would slow them down
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -135,6 +138,28 @@ def write_media(
             if packet.stream.type == "video" or not gap_s[0] <= packet.pts * packet.time_base < gap_s[1]:
                 file.mux(packet)
     return path
+
+
+@contextlib.contextmanager
+def another_writes_into(folder):
+    """Meanwhile another process has the folder for itself."""
+    here, there = forked.context.Pipe()
+    process = forked.context.Process(target=write_until_told, args=(folder, there))
+    process.start()
+    there.close()
+    try:
+        assert here.recv() == "writing"
+        yield
+    finally:
+        here.close()
+        process.join()
+
+
+def write_until_told(folder, pipe):
+    with files.alone(folder):
+        pipe.send("writing")
+        with contextlib.suppress(EOFError):
+            pipe.recv()
 
 
 @pytest.fixture

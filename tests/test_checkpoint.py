@@ -7,6 +7,8 @@ import hashlib
 import os
 import pickle
 import random
+import signal
+import time
 import traceback
 
 import pytest
@@ -197,12 +199,44 @@ def test_a_lock_is_held_by_one_process_and_the_error_names_it(tmp_path):
     assert codes == [0, 0]
 
 
+def test_a_folder_is_free_as_soon_as_its_command_is_killed_whatever_processes_that_has_left(tmp_path):
+    reader, writer = os.pipe()
+
+    def command(_):
+        with files.alone(tmp_path):
+            if not (pid := os.fork()):  # as a data loader's process: it lives on for a while
+                time.sleep(60)
+            os.write(writer, pid.to_bytes(4, "little"))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    (killed,) = children(1, command)
+    orphan = int.from_bytes(os.read(reader, 4), "little")
+    assert os.waitpid(killed, 0)[1] == signal.SIGKILL and os.listdir(tmp_path) == [files.LOCK]
+    os.kill(orphan, 0)  # it is there
+    with files.alone(tmp_path):
+        (other,) = children(1, lambda _: refused(tmp_path))
+        assert os.waitpid(other, 0)[1] == 0
+    os.kill(orphan, signal.SIGKILL)
+    assert not os.listdir(tmp_path)
+
+
+def refused(folder):
+    with pytest.raises(files.ConfigError, match="another command is writing"):
+        enter(folder)
+
+
+def enter(folder):
+    with files.alone(folder):
+        pass
+
+
 def test_a_file_system_without_locks_is_used_without_a_lock(tmp_path, monkeypatch):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(files.fcntl, "lockf", no_locks)
     assert files.lock(tmp_path / "last.pt", "runs/a") is None
+    enter(tmp_path)
     with files.replacing(tmp_path / "a.json") as file:
         file.write("{}")
     assert (tmp_path / "a.json").read_text() == "{}"

@@ -17,11 +17,11 @@ import forked
 import numpy as np
 import pytest
 import torch
-from conftest import chirps, write_media
+from conftest import another_writes_into, chirps, write_media
 from test_train import TINY
 
 import avid
-from avid import config, data, datasets, embedding, evaluation, files, media, models, run
+from avid import config, data, datasets, embedding, evaluation, media, models, run
 from avid.files import ConfigError
 from avid.media import MediaError
 from avid.tools import collection
@@ -367,7 +367,7 @@ def test_a_complete_result_is_kept_and_other_files_are_not_overwritten(folder, t
 def test_two_commands_do_not_embed_into_one_file(folder, model, tmp_path):
     (tmp_path / "f.npz.parts").mkdir()
     with (
-        files.alone(tmp_path / "f.npz.parts"),
+        another_writes_into(tmp_path / "f.npz.parts"),
         pytest.raises(ConfigError, match="another command is writing"),
     ):
         collection.embed(model, datasets.of_files(["both.mp4"], folder), tmp_path / "f.npz")

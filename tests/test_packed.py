@@ -24,13 +24,13 @@ import forked
 import numpy as np
 import pytest
 import torch
-from conftest import chirp_time, chirps, numbered, numbers, tone, write_media
+from conftest import another_writes_into, chirp_time, chirps, numbered, numbers, tone, write_media
 from test_train import ENVIRONMENT, ROOT, TINY, final, metrics, run
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.functional import interpolate
 from torchvision.io import decode_jpeg
 
-from avid import config, datasets, files, packed, spectrogram, toy
+from avid import config, datasets, packed, spectrogram, toy
 from avid import data as avid_data
 from avid.datasets import DataError
 from avid.files import ConfigError
@@ -489,7 +489,10 @@ def test_a_stop_between_any_two_renames_leaves_no_half_written_file(world, tmp_p
 
 def test_only_one_command_may_pack_into_a_folder(world, tmp_path):
     (tmp_path / "out").mkdir()
-    with files.alone(tmp_path / "out"), pytest.raises(ConfigError, match="another command is writing"):
+    with (
+        another_writes_into(tmp_path / "out"),
+        pytest.raises(ConfigError, match="another command is writing"),
+    ):
         run_pack(world, tmp_path / "out")
 
 

@@ -15,10 +15,11 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import chirp_time, chirps, numbers, tone
+from conftest import another_writes_into, chirp_time, chirps, numbers, tone
+from test_checkpoint import children
 
 from avid import config, data, datasets
-from avid.files import ConfigError, alone
+from avid.files import ConfigError
 from avid.media import Media, held
 from avid.tools import prepare
 from avid.tools.prepare import Small
@@ -292,6 +293,27 @@ def test_an_interrupted_preparation_goes_on(folder, ffmpeg, tmp_path, capsys):
     assert "prepared 1 files (1 without sound)" in text and "3 were there before" in text
 
 
+def test_a_process_whose_command_was_killed_does_not_write_into_its_successors_file(
+    media_file, tmp_path, monkeypatch
+):
+    source, target, first = str(media_file("a.mp4", frame_s=FRAMES_S)), str(tmp_path / "b.mp4"), os.getpid()
+
+    def ffmpeg(command):
+        Path(command[-1]).write_text(str(os.getpid()))
+        if os.getpid() == first:
+            (second,) = children(1, encode)
+            assert os.waitpid(second, 0)[1] == 0
+        return ""
+
+    def encode(_=None):
+        assert prepare.encode("ffmpeg", source, target, Small()) == ("", False)
+
+    monkeypatch.setattr(prepare, "_run", ffmpeg)
+    monkeypatch.setattr(prepare, "read_clips", lambda *_: None)
+    encode()
+    assert Path(target).read_text() == str(first) and not partial_files(tmp_path)
+
+
 def test_no_usable_file_ends_with_exit_code_1(tmp_path, ffmpeg):
     (tmp_path / "in").mkdir()
     (tmp_path / "in/broken.mp4").write_bytes(b"no video at all")
@@ -327,7 +349,10 @@ def test_two_files_that_would_become_one_are_not_mixed_up(media_file, ffmpeg, tm
 
 def test_only_one_command_may_prepare_into_a_folder(folder, ffmpeg, tmp_path):
     (tmp_path / "small").mkdir()
-    with alone(tmp_path / "small"), pytest.raises(ConfigError, match="another command is writing"):
+    with (
+        another_writes_into(tmp_path / "small"),
+        pytest.raises(ConfigError, match="another command is writing"),
+    ):
         prepare.prepare(folder, tmp_path / "small", Small(), workers=1)
 
 

@@ -231,7 +231,7 @@ def begin(dst, asked):
     """The number of records where `dst` is finished, else 0. DataError where it holds something else."""
     begun = next((path for name in ("pack.json", "packing.json") if (path := dst / name).exists()), None)
     if begun is None:
-        if foreign := [path.name for path in dst.iterdir() if not path.name.endswith(".part")]:
+        if foreign := [path.name for path in dst.iterdir() if not path.name.endswith((".part", files.LOCK))]:
             raise DataError(
                 f"{dst} holds files that were not packed, e.g. {min(foreign)}; name an empty folder, or a "
                 "new one"

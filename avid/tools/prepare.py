@@ -204,18 +204,26 @@ def prepare(src, dst, small, workers):
     if not media:
         raise DataError(f"no media files below {src}; they end in {', '.join(MEDIA)}")
     check_folder(dst)
-    there = _files(dst) if dst.exists() else []
-    foreign = [file for file in there if not file.endswith(PART)]
+    foreign = [file for file in _files(dst) if not file.endswith(PART)] if dst.exists() else []
     if foreign and not (dst / "prepare.json").exists():
         what = f"{dst} holds files that were not prepared, e.g. {foreign[0]}"
         raise DataError(f"{what}; name an empty folder, or a new one")
     dst.mkdir(parents=True, exist_ok=True)
     with alone(dst):
-        for file in set(there).difference(foreign):
-            (dst / file).unlink()
+        _remove_parts(dst)
         ffmpeg = _ffmpeg(dst, small)
         _same_settings(dst / "prepare.json", small)
-        return _prepare_all(src, dst, files, media, ffmpeg, small, workers)
+        try:
+            return _prepare_all(src, dst, files, media, ffmpeg, small, workers)
+        finally:
+            _remove_parts(dst)
+
+
+def _remove_parts(dst):
+    """Delete what processes that were killed had begun to write."""
+    for file in _files(dst):
+        if file.endswith(PART):
+            (dst / file).unlink(missing_ok=True)
 
 
 def _prepare_all(src, dst, files, media, ffmpeg, small, workers):
@@ -248,7 +256,6 @@ def _prepare_all(src, dst, files, media, ffmpeg, small, workers):
                 if FULL in reason:
                     raise OSError(errno.ENOSPC, FULL, str(dst))
                 if reason:
-                    Path(target + PART).unlink(missing_ok=True)
                     failures.append((Path(source).relative_to(src).as_posix(), reason))
                     lines.writerow(failures[-1])
                     file.flush()
@@ -277,7 +284,8 @@ def encode(ffmpeg, source, target, small):
 
     from avid.media import MediaError, picture_of, start_of
 
-    part = target + PART
+    # a process whose command was killed may still write the same file for a while
+    part = f"{target}.{os.getpid()}{PART}"
     try:
         with av.open(source, metadata_errors="ignore") as container:  # the streams that media.Media reads
             picture = picture_of(container) if target.endswith(".mp4") else None
