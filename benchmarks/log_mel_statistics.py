@@ -28,6 +28,8 @@ def command_line():
 if __name__ == "__main__":  # before the heavy imports: --help answers at once
     arguments = command_line()
 
+import dataclasses
+
 import numpy as np
 
 from avid import evaluation, progress
@@ -40,8 +42,8 @@ def statistics(table, audio):
     rows = []
     for path in progress.bar(table.paths, table.name, unit="file", leave=False):
         with Media(table.root / path, ("audio",)) as media:
-            audio.seconds = media.last_s - media.first_s - 2 * edge_s(audio)
-            image = spectrogram(media, media.first_s + edge_s(audio), audio)[0].numpy()  # F×bins
+            whole = dataclasses.replace(audio, seconds=media.last_s - media.first_s - 2 * edge_s(audio))
+            image = spectrogram(media, media.first_s + edge_s(audio), whole)[0].numpy()  # F×bins
         rows.append(np.concatenate([image.mean(0), image.std(0)]))
     return np.stack(rows)[:, None]
 
