@@ -463,6 +463,17 @@ def test_parquet_has_one_row_per_file(folder, tmp_path):
     assert (tmp_path / "f.parquet").stat().st_mtime_ns == before
 
 
+def test_parquet_takes_a_part_of_which_no_file_can_be_used(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="no pyarrow: parquet was not written")
+    shapes, parts = {"video": (4,), "video_clips": (2, 4)}, []
+    for n in (0, 2):
+        parts.append(tmp_path / f"{n}.npz")
+        np.savez(parts[-1], times=np.ones((n, 2)), **{k: np.ones((n, *s)) for k, s in shapes.items()})
+    collection.write_parquet(tmp_path / "f.parquet", parts, datasets.of_files(["a", "b"]), shapes, {})
+    rows = parquet.read_table(tmp_path / "f.parquet").to_pylist()
+    assert [(row["path"], row["video"]) for row in rows] == [("a", [1] * 4), ("b", [1] * 4)]
+
+
 def error_of(command, capsys):
     with pytest.raises(SystemExit) as stop:
         collection.main(command)

@@ -305,7 +305,7 @@ def write_parquet(out, parts, table, shapes, about):
 
     def nested(array):
         """n×…, float → fixed lists of lists; null where a row is NaN."""
-        null = np.isnan(array).reshape(len(array), -1).any(1)
+        null = np.isnan(array).any(tuple(range(1, array.ndim)))
         column = pa.array(array.ravel())
         for size in array.shape[:1:-1]:
             column = pa.FixedSizeListArray.from_arrays(column, size)
