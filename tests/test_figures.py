@@ -1,6 +1,7 @@
 """Figures: each shows what it should and can be read at the width of a page."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -205,6 +206,18 @@ def test_a_contact_sheet_frames_results_by_their_class(tmp_path, drawn):
     frames = [[colors.to_rgb(axis.spines["top"].get_edgecolor()) for axis in row] for row in axes]
     assert frames[0] == [colors.to_rgb(c) for c in ("black", "tab:green", "tab:red", "tab:grey")]
     assert frames[1][:2] == [colors.to_rgb(c) for c in ("black", "tab:grey")] and not axes[1, 2].axison
-    assert [axis.get_title() for axis in axes[0, 1:]] == ["dog", "a cat that has a…", "d"]
+    assert [axis.get_title() for axis in axes[0, 1:]] == ["dog", "a cat that has a ve…", "d"]
     assert axes[0, 0].get_title() == "query\ndog" and axes[1, 0].get_title() == "d"
     assert dpi >= 120 and Image.open(tmp_path / "sheet.png").size[0] >= 120 * 1.4 * 4
+
+
+def test_a_contact_sheet_takes_any_name_of_a_file(tmp_path, drawn):
+    names = ["20231104_123456_holiday", "$5_or_$6_x^", os.fsdecode(b"\xff")]
+    for name in names:
+        write_media(tmp_path / f"{name}.mp4", np.arange(25) / 25)
+    table = datasets.of_files([f"{name}.mp4" for name in names], tmp_path)
+    cfg = config.load("toy", ["video.size=32", "video.frames=2"])
+    figures.contact_sheet(tmp_path / "sheet.png", table, [table] * 3, "video", "video", cfg)
+    ((figure, _),) = drawn
+    titles = [axis.get_title() for axis in figure.axes[1:4]]
+    assert titles == ["20231104_123456_hol…", "$5_or_$6_x^", r"\udcff"]

@@ -4,7 +4,6 @@ In: a run's metrics.jsonl, counts, tables of files. Out: PNG files.
 """
 
 import json
-import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -164,7 +163,9 @@ def draw_video(axis, table, row, modality, cfg, colour):
     label = table.labels[row]
     classes = np.flatnonzero(label) if label.ndim else [label] if label >= 0 else []
     names = [table.classes[i] for i in classes[:2]] or [Path(table.paths[row]).stem]
-    axis.set_title("\n".join(textwrap.shorten(name, 20, placeholder="…") for name in names), fontsize=8)
+    names = map(files.printable, names)
+    short = [name if len(name) <= 20 else f"{name[:19].rstrip()}…" for name in names]
+    axis.set_title("\n".join(short), fontsize=8, parse_math=False)
     for side in axis.spines.values():
         side.set(color=colour, linewidth=3)
     if modality == "video":

@@ -81,7 +81,7 @@ def weights(folder, path, root=None):
             )
         axis.set(xlabel=title, yticks=[])
         axis.legend(fontsize=8)
-    figure.suptitle(f"{Path(folder).name}: AUROC {auroc:.3f}", fontsize=10)
+    figure.suptitle(f"{Path(folder).name}: AUROC {auroc:.3f}", fontsize=10, parse_math=False)
     write(figure, path)
     return auroc
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from avid import data, datasets, progress
-from avid.files import ConfigError
+from avid.files import ConfigError, printable
 
 PLACE = ("x", "y", "radius")  # columns of a manifest: see toy.place
 GRID = 100  # points a side, by which the thing's share of the picture is counted
@@ -144,7 +144,7 @@ def draw(path, table, maps, cfg, columns=6):
         line, column = divmod(i, columns)
         label = table.labels[row]
         name = table.classes[label] if label.ndim == 0 and label >= 0 else ""
-        axes[2 * line, column].set_title(name, fontsize=8)
+        axes[2 * line, column].set_title(printable(name), fontsize=8, parse_math=False)
         for below, image in enumerate(images):
             axis, side = axes[2 * line + below, column], len(image)
             axis.imshow(image)
