@@ -222,6 +222,8 @@ def test_sounds_alone_have_no_joint_features(world, tmp_path):
 def test_a_sample_rate_without_mp3_is_refused_before_the_measurement():
     with pytest.raises(config.ConfigError, match=r"audio\.rate_hz=10000: MP3 has no sample rate"):
         fingerprint.check(config.Audio(rate_hz=10000))
+    with pytest.raises(config.ConfigError, match=r"44100: MP3 has no bit rate of 16 kbit/s at 44100 Hz"):
+        fingerprint.check(config.Audio(rate_hz=44100))  # the encoder would take 32 kbit/s
 
 
 def test_the_script_writes_every_number_reproducibly(world, tmp_path):

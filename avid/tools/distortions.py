@@ -127,6 +127,8 @@ def mp3(wave, rate_hz, kbit_per_s, rng):
     """
     if rate_hz not in MP3_RATES_HZ:
         raise ValueError(f"MP3 has no sample rate of {rate_hz} Hz, only {', '.join(map(str, MP3_RATES_HZ))}")
+    if rate_hz >= 32000 and kbit_per_s < 32:  # the encoder would take 32
+        raise ValueError(f"MP3 has no bit rate of {kbit_per_s} kbit/s at {rate_hz} Hz, only 32 and more")
     file = io.BytesIO()
     with av.open(file, "w", format="mp3") as out:
         stream = out.add_stream("libmp3lame", rate=rate_hz, layout="mono")
