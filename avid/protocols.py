@@ -174,17 +174,17 @@ def crisscross(subject, train_table, test_table, modality, out):
         read.
         """
         clips = data.Clips(table, cfg, training, ("audio",), clips=1)
-        rows, index, failed = [], [], 0
+        rows, index, failed = [], [], {}
         loader = data.loader(clips, cfg.data.workers, **batches)
         for batch in progress.bar(loader, table.name, unit="batch", leave=False):
-            failed += len(batch["failures"])
+            failed.update(batch["failures"])  # of each draw anew
             if "index" in batch:
                 index.append(batch["index"].numpy())
                 batch = data.to_device(batch, subject.device, cfg.audio)
                 rows.append(last_maps(subject.network.audio_model, batch["audio"]).cpu().numpy())
         if not rows:
             raise data.MediaError(f"none of the {len(table):,} files of {table.name} can be used")
-        return np.concatenate(rows), np.concatenate(index), failed
+        return np.concatenate(rows), np.concatenate(index), len(failed)
 
     keys = [(index, (7, draw, index)) for index in range(len(train_table)) for draw in range(AUGMENTED)]
     size = cfg.eval.batch_size

@@ -158,6 +158,15 @@ def test_crisscross_classifies_sounds_and_reports_the_c_chosen_on_the_test_part(
     assert (result["videos"], result["train_videos"], result["skipped"]) == (8, 16, 0)
 
 
+def test_crisscross_counts_a_file_that_cannot_be_used_once(two_classes, tmp_path, monkeypatch):
+    monkeypatch.setattr(protocols, "AUGMENTED", 3)
+    monkeypatch.setattr(protocols, "CLIP_S", 0.5)
+    train, test = tables(two_classes)
+    train.paths[0] = "none.mp4"
+    result = protocols.crisscross(subject(tmp_path), train, test, "audio", tmp_path)
+    assert (result["train_videos"], result["skipped"]) == (15, 1)
+
+
 def test_crisscross_draws_every_training_clip_anew(two_classes, tmp_path, monkeypatch):
     monkeypatch.setattr(protocols, "AUGMENTED", 3)
     monkeypatch.setattr(protocols, "CLIP_S", 0.5)
