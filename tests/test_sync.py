@@ -65,7 +65,7 @@ def test_a_step_is_half_of_the_shorter_clip(overrides, asked_s, expected):
     assert sync.steps(config.load("toy", overrides), asked_s) == expected
 
 
-@pytest.mark.parametrize("asked_s", [2.1, 0.01, -1.0, float("nan")])
+@pytest.mark.parametrize("asked_s", [2.1, 0.01, 0.0, -1.0, float("nan")])
 def test_a_step_out_of_range_is_an_error(asked_s):
     with pytest.raises(config.ConfigError, match=r"--step .* cannot be used; expected 0\.05 to 2 s"):
         sync.steps(config.load("toy"), asked_s)

@@ -41,7 +41,8 @@ def steps(cfg, asked_s=None, longest_s=LONGEST_S):
     asked_s: None, half of the shorter of a picture's and a sound's clip, and at most COARSEST_S; longest_s:
     the largest shift.
     """
-    step_s = asked_s or min(cfg.video.frames / cfg.video.fps / 2, cfg.audio.seconds / 2, COARSEST_S)
+    usual_s = min(cfg.video.frames / cfg.video.fps / 2, cfg.audio.seconds / 2, COARSEST_S)
+    step_s = usual_s if asked_s is None else asked_s
     if not FINEST_S <= step_s <= LONGEST_S:
         raise config.ConfigError(
             f"--step {step_s:g} cannot be used; expected {FINEST_S:g} to {LONGEST_S:g} s"
