@@ -81,7 +81,7 @@ def feature_quality(network, cfg, labels=("label",)):
     (train, test), both = features(network, cfg)
     result = {}
     for label in labels:
-        train_y, test_y = (np.unique(table.columns[label], return_inverse=True)[1] for table in both)
+        train_y, test_y = numbered(*(table.columns[label] for table in both))
         name = "kind" if label == "label" else label
         for modality in ("video", "audio"):
             probe = evaluation.linear_probe(
@@ -93,6 +93,12 @@ def feature_quality(network, cfg, labels=("label",)):
             hits = evaluation.recall(found, datasets.same_class(test_y, train_y), (1,))
             result[f"{name} {modality} R@1"] = hits["R@1"]
     return result | evaluation.cross_modal(test, both[1].labels[test.index], ks=(1,))
+
+
+def numbered(*columns):
+    """Words as numbers, in all columns alike, also where one of them lacks a word."""
+    words = np.unique(np.concatenate(columns))
+    return [np.searchsorted(words, column) for column in columns]
 
 
 def bank_of(saved, cfg):

@@ -136,10 +136,8 @@ def feature_quality(subject):
     )
     result = evaluation.cross_modal(new, tables[1].labels[new.index], ks=(1, 5))
     for word in WORDS:
-        y, new_y = (
-            np.unique(np.array(t.columns[word])[part.index], return_inverse=True)[1]
-            for t, part in zip(tables, (known, new), strict=True)
-        )
+        words = (np.array(t.columns[word])[part.index] for t, part in zip(tables, (known, new), strict=True))
+        y, new_y = measures.numbered(*words)
         for modality in data.MODALITIES:  # the mean over a sentence: the times of the words are unknown
             x, new_x = (part.video_level("features", modality)[:, None] for part in (known, new))
             result[f"{word} probe {modality}"] = evaluation.linear_probe(x, y, new_x, new_y, cfg.seed)["top1"]

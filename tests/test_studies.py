@@ -9,7 +9,7 @@ import torch
 from conftest import tone, write_media
 
 import train
-from avid import config, datasets, losses, memory_bank, toy
+from avid import config, datasets, evaluation, losses, memory_bank, toy
 from studies import both, measures, moments, real, robust, runs, temporal
 
 STUDIES = {study.name: study for study in (robust.STUDY, temporal.STUDY, both.STUDY, moments.STUDY)}
@@ -164,6 +164,21 @@ def test_a_table_has_means_and_sample_deviations():
         "| one | 3.0 ± 2.6 |",
         "| none |  |",
     ]
+
+
+def test_a_probe_knows_the_classes_of_videos_that_lack_one(monkeypatch):
+    def of(labels):
+        x = np.array([[[label == "a", label == "b"]] for label in labels], np.float32)  # n×1×2
+        both = {"video": x, "audio": x}
+        return evaluation.Features(np.arange(len(x)), both, both), datasets.of_files(labels)
+
+    parts = [of("ab" * 10), of("bbb")]
+    for _, table in parts:
+        table.columns["motion"] = table.paths
+    found = [found for found, _ in parts], [table for _, table in parts]
+    monkeypatch.setattr(measures, "features", lambda *_: found)
+    result = measures.feature_quality(None, config.load("toy"), ("motion",))
+    assert result["motion probe video"] == result["motion audio R@1"] == 100
 
 
 def test_tables_go_between_their_marks(tmp_path):
