@@ -379,6 +379,17 @@ def test_kept_features_are_of_the_same_precision(half_mute, tmp_path, monkeypatc
     assert len(extractions) == 2
 
 
+def test_kept_features_of_an_untrained_network_are_of_the_same_clips_of_calibration(half_mute, tmp_path):
+    (pair,) = evaluation.tables(config.load("toy", ["data.name=folder", f"data.root={half_mute}"]))
+    found = []
+    for speeds in ("[1]", "[4]", "[1]"):
+        argv = ["--ckpt", "random", "--out", str(tmp_path), *TINY, f"temporal.speeds={speeds}"]
+        subject = evaluation.subject(eval_linear.command_line(argv))
+        evaluation.calibrate_batch_norm(subject, pair[0], ("video",))
+        found.append(evaluation.features_of(subject, pair[1], "video").features["video"])
+    assert np.array_equal(found[0], found[2]) and not np.array_equal(found[0], found[1])
+
+
 def test_held_out_files_that_cannot_be_used_do_not_end_training(half_mute, tmp_path, capsys):
     cfg = config.load("toy", TINY + [f"out={tmp_path}"])
     table = datasets.load(config.Data("folder", str(half_mute)), "test")
