@@ -92,8 +92,10 @@ def main(arguments):
                 del results[task]
 
     for task, found in results.items():
-        mean = {name: np.mean([result[name] for result in found]).item() for name in scores(found[0])}
-        row = {"task": task, "label": subject.cfg.data.label, **found[0], **mean, "divisions": found}
+        # of a division with few files there is no R@20
+        first = {name: x for name, x in found[0].items() if all(name in result for result in found)}
+        mean = {name: np.mean([result[name] for result in found]).item() for name in scores(first)}
+        row = {"task": task, "label": subject.cfg.data.label, **first, **mean, "divisions": found}
         show(subject, task, evaluation.write_result(subject, f"retrieval-{task}", row))
     distributed.end()
 

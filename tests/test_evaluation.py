@@ -466,6 +466,20 @@ def test_official_lists_use_every_picture_and_every_sound_that_there_is(name, tm
     assert "audio: 2 of 4 files, 4 videos to find" in capsys.readouterr().out
 
 
+def test_retrieval_of_divisions_of_different_sizes_has_what_all_of_them_have(tmp_path):
+    lines = ["filename,fold,category,esc10"]
+    for k, fold in enumerate([1, 2, 3, 4, 5, 5, 5, 5]):  # of the fifth division, 4 can be found
+        wave = {"wave": tone(300 + 100 * k, 1, 16000), "rate_hz": 16000}
+        write_media(tmp_path / f"in/audio/{k}.wav", codecs=(None, "pcm_s16le"), **wave)
+        lines.append(f"{k}.wav,{fold},{'low' if k % 2 else 'high'},True")
+    (tmp_path / "in/meta").mkdir()
+    (tmp_path / "in/meta/esc50.csv").write_text("\n".join(lines))
+    results = evaluate(eval_retrieval, tmp_path / "in", tmp_path / "out", "--split", "all", name="esc50")
+    found = results["retrieval-audio"]
+    assert [name for name in found if "R@" in name] == ["R@1", "chance R@1"]
+    assert ["R@5" in division for division in found["divisions"]] == [True] * 4 + [False]
+
+
 def test_saved_features_and_pages_name_the_part_of_a_file(tmp_path, capsys):
     rows = ["path,label,split,start,end"]
     for label, hz in (("low", 300), ("high", 3000)):
