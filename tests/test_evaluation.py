@@ -3,6 +3,7 @@ that are evaluated."""
 
 import itertools
 import json
+import re
 import resource
 import shutil
 import sys
@@ -494,6 +495,20 @@ def test_saved_features_and_pages_name_the_part_of_a_file(tmp_path, capsys):
     data = config.Data(name="manifest", root=str(tmp_path / "in"))
     shown = page.of_table(datasets.load(data, "train"), 1, 0, config.load("toy", TINY), ("video",))
     assert shown.name == "low.mp4 [1.0-2.0 s]" and 1 <= shown.time_s < 2
+
+
+def test_a_page_shows_the_moment_of_a_sound_that_is_longer_than_its_picture(tmp_path):
+    wave = {"wave": tone(300, 10, 16000), "rate_hz": 16000}
+    write_media(tmp_path / "a.mp4", np.arange(50) / 25, size=32, **wave)  # a picture of 2 s
+    table = datasets.of_files(["a.mp4"], tmp_path)
+    cfg = config.load("toy", [*TINY, "eval.clips=3"])
+    clips = np.eye(3, dtype=np.float32)[None]  # of the sound: the last one is like the picture
+    embeddings = {"video": clips[:, [2, 2, 2]], "audio": clips}
+    found = evaluation.Features(np.array([0]), embeddings, embeddings)
+    subject = evaluation.Subject(None, cfg, None, "x.pt", "hash", tmp_path)
+    page.write_retrieval(tmp_path / "p.html", subject, "cross", (found, table), (found, table), {0: [0]})
+    query_s, found_s = map(float, re.findall(r"#t=([0-9.]+)", (tmp_path / "p.html").read_text()))
+    assert query_s < 0.1 and 9.4 < found_s < 9.6
 
 
 def test_each_retrieval_task_uses_all_files_that_it_can(half_mute, tmp_path, capsys):

@@ -347,14 +347,14 @@ def write_retrieval(path, subject, task, queries, gallery, nearest):
         there.video_level(what, to),
         found.video_level("embeddings", of),
     )
-    modalities, lists = tuple(found.embeddings), []
+    lists = []
     for q, finds in nearest.items():
-        query = of_table(table, found.index[q], 0, cfg, modalities)
+        query = of_table(table, found.index[q], 0, cfg, (of,))
         shown = []
         for rank, g in enumerate(finds, 1):
             clip = int((there.embeddings[to][g] @ sight[q]).argmax())
             one = of_table(
-                theirs, there.index[g], clip, cfg, modalities, rank=rank, score=float(key[q] @ value[g])
+                theirs, there.index[g], clip, cfg, (to,), rank=rank, score=float(key[q] @ value[g])
             )
             one.same = bool(same(q, g)) if query.label and one.label else None
             shown.append(one)
