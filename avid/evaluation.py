@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from . import cli, config, data, datasets, distributed, files, models, progress, run, temporal_tasks, toy
 
+OF_A_DATA_SET = ("label", "subset", "decode", "shuffle")  # settings data.* of which another knows nothing
 COLLAPSED = 0.95  # mean cosine within a bank that calls for a warning
 
 # ------------------------------------------------------------------------ the network, its data, plain errors
@@ -96,7 +97,11 @@ def subject(arguments):
             ) from None
     base = state.get("config")
     if base:
-        base = base | {"data": base["data"] | {"split": ""}}  # the part that it was trained on
+        of_data = base["data"] | {"split": ""}  # the part that it was trained on
+        asked = [text for text in cli.overrides(arguments) if text.startswith("data.name=")]
+        if asked and asked[-1] != f"data.name={of_data['name']}":
+            of_data = {key: value for key, value in of_data.items() if key not in OF_A_DATA_SET}
+        base = base | {"data": of_data}
     cfg = config.load(name, cli.overrides(arguments), base=base)
     out = Path(arguments.out or (Path(arguments.ckpt).parent if state else "runs/random"))
     files.check_folder(out)

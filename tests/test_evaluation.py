@@ -1,6 +1,7 @@
 """Ranking and linear classifiers against independent references; held-out files; saved features; the files
 that are evaluated."""
 
+import dataclasses
 import itertools
 import json
 import re
@@ -367,6 +368,22 @@ def test_a_checkpoint_is_not_tested_on_the_part_that_it_was_trained_on(half_mute
     subject = evaluation.subject(arguments)
     (tables,) = evaluation.tables(subject.cfg)
     assert [len(table) for table in tables] == [8, 4]
+
+
+def test_another_data_set_has_its_own_classes_and_files(tmp_path, monkeypatch):
+    of_training = (
+        "data.name=packed data.root=x data.label=motion data.decode=device data.shuffle=shards".split()
+    )
+    trained = dataclasses.asdict(config.load("toy", [*TINY, *of_training]))
+    monkeypatch.setattr(evaluation.run, "load_checkpoint", lambda _: {"config": trained})
+    monkeypatch.setattr(evaluation.models, "load", lambda *_: None)
+    (tmp_path / "last.pt").touch()
+    found = []
+    for other in ([], ["--data", "esc50"]):
+        arguments = eval_linear.command_line(["--ckpt", str(tmp_path / "last.pt"), "--root", "y", *other])
+        source = evaluation.subject(arguments).cfg.data
+        found.append((source.name, source.root, source.label, source.decode, source.shuffle))
+    assert found == [("packed", "y", "motion", "device", "shards"), ("esc50", "y", "label", "cpu", "full")]
 
 
 def test_kept_features_are_of_the_same_precision(half_mute, tmp_path, monkeypatch):
