@@ -269,7 +269,7 @@ def features(subject, clips, *what, level="clip"):
     content += [table.start_s.tolist(), table.end_s.tolist(), clips.modalities, clips.clips, level, what]
     content += [dataclasses.asdict(part) for part in (cfg.video, cfg.audio, cfg.model, cfg.eval)]
     content += [dataclasses.asdict(cfg.temporal)] * (subject.name == "random")  # by which it was calibrated
-    content += [cfg.optim.amp, cfg.data.decode]
+    content += [cfg.optim.amp, cfg.data.decode, cfg.data.timeout_s]  # a file that took too long is a failure
     path = subject.out / "features" / f"{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]}.npz"
     if path.exists():
         try:

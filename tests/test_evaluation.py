@@ -386,12 +386,13 @@ def test_another_data_set_has_its_own_classes_and_files(tmp_path, monkeypatch):
     assert found == [("packed", "y", "motion", "device", "shards"), ("esc50", "y", "label", "cpu", "full")]
 
 
-def test_kept_features_are_of_the_same_precision(half_mute, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("key", "values"), [("optim.amp", ("bf16", "none")), ("data.timeout_s", (1, 60))])
+def test_kept_features_are_of_the_same_settings(half_mute, tmp_path, monkeypatch, key, values):
     table = datasets.load(config.Data("folder", str(half_mute)), "test")
     extractions, found = [], evaluation.Features(np.array([0]), {"video": np.ones((1, 1, 3), np.float32)})
     monkeypatch.setattr(evaluation, "extract", lambda *_: extractions.append(1) or found)
-    for amp in ("bf16", "none", "bf16"):
-        cfg = config.load("toy", [f"optim.amp={amp}"])
+    for value in (*values, values[0]):
+        cfg = config.load("toy", [f"{key}={value}"])
         subject = evaluation.Subject(None, cfg, torch.device("cpu"), "x.pt", "hash", tmp_path)
         evaluation.features_of(subject, table, "video")
     assert len(extractions) == 2
