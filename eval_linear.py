@@ -62,6 +62,7 @@ def main(arguments):
         can_save(arguments, len(tables))
     for table in (table for pair in tables for table in pair):
         evaluation.labels_of(table, several=mode in ("linear", "svm"))
+        evaluation.not_empty(table)
     divisions = {modality: [] for modality in modalities}
     for train_table, test_table in tables:
         print(f"{train_table.report()}\n{test_table.report()}")

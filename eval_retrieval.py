@@ -77,6 +77,7 @@ def main(arguments):
     if {"video", "audio"} & {*tasks}:
         for part in (part for pair in divisions for part in pair):
             evaluation.labels_of(part, several=True)
+            evaluation.not_empty(part)
     results = {task: [] for task in tasks}
     for train_table, table in divisions:
         print(f"{train_table.report()}\n{table.report()}")

@@ -309,10 +309,10 @@ def calibrate_batch_norm(subject, table, modalities=data.MODALITIES):
     features vanish, and the floor looks lower than it is [C]. Nothing happens to a trained network, or to a
     modality a second time."""
     cfg, network = subject.cfg, subject.network
-    not_empty(table)
     for modality in modalities:
         if subject.name != "random" or f"{modality} calibrated" in subject.hash:
             continue
+        not_empty(table)
         batch_size, batches = min(cfg.optim.batch_size, len(table)), cfg.eval.calibration_batches
         draws = data.BatchSampler(len(table), batch_size, "iid", cfg.seed, 0, batches)
         clips = data.Clips(table, cfg, training=True, modalities=(modality,))

@@ -346,6 +346,17 @@ def test_a_class_with_one_file_leaves_nothing_to_train_on(half_mute, tmp_path):
         evaluate(eval_linear, tmp_path / "few", tmp_path / "out")
 
 
+def test_a_single_video_is_enough_where_nothing_is_trained(half_mute, tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    shutil.copy(half_mute / "test" / "low" / "1.mp4", tmp_path / "in")
+    subject = evaluation.subject
+    monkeypatch.setattr(evaluation, "subject", lambda given: dataclasses.replace(subject(given), name="x.pt"))
+    result = evaluate(eval_retrieval, tmp_path / "in", tmp_path / "out", "--task", "cross")
+    assert result["retrieval-cross"]["videos"] == 1
+    with pytest.raises(datasets.DataError, match="holds no files"):
+        evaluate(eval_retrieval, tmp_path / "in", tmp_path / "out", "--task", "video")
+
+
 def test_only_pre_training_draws_neighbours(half_mute):
     table = datasets.load(config.Data("folder", str(half_mute)), "train")
     cfg = config.load("toy_temporal", ["video.size=32", "contrast.k_pos=2"])
