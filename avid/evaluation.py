@@ -45,6 +45,7 @@ class Subject:
             "checkpoint": self.name,
             "checkpoint_hash": self.hash,
             "data": source.name,
+            **({"subset": source.subset} if source.subset else {}),
             "split": source.split or datasets.row(source).evaluation,
             "seed": self.cfg.seed,
         }
@@ -617,10 +618,10 @@ def cross_modal(found, labels, ks=(1, 5)):
 
 
 def result_file(subject, name):
-    """<out>/<name>-<data>-<split>.json. Raises ConfigError where something else than an earlier result is
-    there."""
-    measured = subject.describe()
-    path = subject.out / f"{name}-{measured['data']}-{measured['split']}.json"
+    """<out>/<name>-<data>-<split>.json, of ESC-10 with data.subset before the split. Raises ConfigError where
+    something else than an earlier result is there."""
+    measured, subset = subject.describe(), subject.cfg.data.subset
+    path = subject.out / f"{name}-{measured['data']}{subset and f'-{subset}'}-{measured['split']}.json"
     try:
         usable = not path.exists() or measured.keys() <= json.loads(path.read_bytes()).keys()
     except (OSError, ValueError, AttributeError):  # a folder, no JSON, no dict

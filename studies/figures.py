@@ -64,13 +64,8 @@ def bars(path, rows, methods, columns, group=None):
                     continue
                 y = at + (k - (len(values) - 1) / 2) * height
                 axis.barh(y, found[0], height, xerr=found[1] or 0, color=f"C{k}", alpha=0.7)
-                axis.plot(
-                    [float(row[column]) for row in selected],
-                    [y] * len(selected),
-                    ".",
-                    color="black",
-                    markersize=3,
-                )
+                shown = [float(row[column]) for row in selected if row.get(column)]
+                axis.plot(shown, [y] * len(shown), ".", color="black", markersize=3)
         axis.set_yticks(range(len(methods)), methods)
         axis.set_ylim(len(methods) - 0.5, -0.5)
         axis.set_xlabel(title)

@@ -84,7 +84,8 @@ def draw(rows, images, folder, arguments):
     for axis, (method, way, selected) in zip(axes, found, strict=True):
         for name, colour, label in ((way, "C0", "own sound"), (f"{way} control", "grey", "another video's")):
             curves = np.array([runs.numbers(row, f"{name} by shift") for row in selected])  # seeds×shifts
-            x, mean, deviation = runs.numbers(selected[0], "shifts_s"), curves.mean(0), curves.std(0)
+            x, mean = runs.numbers(selected[0], "shifts_s"), curves.mean(0)
+            deviation = curves.std(0, ddof=1) if len(curves) > 1 else 0
             axis.plot(x, mean, color=colour, label=label, linewidth=1.3)
             axis.fill_between(x, mean - deviation, mean + deviation, color=colour, alpha=0.2, linewidth=0)
         axis.set_title(f"{method}\n{sync.LABELS[way]}", fontsize=9)

@@ -203,6 +203,14 @@ def test_clipping_cuts_the_given_share_and_nothing_else(share, wave):
     assert torch.allclose(copy[cut].abs(), copy.abs().max())
 
 
+def test_clipping_leaves_something_of_a_sound_that_is_mostly_silence(wave):
+    padded = torch.cat([wave[:100], torch.zeros(4000)])
+    copy = distort("clipping", padded, 0.4)
+    cut = copy != padded
+    assert float(cut[:100].float().mean()) == pytest.approx(0.4, abs=0.02) and not cut[100:].any()
+    assert not distort("clipping", torch.zeros(100), 0.4).any()
+
+
 def test_an_impossible_distortion_is_an_error(wave):
     with pytest.raises(ValueError, match="sample rate above 8000 Hz"):
         distort("low_pass", wave, 4000, rate_hz=8000)

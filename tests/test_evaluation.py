@@ -608,3 +608,18 @@ def test_several_classes_a_file_are_scored_by_precision(half_mute, tmp_path, cap
     for mode in ("fewshot", "finetune"):
         with pytest.raises(datasets.DataError, match=r"several classes a file; .* use --mode linear or svm"):
             eval_linear.main(eval_linear.command_line([*argv, "--mode", mode]))
+
+
+def test_a_subset_of_a_data_set_has_a_result_of_its_own(tmp_path):
+    """ESC-10's would otherwise take the place of ESC-50's."""
+    written = []
+    for more in [], ["data.subset=esc10"]:
+        cfg = config.load("toy", ["data.name=esc50", "data.split=fold1", *more])
+        one = evaluation.Subject(None, cfg, torch.device("cpu"), "random", "seed 0", tmp_path)
+        written.append(evaluation.write_result(one, "svm-audio", {"top1": 1.0}))
+    assert written[0] == {key: value for key, value in written[1].items() if key != "subset"}
+    assert written[1]["subset"] == "esc10"
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "svm-audio-esc50-fold1.json",
+        "svm-audio-esc50-esc10-fold1.json",
+    }

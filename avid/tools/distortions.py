@@ -150,8 +150,11 @@ def gain(wave, rate_hz, gain_db, rng):
 
 
 def clipping(wave, rate_hz, share, rng):
-    """Cut off at the level that `share` of the samples (0 to 1) exceed."""
+    """Cut off at the level that `share` of the samples (0 to 1) exceed; where the others are silence, that
+    share of those that sound, as nothing would be left."""
     level = wave.abs().quantile(1 - share)
+    if not level and wave.any():
+        level = wave[wave != 0].abs().quantile(1 - share)
     return wave.clamp(-level, level)
 
 
