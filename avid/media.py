@@ -214,7 +214,8 @@ class Media:
             if not plain and planes is None:
                 planes = av.AudioResampler(format="fltp", rate=source_hz)
             for part in (frame,) if plain else planes.resample(frame):
-                channels = [np.frombuffer(plane, np.float32, part.samples) for plane in part.planes]  # n each
+                planar = part.planes[: part.layout.nb_channels]  # of 8 and more PyAV gives too many
+                channels = [np.frombuffer(plane, np.float32, part.samples) for plane in planar]  # n each
                 paste(np.mean(channels, 0) if len(channels) > 1 else channels[0], placed, at)
                 at += part.samples
         if at is None and sought:

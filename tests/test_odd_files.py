@@ -233,9 +233,9 @@ def test_an_impossible_sample_rate_is_refused(tmp_path, rate_hz):
         Media(path, ("audio",))
 
 
-@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 6])
-@pytest.mark.parametrize("name", ["a.mp4", "a.flac"])
-def test_sounds_of_one_to_six_channels_are_read(encoded, name, channels):
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("name", ["a.mp4", "a.flac", "a.wav"])
+def test_sounds_of_one_to_eight_channels_are_read(encoded, name, channels):
     path = encoded(name, f"-map 1:a -ac {channels}", wave=tone(440, 2.0, 48000))
     media = Media(path, ("audio",))
     assert media.stream.channels == channels
