@@ -285,6 +285,9 @@ class Timed:
         # the order in which AVI shows packets is a guess, which fails for B frames in pyramids
         pyramids = stream.codec_context.name in ("h264", "hevc") and stream.codec_context.has_b_frames
         self.in_order = container.format.name == "avi" and pyramids
+        # ASF says when packets are decoded; of these codecs FFmpeg guesses wrong when their frames are shown
+        guessed = stream.codec_context.name in ("h264", "hevc", "mpeg1video", "mpeg2video")
+        self.by_output = container.format.name == "asf" and guessed
         self.first_s, self.last_s = once_a_file(self._extent, self.container, self.stream)
 
     @functools.cached_property
@@ -329,7 +332,7 @@ class Timed:
     def _from(self, time_s):
         """Yield (start, frame) in the order of time, from the one shown at time_s or the file's first on."""
         time_s = max(time_s, self.first_s + SAME_S)
-        for back_s in () if self.in_order else (0.0, 1.0, 3.0, 7.0, 15.0, 31.0):
+        for back_s in () if self.in_order or self.by_output else (0.0, 1.0, 3.0, 7.0, 15.0, 31.0):
             with contextlib.suppress(av.FFmpegError):  # there is another place
                 seek(self.container, self.stream, max(time_s - back_s, self.first_s) + self.origin_s)
                 frames = self._decoded(self.container, until_s=time_s)
@@ -360,8 +363,9 @@ class Timed:
                 if key is not None and self._time(key) > until_s:
                     return
             for frame in packet.decode():
-                stamp = next(in_order, None) if self.in_order else frame.pts
-                if None not in (stamp, key) and stamp < key:
+                stamp = frame.dts if self.by_output else frame.pts  # dts: of the packet that brought it out
+                stamp = next(in_order, None) if self.in_order else stamp
+                if None not in (stamp, key) and stamp < key and not self.by_output:
                     continue
                 time_s = self._time(stamp) if stamp is not None else (start_s or 0.0) + 1 / self.fps
                 if start_s is not None and time_s < start_s - BACKWARDS_S:

@@ -74,6 +74,9 @@ def assert_usable(path, modalities=data.MODALITIES):
         ("whole_frames.avi", "-c:v mjpeg -pix_fmt yuvj420p -c:a pcm_u8"),
         ("fragments.mp4", "-c:v libx264 -movflags frag_keyframe+empty_moov"),
         ("one_second_in.mkv", "-c:v libx264 -output_ts_offset 1"),
+        ("b_frames.wmv", "-c:v libx264 -c:a libmp3lame"),
+        ("no_b_frames.wmv", "-c:v libx264 -bf 0 -c:a libmp3lame"),
+        ("b_frames.asf", "-c:v mpeg2video -bf 2 -b:v 4M -c:a libmp3lame"),
     ],
 )
 def test_picture_and_sound_of_every_format_are_those_of_the_requested_times(encoded, name, options):
