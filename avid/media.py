@@ -33,6 +33,7 @@ STAMPED = ("mov", "matroska", "asf")
 SAME_S = 1e-4  # times of frames that lie closer are the same: decord has them in float32
 FAR_S = 5.0  # between two frames: to seek the later one costs less than to decode what lies between
 BACKWARDS_S = 0.5  # a time stamp this much before the one before it is a clock that was set back
+LOST_S = 0.1  # of an AVI's packets, which have no time stamps and are counted
 LONGEST_S = 1e8  # of a time stamp: three years
 
 
@@ -571,6 +572,8 @@ def read_through(container, stream):
             seek(container, stream, ((container.start_time or 0) + container.duration) / av.time_base)
     of_frames = stream.type == "video" and stream.average_rate
     usual = 1 / stream.average_rate / stream.time_base if of_frames else 0
+    listed = list(stream.index_entries) if container.format.name == "avi" and of_frames else ()
+    listed = {entry.pos + 8: entry.timestamp for entry in listed}  # behind the packet's head of 8 bytes
     for _ in range(2):
         places, stamps, durations, alike = [], [], [], {}
         for packet in container.demux(stream):
@@ -580,6 +583,8 @@ def read_through(container, stream):
                 alike.setdefault(zlib.crc32(packet), []).append(len(stamps))
             places.append(packet.dts if packet.dts is not None else places[-1] if places else 0)
             stamps.append(packet.pts if packet.pts is not None else places[-1])
+            if abs(listed.get(packet.pos, places[-1]) - places[-1]) * stream.time_base > LOST_S:
+                raise MediaError("a part of it is lost, which shifts what comes after")
             durations.append(packet.duration or usual)
             if not abs(stamps[-1] * stream.time_base) < LONGEST_S:
                 raise MediaError("its time stamps are impossible, as of ogv that was cut without encoding")

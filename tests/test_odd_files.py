@@ -156,6 +156,16 @@ def test_a_file_of_one_frame_is_usable(encoded, name):
     assert_usable(path)
 
 
+def test_an_avi_that_lacks_a_part_is_refused(encoded):
+    """Its packets are counted: after the part that is lost pictures would be too early."""
+    path = encoded("a.avi", "-c:v mpeg4 -g 10 -c:a mp2")
+    whole = path.read_bytes()
+    at, size = len(whole) * 4 // 10, len(whole) // 5
+    path.write_bytes(whole[:at] + bytes(size) + whole[at + size :])
+    with pytest.raises(MediaError, match="a part of it is lost"):
+        Media(path)
+
+
 @pytest.mark.parametrize("seconds", [0.3, 5.0])
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts"])
 def test_sound_may_be_shorter_or_longer_than_the_picture(encoded, name, seconds):
