@@ -194,6 +194,11 @@ class Media:
         planes = None  # for sounds of another sample format or rate
         placed, at = np.zeros(round(seconds * source_hz), np.float32), None
         for frame in self._sounds():
+            # of HE-AAC the decoder makes twice the rate; stamps of ADTS and MPEG-TS are counted at one rate
+            if self.container.format.name in ("aac", "mpegts") and (
+                frame.sample_rate not in (source_hz, 2 * source_hz)
+            ):
+                raise MediaError(f"its sound changes from {source_hz} to {frame.sample_rate} Hz")
             if frame.time is not None:
                 begin = round((frame.time - self.origin_s - start_s) * source_hz)
             elif at is not None:

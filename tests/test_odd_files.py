@@ -232,6 +232,19 @@ def test_sounds_of_every_sample_rate_are_read(tmp_path, rate_hz):
     assert_usable(path, ("audio",))
 
 
+@pytest.mark.parametrize("ending", ["aac", "ts"])
+def test_sound_whose_rate_changes_is_refused_from_there_on(encoded, ending):
+    """Its time stamps go on as if the rate were the first one's."""
+    before = encoded(f"a.{ending}", "-map 1:a -c:a aac").read_bytes()
+    after = encoded(f"b.{ending}", "-map 1:a -c:a aac -ar 44100 -output_ts_offset 2").read_bytes()
+    path = encoded(f"c.{ending}", "-map 1:a -c:a aac")
+    path.write_bytes(before + after)
+    media = Media(path, ("audio",))
+    assert 0.97 + chirp_time(media.sound(0.97, 8000, 16000), 16000) == pytest.approx(1.2, abs=0.06)
+    with pytest.raises(MediaError, match="changes from 48000 to 44100 Hz"):
+        media.sound(2.97, 8000, 16000)
+
+
 @pytest.mark.parametrize("rate_hz", [1, 999, 768001, 2**31 - 1])
 def test_an_impossible_sample_rate_is_refused(tmp_path, rate_hz):
     path = write_media(
