@@ -33,6 +33,7 @@ STAMPED = ("mov", "matroska", "asf")
 SAME_S = 1e-4  # times of frames that lie closer are the same: decord has them in float32
 FAR_S = 5.0  # between two frames: to seek the later one costs less than to decode what lies between
 BACKWARDS_S = 0.5  # a time stamp this much before the one before it is a clock that was set back
+LOST_S = 0.1  # of an AVI's packets, which have no time stamps and are counted
 LONGEST_S = 1e8  # of a time stamp: three years
 
 
@@ -193,6 +194,11 @@ class Media:
         planes = None  # for sounds of another sample format or rate
         placed, at = np.zeros(round(seconds * source_hz), np.float32), None
         for frame in self._sounds():
+            # of HE-AAC the decoder makes twice the rate; stamps of ADTS and MPEG-TS are counted at one rate
+            if self.container.format.name in ("aac", "mpegts") and (
+                frame.sample_rate not in (source_hz, 2 * source_hz)
+            ):
+                raise MediaError(f"its sound changes from {source_hz} to {frame.sample_rate} Hz")
             if frame.time is not None:
                 begin = round((frame.time - self.origin_s - start_s) * source_hz)
             elif at is not None:
@@ -214,7 +220,8 @@ class Media:
             if not plain and planes is None:
                 planes = av.AudioResampler(format="fltp", rate=source_hz)
             for part in (frame,) if plain else planes.resample(frame):
-                channels = [np.frombuffer(plane, np.float32, part.samples) for plane in part.planes]  # n each
+                planar = part.planes[: part.layout.nb_channels]  # of 8 and more PyAV gives too many
+                channels = [np.frombuffer(plane, np.float32, part.samples) for plane in planar]  # n each
                 paste(np.mean(channels, 0) if len(channels) > 1 else channels[0], placed, at)
                 at += part.samples
         if at is None and sought:
@@ -284,6 +291,9 @@ class Timed:
         # the order in which AVI shows packets is a guess, which fails for B frames in pyramids
         pyramids = stream.codec_context.name in ("h264", "hevc") and stream.codec_context.has_b_frames
         self.in_order = container.format.name == "avi" and pyramids
+        # ASF says when packets are decoded; of these codecs FFmpeg guesses wrong when their frames are shown
+        guessed = stream.codec_context.name in ("h264", "hevc", "mpeg1video", "mpeg2video")
+        self.by_output = container.format.name == "asf" and guessed
         self.first_s, self.last_s = once_a_file(self._extent, self.container, self.stream)
 
     @functools.cached_property
@@ -328,7 +338,7 @@ class Timed:
     def _from(self, time_s):
         """Yield (start, frame) in the order of time, from the one shown at time_s or the file's first on."""
         time_s = max(time_s, self.first_s + SAME_S)
-        for back_s in () if self.in_order else (0.0, 1.0, 3.0, 7.0, 15.0, 31.0):
+        for back_s in () if self.in_order or self.by_output else (0.0, 1.0, 3.0, 7.0, 15.0, 31.0):
             with contextlib.suppress(av.FFmpegError):  # there is another place
                 seek(self.container, self.stream, max(time_s - back_s, self.first_s) + self.origin_s)
                 frames = self._decoded(self.container, until_s=time_s)
@@ -359,8 +369,9 @@ class Timed:
                 if key is not None and self._time(key) > until_s:
                     return
             for frame in packet.decode():
-                stamp = next(in_order, None) if self.in_order else frame.pts
-                if None not in (stamp, key) and stamp < key:
+                stamp = frame.dts if self.by_output else frame.pts  # dts: of the packet that brought it out
+                stamp = next(in_order, None) if self.in_order else stamp
+                if None not in (stamp, key) and stamp < key and not self.by_output:
                     continue
                 time_s = self._time(stamp) if stamp is not None else (start_s or 0.0) + 1 / self.fps
                 if start_s is not None and time_s < start_s - BACKWARDS_S:
@@ -566,6 +577,8 @@ def read_through(container, stream):
             seek(container, stream, ((container.start_time or 0) + container.duration) / av.time_base)
     of_frames = stream.type == "video" and stream.average_rate
     usual = 1 / stream.average_rate / stream.time_base if of_frames else 0
+    listed = list(stream.index_entries) if container.format.name == "avi" and of_frames else ()
+    listed = {entry.pos + 8: entry.timestamp for entry in listed}  # behind the packet's head of 8 bytes
     for _ in range(2):
         places, stamps, durations, alike = [], [], [], {}
         for packet in container.demux(stream):
@@ -575,6 +588,8 @@ def read_through(container, stream):
                 alike.setdefault(zlib.crc32(packet), []).append(len(stamps))
             places.append(packet.dts if packet.dts is not None else places[-1] if places else 0)
             stamps.append(packet.pts if packet.pts is not None else places[-1])
+            if abs(listed.get(packet.pos, places[-1]) - places[-1]) * stream.time_base > LOST_S:
+                raise MediaError("a part of it is lost, which shifts what comes after")
             durations.append(packet.duration or usual)
             if not abs(stamps[-1] * stream.time_base) < LONGEST_S:
                 raise MediaError("its time stamps are impossible, as of ogv that was cut without encoding")

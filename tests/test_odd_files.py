@@ -74,6 +74,9 @@ def assert_usable(path, modalities=data.MODALITIES):
         ("whole_frames.avi", "-c:v mjpeg -pix_fmt yuvj420p -c:a pcm_u8"),
         ("fragments.mp4", "-c:v libx264 -movflags frag_keyframe+empty_moov"),
         ("one_second_in.mkv", "-c:v libx264 -output_ts_offset 1"),
+        ("b_frames.wmv", "-c:v libx264 -c:a libmp3lame"),
+        ("no_b_frames.wmv", "-c:v libx264 -bf 0 -c:a libmp3lame"),
+        ("b_frames.asf", "-c:v mpeg2video -bf 2 -b:v 4M -c:a libmp3lame"),
     ],
 )
 def test_picture_and_sound_of_every_format_are_those_of_the_requested_times(encoded, name, options):
@@ -153,6 +156,16 @@ def test_a_file_of_one_frame_is_usable(encoded, name):
     assert_usable(path)
 
 
+def test_an_avi_that_lacks_a_part_is_refused(encoded):
+    """Its packets are counted: after the part that is lost pictures would be too early."""
+    path = encoded("a.avi", "-c:v mpeg4 -g 10 -c:a mp2")
+    whole = path.read_bytes()
+    at, size = len(whole) * 4 // 10, len(whole) // 5
+    path.write_bytes(whole[:at] + bytes(size) + whole[at + size :])
+    with pytest.raises(MediaError, match="a part of it is lost"):
+        Media(path)
+
+
 @pytest.mark.parametrize("seconds", [0.3, 5.0])
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts"])
 def test_sound_may_be_shorter_or_longer_than_the_picture(encoded, name, seconds):
@@ -219,6 +232,19 @@ def test_sounds_of_every_sample_rate_are_read(tmp_path, rate_hz):
     assert_usable(path, ("audio",))
 
 
+@pytest.mark.parametrize("ending", ["aac", "ts"])
+def test_sound_whose_rate_changes_is_refused_from_there_on(encoded, ending):
+    """Its time stamps go on as if the rate were the first one's."""
+    before = encoded(f"a.{ending}", "-map 1:a -c:a aac").read_bytes()
+    after = encoded(f"b.{ending}", "-map 1:a -c:a aac -ar 44100 -output_ts_offset 2").read_bytes()
+    path = encoded(f"c.{ending}", "-map 1:a -c:a aac")
+    path.write_bytes(before + after)
+    media = Media(path, ("audio",))
+    assert 0.97 + chirp_time(media.sound(0.97, 8000, 16000), 16000) == pytest.approx(1.2, abs=0.06)
+    with pytest.raises(MediaError, match="changes from 48000 to 44100 Hz"):
+        media.sound(2.97, 8000, 16000)
+
+
 @pytest.mark.parametrize("rate_hz", [1, 999, 768001, 2**31 - 1])
 def test_an_impossible_sample_rate_is_refused(tmp_path, rate_hz):
     path = write_media(
@@ -233,9 +259,9 @@ def test_an_impossible_sample_rate_is_refused(tmp_path, rate_hz):
         Media(path, ("audio",))
 
 
-@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 6])
-@pytest.mark.parametrize("name", ["a.mp4", "a.flac"])
-def test_sounds_of_one_to_six_channels_are_read(encoded, name, channels):
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("name", ["a.mp4", "a.flac", "a.wav"])
+def test_sounds_of_one_to_eight_channels_are_read(encoded, name, channels):
     path = encoded(name, f"-map 1:a -ac {channels}", wave=tone(440, 2.0, 48000))
     media = Media(path, ("audio",))
     assert media.stream.channels == channels
