@@ -33,7 +33,6 @@ def main(cfg):
     n, optim = len(train_table), cfg.optim
     cli.fits(cfg, n, world.size)
     epoch_steps = n // optim.batch_size
-    last_step = optim.epochs * epoch_steps
 
     # ------------------------------------------------------------------- network, bank, what a step minimises
     torch.manual_seed(cfg.seed)
@@ -61,6 +60,7 @@ def main(cfg):
     first_step = folder.resume(train_table, network=network, bank=bank, **kept)
     if not first_step:
         folder.begin_from(cfg.init, network, bank, objective.ancestor)
+    last_step = max(first_step, optim.epochs * epoch_steps)
     steps = range(first_step, last_step)
     draws = optim.draws, cfg.seed, first_step, last_step, *world[:2], optim.copies
     together = cfg.data.clips_per_open, data.shards(train_table, cfg)

@@ -372,9 +372,11 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             local = torch.stack(kernels.batch_norm_stats(x, self.eps))  # 2×C
             means, invstds = gather(local[None]).unbind(1)  # R×C each
             running = self.running_mean, self.running_var, self.momentum
+            # made on the device: batch_norm_gather_stats copies a number there, for which the host waits
+            counts = means.new_full((len(means),), x.numel() // x.shape[1])  # R
             # C each
-            mean, invstd = kernels.batch_norm_gather_stats(
-                x, means, invstds, *running, self.eps, x.numel() // x.shape[1]
+            mean, invstd = kernels.batch_norm_gather_stats_with_counts(
+                x, means, invstds, *running, self.eps, counts
             )
         return Normalise.apply(x, self.weight, self.bias, mean, invstd, self.eps)
 
@@ -436,8 +438,10 @@ class Kernels:
         var, mean = torch.var_mean(Kernels.wide(x), Kernels.dims(x), correction=0)
         return mean, (var + eps).rsqrt()
 
-    def batch_norm_gather_stats(x, means, invstds, running_mean, running_var, momentum, eps, count):
-        n, mean = count * len(means), means.mean(0)
+    def batch_norm_gather_stats_with_counts(
+        x, means, invstds, running_mean, running_var, momentum, eps, counts
+    ):
+        n, mean = x.numel() // x.shape[1] * len(means), means.mean(0)  # all counts are equal
         # the variance within ranks, and that between them: no difference of large sums
         var = (invstds.pow(-2) - eps).mean(0) + means.var(0, correction=0)
         running_mean.lerp_(mean, momentum)

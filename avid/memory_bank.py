@@ -342,6 +342,12 @@ class PartialBank(MemoryBank):
         variance = (paired * (agreed - mean).square()).sum() / paired.sum().clamp(min=1)
         return mean, variance.sqrt()
 
+    def _mean_cosine(self, modality):
+        """Of those that have it; 0 where fewer than two do."""
+        memories = getattr(self, modality)[self.has(modality)]  # n×D
+        n, total = len(memories), memories.sum(0, dtype=torch.float64)  # D
+        return (total.square().sum().item() - n) / max(n * (n - 1), 1)
+
     def candidates(self, index, num_negatives, generator_seed):
         """Those that have both. The column of an instance that has not is another's, the first valid one."""
         found = super().candidates(index, num_negatives, generator_seed)

@@ -53,7 +53,7 @@ def outcomes(function, tasks, workers, limit_s):
                     raise result
                 yield task, result
             for pipe, (process, task, deadline) in list(busy.items()):
-                if time.monotonic() > deadline:
+                if time.monotonic() > deadline and not pipe.poll():  # its result may wait for the caller
                     _end([process])
                     del busy[pipe]
                     yield task, Crash(f"takes the decoder too long: more than {limit_s:g} s")

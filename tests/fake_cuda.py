@@ -90,6 +90,8 @@ class Watch(TorchDispatchMode):
             self.step.collectives[name] += 1
         elif not function.is_view and not name.startswith(FREE):
             self.step.operations[name] += 1
+        if name.startswith("aten.batch_norm_gather_stats."):  # its kernel copies the count to the device
+            self.step.waits.append(f"a count of batch_norm_gather_stats at {project_line()}")
         if name.startswith(("aten._to_copy", "aten.copy_")):
             source = given[1] if name.startswith("aten.copy_") else given[0]
             target = made[0]
@@ -132,9 +134,9 @@ def backward_elemt(dy, x, mean, invstd, weight, sum_dy, sum_dy_xmu, counts):
     return torch.empty_like(x)
 
 
-def gather_stats(x, means, invstds, running_mean, running_var, momentum, eps, count):
-    same_device(x, means, invstds, running_mean, running_var)
-    assert means.dtype == running_mean.dtype and len(means) == len(invstds) and isinstance(count, int)
+def gather_stats(x, means, invstds, running_mean, running_var, momentum, eps, counts):
+    same_device(x, means, invstds, running_mean, running_var, counts)
+    assert means.dtype == running_mean.dtype == counts.dtype and len(means) == len(invstds) == len(counts)
     return channels(x)
 
 
@@ -146,7 +148,8 @@ def elemt(x, weight, bias, mean, invstd, eps):
 
 WITHOUT_META = {  # CUDA kernels whose output shapes torch does not know
     "aten.batch_norm_stats": channels,
-    "aten.batch_norm_gather_stats": gather_stats,
+    "aten.batch_norm_gather_stats": channels,
+    "aten.batch_norm_gather_stats_with_counts": gather_stats,
     "aten.batch_norm_elemt": elemt,
     "aten.batch_norm_backward_reduce": backward_reduce,
     "aten.batch_norm_backward_elemt": backward_elemt,

@@ -126,11 +126,13 @@ def test_the_written_out_kernels_equal_those_of_cuda(half):
     for kernels in (torch, distributed.Kernels):
         running = [torch.zeros(5, device="cuda"), torch.ones(5, device="cuda")]
         means, invstds = (v.expand(2, 5).contiguous() for v in kernels.batch_norm_stats(x, 1e-5))
-        mean, invstd = kernels.batch_norm_gather_stats(x, means, invstds, *running, 0.1, 1e-5, 144)
+        counts = torch.tensor([144.0, 144.0], device="cuda")
+        mean, invstd = kernels.batch_norm_gather_stats_with_counts(
+            x, means, invstds, *running, 0.1, 1e-5, counts
+        )
         y = kernels.batch_norm_elemt(x, weight, bias, mean, invstd, 1e-5)
         reduced = kernels.batch_norm_backward_reduce(dy, x, mean, invstd, weight, True, True, True)
-        counts = torch.tensor([144, 144], dtype=torch.int32, device="cuda")
-        dx = kernels.batch_norm_backward_elemt(dy, x, mean, invstd, weight, *reduced[:2], counts)
+        dx = kernels.batch_norm_backward_elemt(dy, x, mean, invstd, weight, *reduced[:2], counts.int())
         found.append([means, invstds, *running, mean, invstd, y, *reduced, dx])
     torch.testing.assert_close(found[0], found[1], atol=1e-2, rtol=1e-2)
 

@@ -101,6 +101,9 @@ WAITS = {
     "a boolean mask": "output.video[output.video[:, 0] > 0]",
     "a number from the host": "torch.tensor(1.0, device=output.video.device)",
     "a number from the host, assigned in place": "output.video.detach().sum(1)[-1] = 0",
+    "a count that a kernel copies": (
+        "torch.batch_norm_gather_stats(*[output.video.detach()] * 3, None, None, 0.1, 1e-5, 3)"
+    ),
     "pageable memory": "torch.zeros(300).to(output.video.device, non_blocking=True)",
     "a blocking copy": "torch.zeros(3).pin_memory().to(output.video.device)",
     "a copy to the host": "output.video.detach().cpu()",

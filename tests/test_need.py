@@ -235,6 +235,9 @@ def test_the_bank_leaves_out_modalities_that_files_lack():
     mean, std = bank.agreement_mean_std()
     torch.testing.assert_close(mean, pairs.mean())
     torch.testing.assert_close(std, pairs.std(correction=0))
+    health, seen = bank.health(), bank.video[[0, 1, 2, 4, 5, 6, 7]].double()
+    cosines = (seen @ seen.T)[~torch.eye(7, dtype=torch.bool)]
+    assert health["cosine_video"] == pytest.approx(cosines.mean().item(), abs=1e-6)
     for negatives in ("all", 16):
         found = bank.candidates(index, negatives, 0)
         numbers = torch.arange(8) if found.index is None else found.index

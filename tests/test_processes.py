@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from contextlib import closing
+from types import SimpleNamespace
 
 import pytest
 
@@ -30,6 +31,12 @@ def clean_up(path):
         os.unlink(path)
 
 
+def write_after(path, seconds):
+    time.sleep(seconds)
+    open(path, "w").close()
+    return seconds
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_crash_is_named_and_the_other_tasks_are_done(workers):
     tasks = [("segfault" if number in (2, 5) else "", number) for number in range(9)]
@@ -43,6 +50,19 @@ def test_a_task_that_hangs_is_ended_and_the_other_tasks_are_done():
     results = dict(processes.outcomes(act, [("hang", 0), ("", 1), ("", 2)], 1, limit_s=3))
     assert isinstance(results["hang", 0], Crash) and "more than 3 s" in results["hang", 0].reason
     assert results["", 1] == 10 and results["", 2] == 20
+
+
+def test_a_result_that_waits_for_a_busy_caller_did_not_take_too_long(tmp_path, monkeypatch):
+    now_s, done = [0.0], tmp_path / "done"
+    monkeypatch.setattr(processes, "time", SimpleNamespace(monotonic=lambda: now_s[0]))
+    tasks = [(str(tmp_path / "first"), 0.0), (str(done), 2.0)]
+    with closing(processes.outcomes(write_after, tasks, 2, limit_s=60)) as results:
+        assert next(results) == (tasks[0], 0.0)
+        while not done.exists():
+            time.sleep(0.1)
+        time.sleep(1)  # its result is sent
+        now_s[0] = 61.0
+        assert list(results) == [(tasks[1], 2.0)]
 
 
 def test_an_exception_is_raised_where_the_results_are_read():

@@ -341,6 +341,16 @@ def test_a_run_in_parts_trains_and_resumes(whole):
     )
 
 
+def test_fewer_epochs_than_are_done_end_a_run_where_it_is(whole):
+    root, _, _ = whole
+    settings = (*ROBUST, "log.check_epochs=0")
+    run(root, root / "fewer", *settings, "optim.epochs=2")
+    before = final(root / "fewer")
+    text = run(root, root / "fewer", *settings, "optim.epochs=1")
+    assert "6 steps done" in text and "6 of 6 steps" in text
+    assert_same(final(root / "fewer"), before)
+
+
 def test_other_settings_do_not_resume(whole):
     root, out, _ = whole
     done = subprocess.run(
