@@ -106,7 +106,7 @@ def esc10(path, root, folder, seeds):
                 f"seed={seed}",
             ]
             eval_linear.main(eval_linear.command_line(["--ckpt", *ckpt, *options, *settings]))
-            result = json.loads((where / "svm-audio-esc50-all.json").read_text(encoding="utf-8"))
+            result = json.loads((where / "svm-audio-esc50-esc10-all.json").read_text(encoding="utf-8"))
             folds = [fold["top1"] for fold in result["divisions"]]
             protocol = "--data esc50 --split all --mode svm data.subset=esc10 eval.clips=10"
             runs.add(
