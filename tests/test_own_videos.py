@@ -373,6 +373,17 @@ def test_two_commands_do_not_embed_into_one_file(folder, model, tmp_path):
         collection.embed(model, datasets.of_files(["both.mp4"], folder), tmp_path / "f.npz")
 
 
+def test_what_decides_embeddings_is_in_their_mark(folder, model, monkeypatch):
+    table = datasets.of_files(["both.mp4"], folder)
+    marks = [collection.mark_of(model, table)]
+    for part, change in ("optim", {"amp": "none"}), ("data", {"timeout_s": 1.0}), ("eval", {"clips": 7}):
+        changed = dataclasses.replace(getattr(model.cfg, part), **change)
+        assert changed != getattr(model.cfg, part)
+        monkeypatch.setattr(model, "cfg", dataclasses.replace(model.cfg, **{part: changed}))
+        marks.append(collection.mark_of(model, table))
+    assert len(set(marks)) == 4
+
+
 def embed_eight_at_a_time(arguments, folder, note):
     """`python -m avid embed` in parts of eight files. It writes the number of files read to `note`."""
     os.chdir(folder)

@@ -153,6 +153,7 @@ def mark_of(model, table, *more):
     states = [files.state(path) for path in datasets.sources(table)]
     content = [VERSION, model.hash, settings_of(model), os.path.abspath(table.root), table.paths, states]
     content += [table.start_s.tolist(), table.end_s.tolist(), *more]
+    content += [model.cfg.optim.amp, model.cfg.data.timeout_s]  # a file that took too long is a failure
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
