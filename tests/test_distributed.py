@@ -88,6 +88,36 @@ def test_batch_norm_over_ranks_is_torchs_on_the_whole_batch(world, tmp_path):
     forked.ranks(check_rank, world, str(tmp_path))
 
 
+class Both(nn.Module):
+    """Two networks side by side."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = (distributed.sync_batch_norm(Net("linear", True)) for _ in range(2))
+
+    def forward(self, x):
+        return self.used(x), self.unused(x)
+
+
+def check_unused(rank, world, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    net = Both()
+    model = distributed.data_parallel(
+        net, distributed.World(rank, world, torch.device("cpu")), sync_bn=True, unused=True
+    )
+    for _ in range(2):
+        model(torch.randn(6, 5))[0].square().sum().backward()
+        assert all(x.grad is not None for x in net.used.parameters())
+        assert all(x.grad is None for x in net.unused.parameters())
+    dist.destroy_process_group()
+
+
+def test_what_no_loss_reaches_has_no_gradient_over_ranks_either(tmp_path):
+    """As in one process: with a gradient of zeros, Adam's weight decay would move it."""
+    forked.ranks(check_unused, 2, str(tmp_path))
+
+
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_statistics_are_float32_in_half_precision(half):
     """Values around 300, whose squares and sums these types cannot hold."""
