@@ -588,7 +588,7 @@ def read_through(container, stream):
                 alike.setdefault(zlib.crc32(packet), []).append(len(stamps))
             places.append(packet.dts if packet.dts is not None else places[-1] if places else 0)
             stamps.append(packet.pts if packet.pts is not None else places[-1])
-            if abs(listed.get(packet.pos, places[-1]) - places[-1]) * stream.time_base > LOST_S:
+            if listed and abs(listed.get(packet.pos, places[-1]) - places[-1]) * stream.time_base > LOST_S:
                 raise MediaError("a part of it is lost, which shifts what comes after")
             durations.append(packet.duration or usual)
             if not abs(stamps[-1] * stream.time_base) < LONGEST_S:

@@ -38,7 +38,7 @@ import torch
 from avid import progress, temporal_tasks, toy
 from avid.spectrogram import edge_s
 
-MANY = 1000
+MANY = 1000  # draws, by which the share of questions with an answer is known
 DRAWS = 2  # how often evaluation.confusions asks about each held-out video
 
 
